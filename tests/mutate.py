@@ -1,0 +1,109 @@
+"""Damaged files: seeded variations of a good one, as a loader may meet them."""
+
+import copy
+import json
+import random
+from collections.abc import Iterator
+
+LENGTHS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 10**12, 2**63, 2**64 - 1]
+VALUES = [
+    *(None, True, False, 0, -1, 1, 2, 0.5, -0.0, 10**12, 2**31, 2**64, 10**400, 1e308),
+    *(float("nan"), float("inf"), "", "x", "\ud800", "../../etc/passwd", "a\nb", [], {}, [[]]),
+    *([10**12], [0], [1] * 100, [1.5], {"": None}, [10**12] * 3, "F16", "x" * 5000),
+]
+
+
+def mutated_bytes(data: bytes, count: int, seed: int) -> Iterator[bytes]:
+    """Yield `count` damaged copies, each by one to three of the ways below."""
+    rng = random.Random(seed)
+    ways = [_flip, _overwrite, _truncate, _insert, _remove, _repeat, _write_length]
+    for _ in range(count):
+        mutated = bytearray(data)
+        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+            rng.choice(ways)(mutated, rng)
+        yield bytes(mutated)
+
+
+def mutated_json(value: dict, count: int, seed: int) -> Iterator[bytes]:
+    """Yield `count` JSON texts of `value` with entries replaced, dropped, renamed or doubled."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        mutated = copy.deepcopy(value)
+        for _ in range(rng.choice([1, 1, 2])):
+            _change_entry(mutated, rng)
+        text = json.dumps(mutated)
+        if rng.random() < 0.03:
+            text = text.replace("{", "[" * 100_000, 1)
+        if rng.random() < 0.03:  # the same keys twice
+            text = text[:-1] + "," + json.dumps(value)[1:]
+        yield text.encode()
+
+
+def _change_entry(value, rng: random.Random) -> None:
+    places = []
+
+    def collect(inner) -> None:
+        if isinstance(inner, dict | list):
+            keys = inner if isinstance(inner, dict) else range(len(inner))
+            for key in keys:
+                places.append((inner, key))
+                collect(inner[key])
+
+    collect(value)
+    if not places:
+        return
+    holder, key = rng.choice(places)
+    way = rng.random()
+    if way < 0.7:
+        holder[key] = copy.deepcopy(rng.choice(VALUES))
+    elif way < 0.8:
+        del holder[key]
+    elif way < 0.9 and isinstance(holder, dict):
+        holder[str(rng.choice(VALUES))[:5000]] = holder.pop(key)
+    else:  # put one entry's value in another's place
+        other, other_key = rng.choice(places)
+        holder[key] = copy.deepcopy(other[other_key])
+
+
+def _flip(data: bytearray, rng: random.Random) -> None:
+    if data:
+        data[_place(data, rng)] ^= 1 << rng.randrange(8)
+
+
+def _overwrite(data: bytearray, rng: random.Random) -> None:
+    for _ in range(rng.randint(1, 8)):
+        if data:
+            data[_place(data, rng)] = rng.randrange(256)
+
+
+def _truncate(data: bytearray, rng: random.Random) -> None:
+    del data[_place(data, rng) :]
+
+
+def _insert(data: bytearray, rng: random.Random) -> None:
+    at = _place(data, rng)
+    data[at:at] = rng.randbytes(rng.randint(1, 16))
+
+
+def _remove(data: bytearray, rng: random.Random) -> None:
+    at = _place(data, rng)
+    del data[at : at + rng.randint(1, 16)]
+
+
+def _repeat(data: bytearray, rng: random.Random) -> None:
+    at = _place(data, rng)
+    data[at:at] = data[at : at + rng.randint(1, 200)]
+
+
+def _write_length(data: bytearray, rng: random.Random) -> None:
+    """Overwrite 1 to 8 bytes as a length field of either byte order would be."""
+    size = rng.choice([1, 2, 4, 8])
+    length = min(rng.choice([*LENGTHS, len(data)]), 256**size - 1)
+    at = _place(data, rng)
+    data[at : at + size] = length.to_bytes(size, rng.choice(["little", "big"]))
+
+
+def _place(data: bytearray, rng: random.Random) -> int:
+    """Return a position, every other time among the first bytes, where the structure is."""
+    end = max(1, len(data))
+    return rng.randrange(min(end, rng.choice([16, 600, end, end])))

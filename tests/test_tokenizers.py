@@ -1,0 +1,345 @@
+import io
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizers
+from tokenizers import CharTokenizer, SimpleVowelTokenizer
+
+DATA = Path(__file__).parent / "data" / "tokenizers"
+REFERENCE = json.loads((DATA / "texts.json").read_text(encoding="utf-8"))
+SAVED = json.loads((DATA / "vowel.json").read_text(encoding="utf-8"))
+TEXTS = [reference["text"] for reference in REFERENCE]
+
+# Long runs of vowels, characters of 1 to 4 bytes, every kind of separator, half a surrogate pair.
+CHARACTERS = "aeiouäöüAbcdéß日🔥 \n.<\t\x00\x1c\x85\xa0\u1680\u2003\u2028\u3000"
+mixed_text = st.text(st.sampled_from(CHARACTERS), max_size=80)
+few_examples = settings(max_examples=150, deadline=None)
+
+
+def encode_file(tokenizer, data: bytes, size: int = 1 << 30) -> list[int]:
+    return tokenizer.encode_file(io.BytesIO(data), size).tolist()
+
+
+def known(tokenizer, text: str) -> list[int]:
+    return [id for id in tokenizer.encode(text).tolist() if id != tokenizer.unknown]
+
+
+def vowel_tokenizer(text: str, vocab_size: int = 1 << 16) -> SimpleVowelTokenizer:
+    return SimpleVowelTokenizer(SimpleVowelTokenizer.tokenize(text), vocab_size)
+
+
+def bincode(tokens: dict[str, int]) -> bytes:
+    def number(value: int) -> bytes:
+        return value.to_bytes(8, "little")
+
+    def string(text: str) -> bytes:
+        return number(len(text.encode())) + text.encode()
+
+    there = [string(token) + number(id) for token, id in tokens.items()]
+    back = [number(id) + string(token) for token, id in tokens.items()]
+    return number(len(tokens)) + b"".join(there) + number(len(tokens)) + b"".join(back)
+
+
+# The character tokenizer
+
+
+def test_the_103_characters_have_the_original_order():
+    characters = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    characters += "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~0123456789äüöÄÖÜß"
+    tokenizer = CharTokenizer()
+    assert tokenizer.encode(characters).tolist() == list(range(103))
+    assert tokenizer.decode(range(103)) == characters
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.unknown) == ("char", 104, 103)
+
+
+@pytest.mark.parametrize("reference", [*REFERENCE, SAVED], ids=lambda each: each["text"][:20])
+def test_character_ids_equal_the_originals(reference):
+    assert CharTokenizer().encode(reference["text"]).tolist() == reference["char_ids"]
+
+
+def test_every_other_code_point_is_unknown_and_never_printed():
+    everything = "".join(map(chr, range(0x110000)))
+    ids = CharTokenizer().encode(everything)
+    assert ids.dtype == np.uint8
+    assert np.count_nonzero(ids != 103) == 103
+    assert CharTokenizer().decode([28, 103, 2]) == "Aa"
+    assert CharTokenizer().token_bytes(103) == b""
+    assert CharTokenizer().token_bytes(96) == "ä".encode()
+
+
+@few_examples
+@given(st.text(st.sampled_from(tokenizers.CHARACTERS)))
+def test_known_characters_survive_the_round_trip(text):
+    assert CharTokenizer().decode(CharTokenizer().encode(text)) == text
+
+
+# The vowel tokenizer
+
+
+@pytest.mark.parametrize("reference", [*REFERENCE, SAVED], ids=lambda each: each["text"][:20])
+def test_vowel_tokens_begin_with_the_originals(reference):
+    """The original leaves out a text's last token and may put an empty one before the first."""
+    theirs = [token for token in reference["vowel_tokens"] if token]
+    ours = SimpleVowelTokenizer.tokenize(reference["text"])
+    assert ours[: len(theirs)] == theirs
+    assert len(ours) <= len(theirs) + 1
+
+
+@pytest.mark.parametrize("reference", [*REFERENCE, SAVED], ids=lambda each: each["text"][:20])
+def test_vowel_ids_begin_with_the_originals(reference):
+    tokenizer = SimpleVowelTokenizer(reference["vowel_tokens"], reference["vowel_vocab_size"])
+    tokens = zip(reference["vowel_tokens"], reference["vowel_ids"], strict=True)
+    theirs = [id for token, id in tokens if token]
+    assert tokenizer.vocab_size == reference["vowel_vocab_size"]
+    assert tokenizer.encode(reference["text"]).tolist()[: len(theirs)] == theirs
+
+
+@few_examples
+@given(mixed_text)
+def test_joined_tokens_are_the_text(text):
+    tokens = SimpleVowelTokenizer.tokenize(text)
+    assert "".join(tokens) == text
+    assert "" not in tokens
+
+
+@few_examples
+@given(st.text(st.characters(exclude_categories=[])) | mixed_text)
+def test_fast_token_boundaries_equal_the_plain_rule(text):
+    data = text.encode("utf-8", "surrogatepass")
+    offsets = tokenizers.token_offsets(text, data).tolist()
+    tokens = [
+        token.encode("utf-8", "surrogatepass") for token in SimpleVowelTokenizer.tokenize(text)
+    ]
+    assert list(tokenizers.slices(data, np.array(offsets), np.arange(len(tokens)))) == tokens
+    assert len(offsets) == len(tokens) + 1
+
+
+@few_examples
+@given(mixed_text, st.integers(1, 40))
+def test_fast_ids_equal_a_dictionary_of_the_plain_tokens(text, vocab_size):
+    tokenizer = vowel_tokenizer(text, vocab_size)
+    ids = {token: id for id, token in enumerate(tokenizer.tokens[:-1])}
+    expected = [
+        ids.get(token.encode(), tokenizer.unknown) for token in SimpleVowelTokenizer.tokenize(text)
+    ]
+    assert tokenizer.encode(text).tolist() == expected
+
+
+def test_thousands_of_tokens_of_every_length_keep_their_own_ids():
+    """So many that some share a slot of the hash table; NULs, which pad nothing, among them."""
+    choose = random.Random(0).choices
+    words = {"".join(choose("bcdfgh\x00", k=1 + i % 12)) for i in range(20_000)}
+    text = " ".join(sorted(words))
+    tokenizer = vowel_tokenizer(text)
+    assert tokenizer.crowded.sum() > 1
+    assert tokenizer.encode(text).dtype == np.uint16
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    strangers = vowel_tokenizer(" ".join(sorted(words)[::2]))
+    n_known = np.count_nonzero(strangers.encode(text)[::2] != strangers.unknown)
+    assert n_known == (len(words) + 1) // 2
+
+
+def test_white_space_is_unicodes_and_not_pythons():
+    assert SimpleVowelTokenizer.tokenize("a\x85b\u3000c\x1cd") == [
+        "a",
+        "\x85",
+        "b",
+        "\u3000",
+        "c\x1cd",
+    ]
+
+
+def test_a_long_run_of_vowels_is_cut_every_four():
+    text = "a" * 10_001
+    assert tokenizers.token_offsets(text, text.encode()).tolist() == [*range(0, 10_001, 4), 10_001]
+
+
+def test_of_equally_frequent_tokens_the_first_in_sorted_order_are_kept():
+    tokens = ["d", "c", "b", "a", "d"]
+    assert SimpleVowelTokenizer(tokens, 3).tokens == [b"a", b"d", b""]
+    assert SimpleVowelTokenizer(tokens[::-1], 3).tokens == [b"a", b"d", b""]
+    text = "".join(f"{token} " for token in tokens)
+    assert SimpleVowelTokenizer.train(io.BytesIO(text.encode()), 99, 4).tokens == [
+        b" ",
+        b"a",
+        b"d",
+        b"",
+    ]
+
+
+def test_a_vocabulary_holds_no_more_than_its_text():
+    tokenizer = vowel_tokenizer("so so", 2000)
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.unknown) == ("vowel", 3, 2)
+    assert tokenizer.decode([1, 2, 0]) == "so "
+
+
+def test_a_vocabulary_of_one_knows_nothing_and_of_none_is_refused():
+    assert vowel_tokenizer("so it is", 1).encode("so it").tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="vocabulary size must be 1 or more"):
+        vowel_tokenizer("so it is", 0)
+    with pytest.raises(ValueError, match="stands for unknown tokens"):
+        SimpleVowelTokenizer(["<?>"], 10)
+
+
+@pytest.mark.parametrize("piece_size", [1, 7, 1 << 20])
+def test_a_vocabulary_trained_on_a_file_equals_one_of_its_tokens(monkeypatch, piece_size):
+    monkeypatch.setattr(tokenizers, "PIECE_SIZE", piece_size)
+    text = "\n".join(TEXTS)
+    for vocab_size in (1, 2, 50, 1000):
+        trained = SimpleVowelTokenizer.train(io.BytesIO(text.encode()), 1 << 30, vocab_size)
+        assert trained.tokens == vowel_tokenizer(text, vocab_size).tokens
+
+
+# Files
+
+
+@pytest.mark.parametrize("piece_size", [1, 2, 3, 5, 64, 1 << 20])
+def test_pieces_of_a_file_encode_as_the_whole_without_unknown_tokens(monkeypatch, piece_size):
+    monkeypatch.setattr(tokenizers, "PIECE_SIZE", piece_size)
+    for text in [*TEXTS, CHARACTERS * 2, "\n".join(TEXTS)]:
+        for tokenizer in (CharTokenizer(), vowel_tokenizer(text), vowel_tokenizer(text, 9)):
+            ids = tokenizer.encode_file(io.BytesIO(text.encode()), 1 << 30)
+            assert ids.dtype == tokenizer.encode(text).dtype
+            assert ids.tolist() == known(tokenizer, text)
+
+
+@pytest.mark.parametrize("piece_size", [1, 4, 1 << 20])
+def test_a_character_cut_by_the_size_is_dropped(monkeypatch, piece_size):
+    monkeypatch.setattr(tokenizers, "PIECE_SIZE", piece_size)
+    text = "aä日🔥ß. b"
+    data = text.encode()
+    tokenizers_of_text = (CharTokenizer(), vowel_tokenizer("aä日🔥ß a"))
+    for size in range(len(data) + 1):
+        start = data[:size].decode(errors="ignore")
+        for tokenizer in tokenizers_of_text:
+            assert encode_file(tokenizer, data, size) == known(tokenizer, start)
+
+
+@pytest.mark.parametrize("piece_size", [1, 10, 1 << 20])
+@pytest.mark.parametrize(
+    ("data", "offset", "byte"),
+    [
+        (b"\xff", 0, 0xFF),
+        (b"twenty five good bytes..." + b"\xff" + b"more", 25, 0xFF),
+        ("nine bytes: äöü 日本".encode() + b"\xe3\x80z", 25, 0xE3),
+        (b"a lone \x80 continuation", 7, 0x80),
+        (b"half a pair \xed\xa0\x80", 12, 0xED),
+        ("a truncated end: 🔥".encode()[:-1], 17, 0xF0),
+    ],
+)
+def test_what_is_not_utf8_is_refused_with_its_offset(monkeypatch, piece_size, data, offset, byte):
+    monkeypatch.setattr(tokenizers, "PIECE_SIZE", piece_size)
+    message = f"corpus is not UTF-8: invalid byte 0x{byte:02x} at offset {offset};"
+    for size in (len(data), len(data) + 1):
+        with pytest.raises(ValueError, match=message):
+            encode_file(CharTokenizer(), data, size)
+        with pytest.raises(ValueError, match=message):
+            SimpleVowelTokenizer.train(io.BytesIO(data), size, 100)
+
+
+def test_an_empty_file_has_no_ids():
+    assert encode_file(CharTokenizer(), b"") == []
+    assert SimpleVowelTokenizer.train(io.BytesIO(b""), 99, 10).vocab_size == 1
+
+
+def test_bytes_beyond_the_size_are_neither_encoded_nor_checked():
+    assert encode_file(CharTokenizer(), b"ab\xff", 2) == [2, 3]
+
+
+# Saving and loading
+
+
+def test_a_saved_vocabulary_loads_as_it_was(tmp_path):
+    tokenizer = vowel_tokenizer('a"\\\x00\n\u2028 日本 ' + SAVED["text"], 15)
+    tokenizer.save(tmp_path)
+    loaded = tokenizers.load("vowel", tmp_path)
+    assert type(loaded) is SimpleVowelTokenizer
+    assert loaded.tokens == tokenizer.tokens
+    assert loaded.encode(SAVED["text"]).tolist() == tokenizer.encode(SAVED["text"]).tolist()
+
+
+def test_the_character_tokenizer_needs_no_file(tmp_path):
+    CharTokenizer().save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert type(tokenizers.load("char", tmp_path)) is CharTokenizer
+
+
+def test_an_unknown_tokenizer_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="unknown tokenizer 'word': .*'char' and 'vowel'"):
+        tokenizers.load("word", tmp_path)
+
+
+def test_a_vocabulary_saved_by_the_original_gives_its_ids():
+    tokenizer = SimpleVowelTokenizer.load(DATA / "vowel.bin")
+    ids = SAVED["vowel_ids"]
+    assert tokenizer.vocab_size == SAVED["vowel_vocab_size"]
+    assert tokenizer.encode(SAVED["text"]).tolist()[: len(ids)] == ids
+    assert tokenizer.decode(ids) == "".join(SAVED["vowel_tokens"])
+
+
+def test_a_vocabulary_with_the_originals_empty_token_loads(tmp_path):
+    path = tmp_path / "vowel.bin"
+    path.write_bytes(bincode({"so": 1, "": 0, "<?>": 2}))
+    assert SimpleVowelTokenizer.load(path).encode("so as").tolist() == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Expecting value"),
+        (b"[]", "no list of strings"),
+        (b'{"tokens": "ab"}', "no list of strings"),
+        (b'{"tokens": ["a", 1, "<?>"]}', "no list of strings"),
+        (b'{"tokens": []}', "last token is not <[?]>"),
+        (b'{"tokens": ["a", "b"]}', "last token is not <[?]>"),
+        (b'{"tokens": ["b", "a", "<?>"]}', "not in sorted order"),
+        (b'{"tokens": ["a", "a", "<?>"]}', "not in sorted order"),
+        (b'{"tokens": ["<?>", "<?>"]}', "stands for unknown tokens"),
+        (b'{"tokens": ["\\ud800", "<?>"]}', "surrogates not allowed"),
+        (b'{"tokens": ["\xff", "<?>"]}', "invalid start byte"),
+        (b"[" * 100_000, "recursion"),
+        (bytes(7), "ends too early"),
+        (bytes(16), "last token is not <[?]>"),
+        (b"\0" + b"\xff" * 40, "ends too early"),
+        ((1).to_bytes(8, "little") + b"\0" + b"\xff" * 40, "ends too early"),
+        (bincode({"<?>": 0}) + b"\0", "two halves do not agree"),
+        (bincode({"<?>": 0})[:-1] + b"!", "two halves do not agree"),
+        (bincode({"<?>": 1}), "ids are not 0, 1, 2"),
+        (bincode({"b": 0, "a": 1, "<?>": 2}), "not in sorted order"),
+    ],
+)
+def test_a_malformed_vocabulary_is_refused_with_a_reason(tmp_path, content, reason):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"tokenizer.json is not a vocabulary: .*{reason}"):
+        SimpleVowelTokenizer.load(path)
+
+
+def test_a_missing_vocabulary_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="cannot read the vocabulary .*tokenizer.json: No such"):
+        tokenizers.load("vowel", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vowel.bin", "tokenizer.json"])
+def test_a_damaged_vocabulary_loads_or_is_refused(tmp_path, name):
+    path = tmp_path / name
+    SimpleVowelTokenizer.load(DATA / "vowel.bin").save(tmp_path)
+    intact = path.read_bytes() if path.exists() else (DATA / name).read_bytes()
+    chance = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(intact[: chance.choice([len(intact), chance.randrange(len(intact))])])
+        for _ in range(chance.randrange(4)):
+            if damaged:
+                damaged[chance.randrange(len(damaged))] = chance.choice([0, 1, 127, 128, 255])
+        path.write_bytes(damaged)
+        try:
+            tokenizer = SimpleVowelTokenizer.load(path)
+        except ValueError:
+            continue
+        assert max(tokenizer.encode(SAVED["text"])) < tokenizer.vocab_size

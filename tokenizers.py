@@ -1,0 +1,373 @@
+"""Text to token ids and back: one id a character, or one a piece of a word.
+
+Both tokenizers know a fixed set of tokens; everything else shares one more id, `unknown`, the last
+of the vocabulary. Ids, order and rule are those of gpt-burn (github.com/felix-andreas/gpt-burn),
+whose models depend on them.
+"""
+
+import codecs
+import json
+import string
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+# Bytes read from a file at a time. With larger pieces numpy asks the system for fresh memory at
+# every step, which takes up to half of the time.
+PIECE_SIZE = 1 << 16
+CHARACTERS = "\n " + string.ascii_letters + string.punctuation + string.digits + "äüöÄÖÜß"
+VOWELS = "aeiouäöü"
+# Unicode's White_Space, as in Rust; `str.isspace` holds U+001C to U+001F as well.
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+SEPARATORS = frozenset(WHITE_SPACE + string.punctuation)
+
+
+def load(config_name: str, folder: Path) -> "Tokenizer":
+    """The tokenizer that the config in a model's folder names; ValueError if there is none."""
+    if config_name == CharTokenizer.name:
+        return CharTokenizer()
+    if config_name == SimpleVowelTokenizer.name:
+        return SimpleVowelTokenizer.load(folder / "tokenizer.json")
+    raise ValueError(f"unknown tokenizer {config_name!r}: the known ones are 'char' and 'vowel'")
+
+
+class Tokenizer:
+    """What all tokenizers share: files, and the way back from ids to text.
+
+    A subclass sets `tokens`, the UTF-8 of each id, and says how to `encode` and where to `cut`.
+    """
+
+    name: str
+    tokens: list[bytes]
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def unknown(self) -> int:
+        return len(self.tokens) - 1
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest unsigned integer that holds every id."""
+        return np.min_scalar_type(self.unknown)
+
+    def encode(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    @staticmethod
+    def cut(text: str) -> int:
+        """The last place found where a token starts whatever follows the text; 0 if none is."""
+        raise NotImplementedError
+
+    def encode_file(self, file: BinaryIO, size: int) -> np.ndarray:
+        """The ids of a file's first `size` bytes, without the unknown ones.
+
+        Needs little more memory than the ids. ValueError if the file is not UTF-8.
+        """
+        ids = bytearray()  # grows in place: a list of arrays would be copied to be joined
+        for text in self.pieces(file, size):
+            piece = self.encode(text)
+            ids += piece[piece != self.unknown].tobytes()
+        return np.frombuffer(ids, self.dtype)
+
+    @classmethod
+    def pieces(cls, file: BinaryIO, size: int) -> Iterator[str]:
+        """The text of a file's first `size` bytes, in pieces that no token straddles."""
+        parts = []
+        for text in read_text(file, size):
+            cut = cls.cut(text)
+            if cut:
+                yield "".join([*parts, text[:cut]])
+                parts = []
+            parts.append(text[cut:])
+        yield "".join(parts)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The UTF-8 of one token; nothing for `unknown`."""
+        return self.tokens[id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; unknown ones are skipped."""
+        return b"".join(map(self.token_bytes, ids)).decode()
+
+    def save(self, folder: Path) -> None:
+        """Writes what `load` needs beside the name; nothing if the name says it all."""
+
+
+class CharTokenizer(Tokenizer):
+    """One id for each of 103 characters: most of what English and German texts are made of."""
+
+    name = "char"
+    tokens = [character.encode() for character in CHARACTERS] + [b""]
+    # By code point; the last entry stands for all from there on.
+    ids = np.full(257, len(CHARACTERS), np.uint8)
+    ids[[ord(character) for character in CHARACTERS]] = np.arange(len(CHARACTERS))
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.ids[np.minimum(code_points(text), 256)]
+
+    @staticmethod
+    def cut(text: str) -> int:
+        return len(text)
+
+
+class SimpleVowelTokenizer(Tokenizer):
+    """Words cut before vowels into something like syllables; white space and punctuation alone.
+
+    Knows the `vocab_size - 1` most frequent of the given tokens (all, if they are fewer), with ids
+    in sorted order. Of equally frequent tokens it prefers the first in that order.
+    """
+
+    name = "vowel"
+    catch_all = "<?>"  # what a file lists for `unknown`; no text has it: `<` is a token by itself
+
+    def __init__(self, tokens: Iterable[str], vocab_size: int):
+        known = sorted(most_frequent(Counter(tokens), vocab_size - 1))
+        if self.catch_all in known:
+            raise ValueError(f"{self.catch_all} stands for unknown tokens and cannot be one")
+        self.tokens = [token.encode() for token in known] + [b""]
+        self.ids = {token: id for id, token in enumerate(self.tokens[:-1])}
+        self._fill_slots()
+
+    @staticmethod
+    def tokenize(text: str) -> list[str]:
+        """The tokens of a text; joined, they are the text.
+
+        One starts at each separator, after each separator, and at each vowel that stands more than
+        3 UTF-8 bytes after the start of the token before it. This is the rule in its plain form;
+        `token_offsets` is its fast one.
+        """
+        tokens, token, after_separator = [], "", False
+        for character in text:
+            separator = character in SEPARATORS
+            if token and (
+                separator
+                or after_separator
+                or (character in VOWELS and len(token.encode("utf-8", "surrogatepass")) > 3)
+            ):
+                tokens.append(token)
+                token = ""
+            token += character
+            after_separator = separator
+        return [*tokens, token] if token else tokens
+
+    @classmethod
+    def train(cls, file: BinaryIO, size: int, vocab_size: int) -> "SimpleVowelTokenizer":
+        """The tokenizer with the most frequent tokens of a file's first `size` bytes.
+
+        ValueError if the file is not UTF-8.
+        """
+        counts: Counter[bytes] = Counter()
+        for text in cls.pieces(file, size):
+            data = text.encode()
+            offsets = token_offsets(text, data)
+            keys, repeats = np.unique(token_keys(data, offsets), return_counts=True)
+            for key, count in zip(keys.tolist(), repeats.tolist(), strict=True):
+                length, *_ = packed = key.to_bytes(8, "little")
+                counts[packed[8 - length :]] += count
+            counts.update(slices(data, offsets, np.flatnonzero(np.diff(offsets) > 7)))
+        del counts[b""]  # the key that long tokens share
+        tokens = most_frequent(counts, vocab_size - 1)
+        return cls((token.decode() for token in tokens), vocab_size)
+
+    def encode(self, text: str) -> np.ndarray:
+        data = text.encode("utf-8", "surrogatepass")
+        offsets = token_offsets(text, data)
+        keys = token_keys(data, offsets)
+        slots = self._slots(keys)
+        ids = self.slot_ids[slots]
+        others = np.flatnonzero(self.slot_keys[slots] != keys)
+        ids[others] = self.unknown
+        others = others[self.crowded[slots[others]]]
+        tokens = slices(data, offsets, others)
+        ids[others] = [self.ids.get(token, self.unknown) for token in tokens]
+        return ids
+
+    def _fill_slots(self) -> None:
+        """A hash table for numpy: one token a slot; `ids` must be asked about a crowded slot's."""
+        short = [token for token in self.ids if 0 < len(token) < 8]
+        offsets = np.cumsum([0] + [len(token) for token in short])
+        keys = token_keys(b"".join(short), offsets)
+        self.slot_bits = len(short).bit_length() + 6  # so that few share one
+        slots = self._slots(keys)
+        self.slot_keys = np.zeros(1 << self.slot_bits, np.uint64)
+        self.slot_keys[slots] = keys
+        self.slot_ids = np.zeros(1 << self.slot_bits, self.dtype)
+        self.slot_ids[slots] = [self.ids[token] for token in short]
+        self.crowded = np.bincount(slots, minlength=1 << self.slot_bits) > 1
+        # Long tokens have the key 0, whose slot is the first; no token has the key 8.
+        self.slot_keys[0], self.crowded[0] = 8, True
+
+    def _slots(self, keys: np.ndarray) -> np.ndarray:
+        # Multiplicative hashing (Knuth, volume 3, 6.4), by 2^64 over the golden ratio.
+        hashes = keys * np.uint64(0x9E3779B97F4A7C15)
+        return (hashes >> np.uint64(64 - self.slot_bits)).astype(np.int64)
+
+    @staticmethod
+    def cut(text: str) -> int:
+        separators = (i for i in range(len(text) - 1, 0, -1) if text[i] in SEPARATORS)
+        return next(separators, 0)
+
+    def save(self, folder: Path) -> None:
+        tokens = [token.decode() for token in self.tokens[:-1]] + [self.catch_all]
+        content = json.dumps({"tokens": tokens}, ensure_ascii=False, indent=1)
+        (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "SimpleVowelTokenizer":
+        """Reads what `save` writes, or the bincode that gpt-burn writes.
+
+        They are told apart by the zero bytes of bincode's first number: JSON has none.
+        ValueError if the file cannot be read or is neither.
+        """
+        try:
+            data = path.read_bytes()
+            tokens = parse_bincode(data) if b"\0" in data[:8] else parse_json(data)
+            if tokens[-1:] != [cls.catch_all]:
+                raise ValueError(f"its last token is not {cls.catch_all}")
+            if any(token >= following for token, following in pairwise(tokens[:-1])):
+                raise ValueError("its tokens are not in sorted order")
+            return cls(tokens[:-1], len(tokens))
+        except OSError as error:
+            raise ValueError(f"cannot read the vocabulary {path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not a vocabulary: {error}") from error
+
+
+def most_frequent(counts: Counter, n: int) -> list:
+    """The `n` keys with the highest counts; of equal counts, the first in sorted order."""
+    if n < 0:
+        raise ValueError("the vocabulary size must be 1 or more: unknown tokens take one id")
+    return sorted(counts, key=lambda key: (-counts[key], key))[:n]
+
+
+def read_text(file: BinaryIO, size: int) -> Iterator[str]:
+    """The first `size` bytes of a file, in pieces; a character that `size` cuts is left out.
+
+    ValueError with the offset of the first byte that is not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    while True:
+        data = file.read(min(PIECE_SIZE, size - position))
+        is_end_of_file = not data and (position < size or not file.read(1))
+        n_waiting = len(decoder.getstate()[0])  # bytes of a character whose end comes now
+        try:
+            text = decoder.decode(data, final=is_end_of_file)
+        except UnicodeDecodeError as error:
+            byte, offset = error.object[error.start], position - n_waiting + error.start
+            raise ValueError(
+                f"corpus is not UTF-8: invalid byte 0x{byte:02x} at offset {offset}; "
+                "convert it to UTF-8"
+            ) from None
+        yield text
+        if not data:
+            return
+        position += len(data)
+
+
+def code_points(text: str) -> np.ndarray:
+    # Half a surrogate pair, as in a command line that is not UTF-8, is an unknown character.
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+OTHER, VOWEL, SEPARATOR = range(3)
+KINDS = np.full(0x3002, OTHER, np.uint8)  # by code point; U+3000 is the last separator
+KINDS[[ord(character) for character in VOWELS]] = VOWEL
+KINDS[[ord(character) for character in SEPARATORS]] = SEPARATOR
+ASCII_KINDS = KINDS[:128].tobytes() + bytes(128)
+
+
+def token_offsets(text: str, data: bytes) -> np.ndarray:
+    """Where the tokens of `SimpleVowelTokenizer.tokenize` start in the text's UTF-8, and its end.
+
+    Numpy looks at all bytes at once.
+    """
+    # Flags a byte, and one for the end; 3 more before the first.
+    kinds = np.frombuffer(bytearray(3) + data.translate(ASCII_KINDS) + b"\0", np.uint8)
+    ends = kinds == SEPARATOR
+    if not text.isascii():
+        points = code_points(text)
+        points = points[points > 0x7F]
+        first_bytes = np.flatnonzero(np.frombuffer(data, np.uint8) >= 0xC0) + 3
+        kinds[first_bytes] = KINDS[np.minimum(points, len(KINDS) - 1)]
+        last_bytes = first_bytes + 1 + (points > 0x7FF) + (points > 0xFFFF)
+        ends[last_bytes] = kinds[first_bytes] == SEPARATOR
+    vowels = kinds == VOWEL
+    certain = kinds == SEPARATOR  # a token starts here, whatever came before
+    certain[1:] |= ends[:-1]
+    certain[[3, -1]] = True
+
+    # A vowel starts a token if none of the 3 bytes before it does, which in turn depends on those
+    # before. Supposing first that no vowel starts one, then that all do which then seem free to,
+    # and so on, gives lower and upper bounds in turn; where they still differ after a few rounds,
+    # bytes are looked at one by one.
+    starts = certain
+    for _ in range(4):
+        previous = starts
+        starts = certain.copy()
+        near = previous[:-3] | previous[1:-2] | previous[2:-1]
+        starts[3:] |= vowels[3:] & ~near
+    settled = bytearray(starts)
+    for index in np.flatnonzero(starts != previous).tolist():
+        settled[index] = 1 not in settled[index - 3 : index]
+    return np.flatnonzero(np.frombuffer(settled, bool)[3:])
+
+
+def token_keys(data: bytes, offsets: np.ndarray) -> np.ndarray:
+    """A number for each token: its length as the lowest byte, its bytes as the highest ones.
+
+    0 for those of more than 7 bytes, which do not fit.
+    """
+    # The 8 bytes from each offset on, as one number.
+    windows = np.ndarray(len(data) + 1, "<u8", data + bytes(8), strides=(1,))[offsets[:-1]]
+    lengths = np.diff(offsets).astype(np.uint64)
+    lengths *= lengths < 8
+    return (windows << (64 - 8 * lengths)) + lengths  # numpy shifts by 64 to 0
+
+
+def slices(data: bytes, offsets: np.ndarray, indices: np.ndarray) -> Iterator[bytes]:
+    starts, ends = offsets[indices].tolist(), offsets[indices + 1].tolist()
+    return (data[start:end] for start, end in zip(starts, ends, strict=True))
+
+
+def parse_json(data: bytes) -> list[str]:
+    content = json.loads(data.decode())
+    tokens = content.get("tokens") if isinstance(content, dict) else None
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError('it holds no list of strings named "tokens"')
+    return tokens
+
+
+def parse_bincode(data: bytes) -> list[str]:
+    """A vocabulary as gpt-burn saves it: tokens to ids, then ids to tokens, in any order."""
+    rest = memoryview(data)
+
+    def take(n_bytes: int) -> memoryview:
+        nonlocal rest
+        if n_bytes > len(rest):
+            raise ValueError("it ends too early")
+        taken, rest = rest[:n_bytes], rest[n_bytes:]
+        return taken
+
+    def read_number() -> int:
+        return int.from_bytes(take(8), "little")
+
+    def read_string() -> str:
+        return str(take(read_number()), "utf-8")
+
+    ids = {read_string(): read_number() for _ in range(read_number())}
+    tokens = {read_number(): read_string() for _ in range(read_number())}
+    if rest or ids != {token: id for id, token in tokens.items()}:
+        raise ValueError("its two halves do not agree")
+    if sorted(tokens) != list(range(len(tokens))):
+        raise ValueError("its ids are not 0, 1, 2, ...")
+    return [tokens[id] for id in range(len(tokens))]
