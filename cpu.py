@@ -1,239 +1,404 @@
-"""What tinygrad's CPU backend lacks: a C compiler without set-up, BLAS, and every core.
+"""What tinygrad's CPU backend lacks: BLAS, the other cores, and a C compiler without set-up.
 
-Importing it is enough: tinygrad's CPU device then compiles with `CC`, a clang on the PATH or the
-package ziglang, and runs a captured jit on all cores. `einsum` is the matrix product of the model,
-by BLAS on the CPU and by tinygrad's own code elsewhere. With BLAS=0 it is that everywhere.
+Importing it is enough. `einsum` is the model's matrix product on every backend. tinygrad's CPU
+device then calls BLAS for it, replays a captured jit on all cores, and compiles with `CC`, with a
+clang on the PATH, or with the one that the package ziglang carries.
 """
 
 import ctypes
 import functools
+import hashlib
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import tinygrad.codegen.opt.heuristic as heuristic
 import tinygrad.runtime.ops_cpu as ops_cpu
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.device import TinyELF
+from tinygrad.dtype import DType
 from tinygrad.engine.jit import GraphRunner
-from tinygrad.helpers import NUM_CPU_THREADS, getenv
-from tinygrad.renderer.cstyle import ClangRenderer as TinygradClangRenderer
+from tinygrad.helpers import DEV, NUM_CPU_THREADS
+from tinygrad.renderer import cstyle
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 
-# ---- compiling ----
+# ---- matrix products, by BLAS ----
 
-# Plain loops, and the leave to reorder sums, without which clang vectorises none of them.
-# Not -ffast-math as a whole: infinities and NaN have to keep their meaning.
-FLAGS = (
-    "-O3",
-    "-fno-trapping-math",
-    "-fno-signed-zeros",
-    "-fassociative-math",
-    "-freciprocal-math",
-    *os.environ.get("XFLAGS", "").split(),
-)
+
+def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
+    """`Tensor.einsum` for two tensors, by BLAS (in float32) where they are on the CPU.
+
+    The environment variable BLAS=0 leaves the CPU's products to tinygrad, too.
+    """
+    if not a.device.startswith("CPU") or blas() is None:
+        return Tensor.einsum(spec, a, b)
+    operands, letters_c = spec.split("->")
+    letters_a, letters_b = operands.split(",")
+    sizes = dict(zip(letters_a + letters_b, a.shape + b.shape, strict=True))
+    c = Tensor.empty(*[sizes[letter] for letter in letters_c], device=a.device)
+    a, b = (x.cast(dtypes.float32).contiguous() for x in (a, b))
+    address = blas_address(a.device)
+    return Tensor(_product(c.uop, a.uop, b.uop, address.uop, (letters_a, letters_b, letters_c)))
+
+
+def _product(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str]) -> UOp:
+    """c, holding the product of a and b. The gradients are two more such products."""
+    letters_a, letters_b, letters_c = letters
+
+    def gradient(of_c: UOp, call: UOp) -> tuple:
+        # The address is the one among the call's own sources: within a traced function a captured
+        # one would be another, empty buffer.
+        _, _, a, b, address = call.src
+        of_a, of_b = (UOp.new_buffer(x.device, x.numel(), x.dtype).reshape(x.shape) for x in (a, b))
+        of_a = _product(of_a, of_c, b, address, (letters_c, letters_b, letters_a))
+        of_b = _product(of_b, of_c, a, address, (letters_c, letters_a, letters_b))
+        return None, of_a, of_b, None
+
+    kernel = functools.partial(_sgemm_kernel, letters=letters)
+    return UOp.custom_kernel(c, a, b, address, fxn=kernel, grad_fxn=gradient)[0]
+
+
+def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str]) -> UOp:
+    """Calls BLAS once for each batch; the cores share the batches or, in one batch, its rows."""
+    letters_a, letters_b, letters_c = letters
+    sizes = dict(zip(letters_a + letters_b, a.shape + b.shape, strict=True))
+    strides_a, strides_b, strides_c = map(_strides, letters, (a.shape, b.shape, c.shape))
+    batches = [x for x in letters_c if x in letters_a and x in letters_b]
+    rows = [x for x in letters_c if x not in letters_b]
+    columns = [x for x in letters_c if x not in letters_a]
+    summed = [x for x in letters_a if x in letters_b and x not in letters_c]
+    if strides_c[columns[-1]] != 1:  # BLAS writes along rows: (a b)' = b' a'
+        a, b, strides_a, strides_b, rows, columns = b, a, strides_b, strides_a, columns, rows
+    is_transposed_a, step_a = _layout(strides_a, rows, summed)
+    is_transposed_b, step_b = _layout(strides_b, summed, columns)
+    _, step_c = _layout(strides_c, rows, columns)
+    m, n, k = (math.prod(sizes[x] for x in group) for group in (rows, columns, summed))
+
+    n_cores = largest_divisor(sizes[batches[0]] if batches else m, NUM_CPU_THREADS.value)
+    if m * n * k * math.prod(sizes[x] for x in batches) < MIN_SHARED_WORK:
+        n_cores = 1
+    core = UOp.range(n_cores, 0, AxisType.THREAD)
+    ranges = [core]
+    offset_a = offset_b = offset_c = UOp.const(0, dtypes.weakint)
+    for number, letter in enumerate(batches, 1):
+        index = UOp.range(sizes[letter] // (n_cores if number == 1 else 1), number)
+        ranges.append(index)
+        if number == 1:
+            index = core * (sizes[letter] // n_cores) + index
+        offset_a += index * strides_a[letter]
+        offset_b += index * strides_b[letter]
+        offset_c += index * strides_c[letter]
+    if not batches:
+        m //= n_cores
+        offset_a += core * m * (1 if is_transposed_a else step_a)
+        offset_c += core * m * step_c
+
+    integer = blas().integer
+    row_major, flag_a, flag_b = (
+        UOp.const(x, dtypes.int32) for x in (101, 111 + is_transposed_a, 111 + is_transposed_b)
+    )
+    m, n, k, step_a, step_b, step_c = (
+        UOp.const(x, integer) for x in (m, n, k, step_a, step_b, step_c)
+    )
+    alpha, beta = (UOp.const(x, dtypes.float32) for x in (1.0, 0.0))
+    a, b, c = a.flatten()[offset_a], b.flatten()[offset_b], c.flatten()[offset_c]
+    arguments = (row_major, flag_a, flag_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c)
+    call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
+    name = "sgemm_" + "_".join(letters)
+    return call.end(*ranges).sink(arg=KernelInfo(name=name, opts_to_apply=()))
+
+
+def _strides(letters: str, shape: tuple[int, ...]) -> dict[str, int]:
+    return {letter: math.prod(shape[i + 1 :]) for i, letter in enumerate(letters)}
+
+
+def _layout(strides: dict[str, int], rows: list[str], columns: list[str]) -> tuple[bool, int]:
+    """Whether the matrix is stored as its transpose, and the step from one stored row to the next.
+
+    The letters of a group lie beside one another in memory, so that the last one stands for all.
+    """
+    is_transposed = strides[columns[-1]] != 1
+    return is_transposed, strides[(columns if is_transposed else rows)[-1]]
+
+
+class Blas:
+    """The BLAS that numpy was built with: OpenBLAS, MKL or Accelerate."""
+
+    def __init__(self):
+        import numpy
+
+        # Symbols are looked for in what this module was linked with, too.
+        library = ctypes.CDLL(numpy._core._multiarray_umath.__file__)
+        names = ["scipy_{}64_", "{}64_", "scipy_{}", "{}"]
+        name = next(name for name in names if hasattr(library, name.format("cblas_sgemm")))
+        self.integer: DType = dtypes.int64 if "64" in name else dtypes.int32
+        sgemm = getattr(library, name.format("cblas_sgemm"))
+        self.sgemm: int = ctypes.cast(sgemm, ctypes.c_void_p).value
+        # A kernel runs on all cores already, each of which calls BLAS for its share.
+        for setter in (name.format("openblas_set_num_threads"), "MKL_Set_Num_Threads"):
+            if hasattr(library, setter):
+                getattr(library, setter)(1)
 
 
 @functools.cache
-def compiler_command() -> list[str]:
-    """The C compiler: CC, a clang on the PATH, or the one that the package ziglang carries."""
-    if cc := os.environ.get("CC"):
-        return [cc]
-    if clang := shutil.which("clang"):
-        return [clang]
-    import ziglang
-    return [str(Path(ziglang.__file__).parent / "zig"), "clang"]
+def blas() -> Blas | None:
+    if os.environ.get("BLAS") == "0":
+        return None
+    try:
+        return Blas()
+    except (StopIteration, OSError):
+        return None
 
 
-class Compiler(ClangCompiler):
-    def __init__(self, arch: list[str]):
-        key = "_".join(["gpt_tiny", *FLAGS])
-        super().__init__(arch, key)
-
-    def compile(self, src: str) -> bytes:
-        return subprocess.check_output([*compiler_command(), "-c", "-x", "c", "-fPIC", "-ffreestanding", "-fno-math-errno", "-nostdlib", "-fno-ident",
-            f"--target={self.arch}-none-unknown-elf", *self.args, *FLAGS, "-", "-o", "-"], input=src.encode())
+@functools.cache
+def blas_address(device: str) -> Tensor:
+    """A buffer that holds the address of `sgemm`: unlike the code, it may change with each run."""
+    return Tensor([blas().sgemm], dtype=dtypes.uint64, device=device).realize()
 
 
-class ClangRenderer(TinygradClangRenderer):
-    def __init__(self, target):
-        super().__init__(target)
-        self.compiler = Compiler(target.arch.split(","))
+# ---- kernels, and all cores for them ----
 
-tinygrad_optimizations = heuristic.hand_coded_optimizations
+MIN_SHARED_WORK = 1 << 14  # element operations; with fewer, waking a core costs more than it gives
 
-VEC = int(os.environ.get("VEC", "16"))
+
+def largest_divisor(n: int, limit: int) -> int:
+    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
+
+
 def plain_loops(kernel):
-    """Clang vectorises a plain loop better than tinygrad unrolls it."""
-    if not isinstance(kernel.ren, ClangRenderer):
-        return tinygrad_optimizations(kernel)
+    """Leaves loops as they are: clang vectorises them better than tinygrad unrolls them."""
     kernel = kernel.copy()
-    # a sum down the columns: keep a row of sums, since clang can't swap the loops
-    if VEC and kernel.reduceop is not None:
-        reduce = kernel.ranges_of(AxisType.REDUCE)
-        loads = [b.src[1].get_idx() for b in kernel.bufs]
-        def unit(r):
-            return [i for i in loads if r in i.split_uop(Ops.ADD)]
-        if reduce and not any(unit(r) for r in reduce):
-            for axis in kernel.axes_of(AxisType.WEAK)[::-1]:
-                if unit(kernel.rngs[axis]) and kernel.full_shape[axis] % VEC == 0:
-                    try: kernel.apply_opt(Opt(OptOps.UPCAST, axis, VEC))
-                    except KernelOptError: pass
-                    break
-    threads = NUM_CPU_THREADS.value
-    if math.prod(kernel.full_shape) >= int(os.environ.get("PAR", "16384")):
+    # A sum down the columns of a matrix: clang can't swap the loops, so sum 16 columns at once.
+    for axis in columns_summed(kernel)[-1:]:
+        width = largest_divisor(kernel.full_shape[axis], 16)
+        try_optimization(kernel, Opt(OptOps.UPCAST, axis, width))
+
+    if all(isinstance(n, int) for n in kernel.full_shape):
+        if math.prod(kernel.full_shape) < MIN_SHARED_WORK:
+            return kernel
         for axis in kernel.axes_of(AxisType.WEAK):
-            if kernel.full_shape[axis] % threads == 0:
-                try:
-                    kernel.apply_opt(Opt(OptOps.THREAD, axis, threads)); break
-                except KernelOptError: pass
+            n_cores = largest_divisor(kernel.full_shape[axis], NUM_CPU_THREADS.value)
+            if n_cores > 1 and try_optimization(kernel, Opt(OptOps.THREAD, axis, n_cores)):
+                break
     return kernel
 
 
-heuristic.hand_coded_optimizations = plain_loops
-ops_cpu.ClangRenderer = ClangRenderer
+def columns_summed(kernel) -> list[int]:
+    """The axes that run along the rows of matrices which the kernel sums down their columns."""
+    summed = kernel.ranges_of(AxisType.REDUCE)
+    indices = [buffer.src[1].get_idx() for buffer in kernel.bufs]
+    matrices = [i for i in indices if len(i.ranges) > 1 and any(r in i.ranges for r in summed)]
+    steps_of_1 = [term for index in matrices for term in index.split_uop(Ops.ADD)]
 
-GRAPH_SOURCE = """
-typedef unsigned long long u64;
-typedef void kernel(u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64,
-  u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64);
-typedef void kernel8(u64, u64, u64, u64, u64, u64, u64, u64);
-void run(u64 *word, u64 n, u64 thread, u64 threads, u64 *arrived, int (*yield)(void)) {
-  for (u64 k = 0; k < n; k++) {
-    u64 fn = word[0], n_args = word[1], used = word[2], core = word[3], a[32];
-    word += 4;
-    if (thread < used) {
-      for (u64 i = 0; i < n_args; i++) a[i] = word[i];
-      if (used > 1) a[core] = thread;
-      if (n_args <= 8) ((kernel8 *)fn)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]);
-      else ((kernel *)fn)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15],
-        a[16], a[17], a[18], a[19], a[20], a[21], a[22], a[23], a[24], a[25], a[26], a[27], a[28], a[29], a[30], a[31]);
+    def is_along_rows(range_: UOp) -> bool:
+        return any(term is range_ for term in steps_of_1)
+
+    if any(map(is_along_rows, summed)):
+        return []
+    return [axis for axis in kernel.axes_of(AxisType.WEAK) if is_along_rows(kernel.rngs[axis])]
+
+
+def try_optimization(kernel, optimization: Opt) -> bool:
+    try:
+        kernel.apply_opt(optimization)
+        return True
+    except KernelOptError:
+        return False
+
+
+# `words` holds for each kernel: its address, the number of cores that share it, which argument is
+# the number of the core, how many arguments it has, and these. All cores run the whole list.
+RUN_KERNELS = """
+typedef unsigned long long word;
+typedef void kernel_8(word, word, word, word, word, word, word, word);
+typedef void kernel_64(%s);
+void run_kernels(word *words, word n_kernels, word core, word n_cores, word *arrived, int (*yield)(void)) {
+  for (word i = 1; i <= n_kernels; i++) {
+    word kernel = words[0], n_sharing = words[1], core_argument = words[2], n_arguments = words[3];
+    words += 4;
+    if (core < n_sharing) {
+      word a[64];
+      for (word j = 0; j < n_arguments; j++) a[j] = words[j];
+      if (n_sharing > 1) a[core_argument] = core;
+      if (n_arguments <= 8) ((kernel_8 *)kernel)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]);
+      else ((kernel_64 *)kernel)(%s);
     }
-    word += n_args;
-    if (threads > 1) {
-      __atomic_fetch_add(arrived, 1, __ATOMIC_ACQ_REL);
-      u64 spins = 0;
-      while (__atomic_load_n(arrived, __ATOMIC_ACQUIRE) < (k + 1) * threads) if (++spins > 20000) yield();
-    }
+    words += n_arguments;
+    __atomic_fetch_add(arrived, 1, __ATOMIC_ACQ_REL);
+    for (word spins = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < i * n_cores; spins++)
+      if (spins > 10000) yield();
   }
 }
-"""
+""" % (", ".join(["word"] * 64), ", ".join(f"a[{i}]" for i in range(64)))
+
 
 class CPUGraph(GraphRunner):
-    def __init__(self, linear, input_uops=()):
+    """The kernels of a captured jit, one after the other, each on all cores."""
+
+    def __init__(self, linear: UOp, input_uops: tuple[UOp, ...] = ()):
         super().__init__(linear, input_uops)
-        words, self.slots, self.varslots = [], {}, {}
-        for j, ((_, ast, bufs, device_vars), runtime) in enumerate(zip(self.calls, self.runtimes)):
-            p = ast.arg
-            args = [b._buf.va_addr for b in bufs]
-            vals = [device_vars.get(v.expr, 0) for v in p.vars]
-            core = p.runtimevars.get("core_id")
-            threads = p.global_size[0] if core is not None else 1
-            base = len(words) + 4
-            for pos, i in self.uop_replace[j]: self.slots[base + pos] = i
-            for i, v in self.var_vals_replace.get(j, ()): self.varslots[base + len(args) + i] = v
-            words += [runtime.addr, len(args) + len(vals), threads, len(args) + (core or 0), *args, *vals]
-        self.words = np.array(words, np.uint64)
-        self.n = len(self.calls)
-        self.arrived = np.zeros(1, np.uint64)
+        words, self.input_words, self.variable_words = [], {}, {}
+        for number, (_, program, buffers, device_variables) in enumerate(self.calls):
+            info = program.arg
+            addresses = [buffer._buf.va_addr for buffer in buffers]
+            values = [device_variables.get(variable.expr, 0) for variable in info.vars]
+            core_variable = info.runtimevars.get("core_id")
+            n_sharing = 1 if core_variable is None else info.global_size[0]
+            words += [self.runtimes[number].addr, n_sharing]
+            words += [len(addresses) + (core_variable or 0), len(addresses) + len(values)]
+            for position, i in self.uop_replace[number]:
+                self.input_words[len(words) + position] = i
+            for position, i in self.var_vals_replace.get(number, ()):
+                self.variable_words[len(words) + len(addresses) + position] = self.vars[i]
+            words += addresses + values
+        self.words = (ctypes.c_uint64 * len(words))(*words)
 
-    def __call__(self, input_uops, var_vals, wait=False):
-        for slot, i in self.slots.items():
-            self.words[slot] = input_uops[i].buffer.get_buf("CPU").va_addr
-        for slot, i in self.varslots.items():
-            self.words[slot] = var_vals[self.vars[i]]
-        self.arrived[0] = 0
-        run, yld, pool, threads = runner()
-        args = lambda t: [ctypes.c_uint64(x) for x in (self.words.ctypes.data, self.n, t, threads, self.arrived.ctypes.data, yld)]
-        futures = [pool.submit(run, *args(t)) for t in range(1, threads)]
-        run(*args(0))
-        for f in futures: f.result()
+    def __call__(self, input_uops, var_vals, wait=False) -> None:
+        for word, i in self.input_words.items():
+            self.words[word] = input_uops[i].buffer.get_buf(self.calls[0][2][0].device).va_addr
+        for word, name in self.variable_words.items():
+            self.words[word] = var_vals[name]
+        cores.run_kernels(self.words, len(self.calls))
 
-@functools.cache
-def runner():
-    dev = Device["CPU"]
-    lib = dev.renderer.compiler.compile_cached(GRAPH_SOURCE)
-    prog = ops_cpu.CPUProgram(dev, TinyELF(lib, "run", dev.renderer.target, ()))
-    runner.prog = prog
-    libc = ctypes.CDLL(None)
-    n = NUM_CPU_THREADS.value
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_uint64]*6)(prog.addr), ctypes.cast(libc.sched_yield, ctypes.c_void_p).value, ThreadPoolExecutor(max(1, n - 1)), n
+
+class Cores:
+    """A thread for each core but the caller's, which take part in running lists of kernels."""
+
+    def run_kernels(self, words: ctypes.Array, n_kernels: int) -> None:
+        n_cores, arrived = NUM_CPU_THREADS.value, ctypes.c_uint64(0)
+        arguments = (words, n_kernels), (n_cores, ctypes.byref(arrived), self.yield_core)
+        others = [
+            self.threads.submit(self.function, *arguments[0], core, *arguments[1])
+            for core in range(1, n_cores)
+        ]
+        self.function(*arguments[0], 0, *arguments[1])
+        for other in others:
+            other.result()
+
+    @functools.cached_property
+    def threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(NUM_CPU_THREADS.value, "core")
+
+    @functools.cached_property
+    def function(self):
+        device = Device["CPU"]
+        code = device.renderer.compiler.compile_cached(RUN_KERNELS)
+        self.program = ops_cpu.CPUProgram(
+            device, TinyELF(code, "run_kernels", device.renderer.target, ())
+        )
+        word, pointer = ctypes.c_uint64, ctypes.c_void_p
+        return ctypes.CFUNCTYPE(None, pointer, word, word, word, pointer, pointer)(
+            self.program.addr
+        )
+
+    @functools.cached_property
+    def yield_core(self) -> ctypes.c_void_p:
+        return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p)
+
+
+cores = Cores()
+
+# ---- the C compiler ----
+
+# Clang vectorises a sum only with leave to reorder it. -ffast-math as a whole would also take
+# infinities and NaN for impossible.
+FLAGS = (
+    "-O3 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math"
+)
+# What tinygrad writes is C with clang's vectors.
+PROBE = "typedef float f4 __attribute__((ext_vector_type(4))); f4 f(f4 x) { return x + x.wzyx; }"
+
+
+class CPUCompiler(ClangCompiler):
+    """tinygrad's ClangCompiler, with flags of our own and any clang that there is."""
+
+    def __init__(self, arch: list[str]):
+        super().__init__(arch)
+        self.command = self.find()
+        # tinygrad's cache of compiled kernels knows only their source
+        key = hashlib.sha256(" ".join([*self.command, FLAGS]).encode()).hexdigest()[:16]
+        self.cachekey = f"{self.cachekey}_{key}" if self.cachekey else None
+
+    def compile(self, src: str) -> bytes:
+        return self.call(self.command, src)
+
+    def call(self, command: list[str], source: str) -> bytes:
+        target = f"--target={self.arch}-none-unknown-elf"
+        freestanding = [
+            "-c",
+            "-x",
+            "c",
+            "-fPIC",
+            "-ffreestanding",
+            "-nostdlib",
+            "-fno-ident",
+            target,
+        ]
+        command = [*command, *freestanding, *self.args, *FLAGS.split(), "-", "-o", "-"]
+        run = subprocess.run(command, input=source.encode(), capture_output=True)
+        if run.returncode:
+            raise ValueError(f"{command[0]} does not compile: {run.stderr.decode()[:300]}")
+        return run.stdout
+
+    def find(self) -> list[str]:
+        """The command of a working compiler: CC, a clang on the PATH, or ziglang's."""
+        for command in (os.environ.get("CC"), shutil.which("clang")):
+            try:
+                if command:
+                    self.call(words := shlex.split(command), PROBE)
+                    return words
+            except (OSError, ValueError):
+                print(f"warning: {command} can't compile what tinygrad writes", file=sys.stderr)
+        try:
+            import ziglang
+        except ImportError:
+            raise ValueError(
+                "no C compiler: pip install ziglang, or put a clang on the PATH"
+            ) from None
+        return [str(Path(ziglang.__file__).parent / "zig"), "clang"]
+
+
+# ---- all that as tinygrad's CPU device ----
+
+
+class ClangRenderer(cstyle.ClangRenderer):
+    def __init__(self, target):
+        super().__init__(target)
+        self.compiler = CPUCompiler(target.arch.split(","))
+
 
 class CPUDevice(ops_cpu.CPUDevice):
-    def __init__(self, device=""):
+    def __init__(self, device: str = ""):
         super().__init__(device)
-        if getenv("CPUGRAPH", 1): self.graph = CPUGraph
-ops_cpu.CPUDevice = CPUDevice
+        self.graph = CPUGraph
 
-@functools.cache
-def blas():
-    lib = ctypes.CDLL(np._core._multiarray_umath.__file__)
-    if os.environ.get("CPUGRAPH", "1") == "1": lib.scipy_openblas_set_num_threads64_(1)
-    return lib, ctypes.cast(lib.scipy_cblas_sgemm64_, ctypes.c_void_p).value
-@functools.cache
-def address():
-    return Tensor(np.array([blas()[1]], np.uint64)).realize()
 
-USE = int(os.environ.get("BLAS","1"))
-def einsum(spec, a, b):
-    if not USE: return Tensor.einsum(spec, a, b)
-    ins, out = spec.split("->"); la, lb = ins.split(",")
-    sizes = dict(zip(la, a.shape)) | dict(zip(lb, b.shape))
-    c = Tensor.empty(*[sizes[x] for x in out])
-    return Tensor(_blas(c.uop, a.contiguous().uop, b.contiguous().uop, address().uop, la, lb, out))
+tinygrads_optimizations = heuristic.hand_coded_optimizations
 
-def _blas(c, a, b, fn, la, lb, out):
-    def grad(g, k):
-        _, A, B, F = k.src[1:]
-        ga = UOp.new_buffer(A.device, math.prod(A.shape), dtypes.float32).reshape(A.shape)
-        gb = UOp.new_buffer(B.device, math.prod(B.shape), dtypes.float32).reshape(B.shape)
-        return None, _blas(ga, g, B, F, out, lb, la), _blas(gb, g, A, F, out, la, lb), None
-    return UOp.custom_kernel(c, a, b, fn, fxn=functools.partial(_gemm, la=la, lb=lb, lc=out), grad_fxn=grad)[0]
 
-def strides(letters, shape):
-    s, r = 1, {}
-    for l, n in zip(reversed(letters), reversed(shape)): r[l] = s; s *= n
-    return r
-def _gemm(c, a, b, fn, la, lb, lc):
-    A, B, C = strides(la, a.shape), strides(lb, b.shape), strides(lc, c.shape)
-    size = dict(zip(la, a.shape)) | dict(zip(lb, b.shape))
-    batch = [l for l in lc if l in la and l in lb]
-    k = [l for l in la if l in lb and l not in lc]
-    m = [l for l in lc if l in la and l not in lb]
-    n = [l for l in lc if l in lb and l not in la]
-    def dims(ls): return math.prod(size[l] for l in ls)
-    def ld(S, rows, cols):
-        if S[cols[-1]] == 1: return 0, S[rows[-1]]
-        assert S[rows[-1]] == 1, (S, rows, cols)
-        return 1, S[cols[-1]]
-    ta, lda = ld(A, m, k); tb, ldb = ld(B, k, n); tc, ldc = ld(C, m, n)
-    if tc: # C^T = B^T A^T
-        a, b, A, B, m, n, ta, lda, tb, ldb = b, a, B, A, n, m, 1-tb, ldb, 1-ta, lda
-    M, N, K = dims(m), dims(n), dims(k)
-    threads = NUM_CPU_THREADS.value
-    t = UOp.const(0, dtypes.weakint)
-    rngs, idx = [], {}
-    thr = False
-    moff = 0
-    if threads > 1 and USE < 2:
-        if batch and size[batch[0]] % threads == 0:
-            thr = True
-        elif M % threads == 0 and M*N*K > 1e5:
-            t = UOp.range(threads, 0, AxisType.THREAD); rngs.append(t); M //= threads; moff = t * M
-    for i, l in enumerate(batch):
-        if i == 0 and thr:
-            t = UOp.range(threads, 0, AxisType.THREAD); r = UOp.range(size[l]//threads, 1); rngs += [t, r]; idx[l] = t * (size[l]//threads) + r
-        else:
-            r = UOp.range(size[l], i + 1); rngs.append(r); idx[l] = r
-    off = lambda S: sum((idx[l]*S[l] for l in batch), start=UOp.const(0, dtypes.weakint))
-    i = lambda v: UOp.const(v, dtypes.int64); i32 = lambda v: UOp.const(v, dtypes.int32); f = lambda v: UOp.const(v, dtypes.float32)
-    p = lambda t, o: t.flatten()[o]
-    call = fn[0].load().call(i32(101), i32(111+ta), i32(111+tb), i(M), i(N), i(K), f(1.0), p(a, off(A) + moff * (1 if ta else lda)), i(lda), p(b, off(B)), i(ldb), f(0.0), p(c, off(C) + moff * ldc), i(ldc), ret_dtype=dtypes.void)
-    return call.end(*rngs).sink(arg=KernelInfo(name=f"sgemm_{la}_{lb}_{lc}", opts_to_apply=()))
+def optimizations(kernel):
+    is_ours = isinstance(kernel.ren, ClangRenderer)
+    return plain_loops(kernel) if is_ours else tinygrads_optimizations(kernel)
+
+
+def choose_backend() -> None:
+    """Leaves DEV to the user, and the choice without it to tinygrad where there may be a GPU.
+
+    Else tinygrad would take an OpenCL that runs on the CPU (pocl) before its own, faster, backend,
+    and spend half a second on looking for GPUs.
+    """
+    gpu_drivers = ("/dev/kfd", "/dev/nvidiactl", "/dev/dxg")
+    if not DEV.device and sys.platform != "darwin" and not any(map(os.path.exists, gpu_drivers)):
+        DEV.value = os.environ["DEV"] = "CPU"
+
+
+heuristic.hand_coded_optimizations = optimizations
+ops_cpu.ClangRenderer, ops_cpu.CPUDevice = ClangRenderer, CPUDevice
+choose_backend()

@@ -120,7 +120,7 @@ class MultiHeadAttention:
             key, value = cache.store(key, value, start)
         scores = einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(d_k)
         is_past = Tensor.arange(key.shape[1]) <= (Tensor.arange(time) + start).unsqueeze(-1)
-        weights = dropout(is_past.where(scores, -math.inf).softmax(-1))
+        weights = dropout(softmax(is_past.where(scores, -math.inf)))
         mixed = einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, time, d_model)
         return self.out(dropout(mixed))
 
@@ -131,7 +131,8 @@ class PositionWiseFeedForward:
         self.linear_2 = Linear(config.d_hidden, config.d_model)
 
     def __call__(self, x: Tensor, dropout: Callable) -> Tensor:
-        return dropout(self.linear_2(gelu(self.linear_1(x))))
+        # the boundary keeps the sum that is the bias's gradient from computing GELU's anew
+        return dropout(self.linear_2(gelu(self.linear_1(x).contiguous_backward())))
 
 
 class LayerNorm:
@@ -166,6 +167,12 @@ class Embedding:
     def __call__(self, ids: Tensor) -> Tensor:
         one_hot = (ids.unsqueeze(-1) == Tensor.arange(self.weight.shape[0])).cast(dtypes.float32)
         return einsum("btv,vd->btd", one_hot, self.weight)
+
+
+def softmax(x: Tensor) -> Tensor:
+    # stored, so that no sum over a row, here and in the gradient, computes exponentials anew
+    exponentials = (x - x.max(-1, keepdim=True).detach()).exp().contiguous()
+    return exponentials / exponentials.sum(-1, keepdim=True)
 
 
 def gelu(x: Tensor) -> Tensor:
