@@ -5,7 +5,11 @@ import os
 import sys
 from collections.abc import Callable
 
-BACKENDS = "CPU, CUDA, NV, METAL, AMD, CL (OpenCL), WEBGPU"
+from tinygrad import Device
+
+import cpu  # noqa: F401 - it has to know of the CPU device before that opens
+
+BACKENDS = ("CPU", "CUDA", "NV", "METAL", "AMD", "CL", "WEBGPU")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -18,24 +22,35 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """`--help` alone asks for help, for `-h` is the number of heads; errors are of one line."""
+    """Errors are of one line; `-h` is the number of heads, so help is `--help` alone."""
 
     def __init__(self, description: str):
         super().__init__(
             description=description,
-            epilog=f"The environment variable DEV chooses the backend: {BACKENDS}.",
+            usage="python %(prog)s [OPTION]...",
             formatter_class=HelpFormatter,
             add_help=False,
             allow_abbrev=False,
         )
         self.add_argument("--help", action="help", help="show this help")
 
+    def format_help(self) -> str:
+        usable = [name for name in BACKENDS if open_error(name) is None]
+        others = [name for name in BACKENDS if name not in usable]
+        self.epilog = (
+            f"The environment variable DEV chooses the backend. These open here: "
+            f"{', '.join(usable)}; these do not: {', '.join(others)}. Now: {Device.DEFAULT}."
+        )
+        return super().format_help()
+
     def error(self, message: str):
         self.exit(2, f"error: {message}; see python {self.prog} --help\n")
 
 
 def number(kind: type, lowest: float, below: float = float("inf")) -> Callable:
-    """An argparse type: an int or float that is at least `lowest` and less than `below`."""
+    """An argparse type: an int or a float that is at least `lowest` and less than `below`."""
+    noun = "a whole number" if kind is int else "a number"
+    limit = f" and below {below:g}" if below < float("inf") else ""
 
     def parse(text: str):
         try:
@@ -43,40 +58,43 @@ def number(kind: type, lowest: float, below: float = float("inf")) -> Callable:
         except ValueError:
             value = None
         if value is None or not lowest <= value < below:
-            noun = "a whole number" if kind is int else "a number"
-            limit = f" and below {below:g}" if below < float("inf") else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun} of at least {lowest}{limit}")
         return value
 
     return parse
 
 
-def run(main: Callable[[], None]) -> None:
-    """Calls `main` and ends the process; what a user can get wrong becomes one line on stderr."""
+def open_error(backend: str) -> str | None:
+    """Why the backend does not open; None if it does."""
     try:
-        main()
-    except (ValueError, OSError, MemoryError) as error:
-        if os.environ.get("DEBUG"):
-            raise
-        sys.exit(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+        Device[backend]
+    except Exception as error:  # whatever the driver's loader raises
+        return " ".join(str(error).split())[:100] or type(error).__name__
+    return None
+
+
+def check_backend() -> None:
+    """ValueError if the backend that DEV names does not open."""
+    if reason := open_error(Device.DEFAULT):
+        usable = [name for name in BACKENDS if open_error(name) is None]
+        raise ValueError(
+            f"DEV={Device.DEFAULT} does not open here ({reason}); these do: {', '.join(usable)}"
+        )
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Ends the process with what `main` returns; what a user can get wrong is a line on stderr."""
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # python run.py ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {where}{error.strerror or error}")
+    except (ValueError, MemoryError) as error:
+        sys.exit(f"error: {' '.join(str(error).split()) or 'out of memory'}")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def open_backend() -> str:
-    """The name of the backend in use. ValueError if it does not open, with those that do."""
-    from tinygrad import Device
-
-    name = Device.DEFAULT
-    try:
-        Device[name]
-    except Exception as error:  # whatever a driver raises
-        usable = ", ".join(Device.get_available_devices()) or "none"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"DEV={name} does not open here ({reason:.100}); these do: {usable}"
-        ) from error
-    return name
 
 
 def bold(text: str) -> str:

@@ -5,11 +5,13 @@ device then calls BLAS for it, replays a captured jit on all cores, and compiles
 clang on the PATH, or with the one that the package ziglang carries.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import math
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -42,6 +44,9 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     operands, letters_c = spec.split("->")
     letters_a, letters_b = operands.split(",")
     sizes = dict(zip(letters_a + letters_b, a.shape + b.shape, strict=True))
+    n_rows = math.prod(sizes[x] for x in letters_c if x not in letters_b)
+    if n_rows == 1:  # no more than reading b once, which a plain loop does best, also in float16
+        return Tensor.einsum(spec, a, b)
     c = Tensor.empty(*[sizes[letter] for letter in letters_c], device=a.device)
     a, b = (x.cast(dtypes.float32).contiguous() for x in (a, b))
     address = blas_address(a.device)
@@ -163,6 +168,11 @@ def blas_address(device: str) -> Tensor:
     return Tensor([blas().sgemm], dtype=dtypes.uint64, device=device).realize()
 
 
+def blas_addresses(device: str) -> list[Tensor]:
+    """The buffer of `blas_address`, if products on the device go through BLAS."""
+    return [blas_address(device)] if blas() is not None else []
+
+
 # ---- kernels, and all cores for them ----
 
 MIN_SHARED_WORK = 1 << 14  # element operations; with fewer, waking a core costs more than it gives
@@ -191,18 +201,18 @@ def plain_loops(kernel):
 
 
 def columns_summed(kernel) -> list[int]:
-    """The axes that run along the rows of matrices which the kernel sums down their columns."""
+    """The axes along the rows of the largest matrix, if the kernel sums it down its columns."""
     summed = kernel.ranges_of(AxisType.REDUCE)
-    indices = [buffer.src[1].get_idx() for buffer in kernel.bufs]
-    matrices = [i for i in indices if len(i.ranges) > 1 and any(r in i.ranges for r in summed)]
-    steps_of_1 = [term for index in matrices for term in index.split_uop(Ops.ADD)]
-
-    def is_along_rows(range_: UOp) -> bool:
-        return any(term is range_ for term in steps_of_1)
-
-    if any(map(is_along_rows, summed)):
+    matrices = [
+        buffer for buffer in kernel.bufs if any(r in buffer.src[1].get_idx().ranges for r in summed)
+    ]
+    if not matrices:
         return []
-    return [axis for axis in kernel.axes_of(AxisType.WEAK) if is_along_rows(kernel.rngs[axis])]
+    index = max(matrices, key=lambda buffer: buffer.src[0].max_numel()).src[1].get_idx()
+    steps_of_1 = list(index.split_uop(Ops.ADD))
+    if any(range_ in steps_of_1 for range_ in summed):
+        return []
+    return [axis for axis in kernel.axes_of(AxisType.WEAK) if kernel.rngs[axis] in steps_of_1]
 
 
 def try_optimization(kernel, optimization: Opt) -> bool:
@@ -213,30 +223,32 @@ def try_optimization(kernel, optimization: Opt) -> bool:
         return False
 
 
-# `words` holds for each kernel: its address, the number of cores that share it, which argument is
-# the number of the core, how many arguments it has, and these. All cores run the whole list.
+# Of each kernel, `words` holds its address, in how many shares it comes, which of its arguments is
+# the number of the share, how many arguments it has, and these. Every core runs the whole list.
 RUN_KERNELS = """
 typedef unsigned long long word;
 typedef void kernel_8(word, word, word, word, word, word, word, word);
-typedef void kernel_64(%s);
-void run_kernels(word *words, word n_kernels, word core, word n_cores, word *arrived, int (*yield)(void)) {
+typedef void kernel_64(PARAMETERS);
+void run_kernels(word *words, word n_kernels, word core, word n_cores, word *arrived,
+                 int (*yield)(void)) {
   for (word i = 1; i <= n_kernels; i++) {
-    word kernel = words[0], n_sharing = words[1], core_argument = words[2], n_arguments = words[3];
+    word kernel = words[0], n_sharing = words[1], share_argument = words[2], n = words[3], a[64];
     words += 4;
-    if (core < n_sharing) {
-      word a[64];
-      for (word j = 0; j < n_arguments; j++) a[j] = words[j];
-      if (n_sharing > 1) a[core_argument] = core;
-      if (n_arguments <= 8) ((kernel_8 *)kernel)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]);
-      else ((kernel_64 *)kernel)(%s);
+    for (word share = core; share < n_sharing; share += n_cores) {
+      for (word j = 0; j < n; j++) a[j] = words[j];
+      if (n_sharing > 1) a[share_argument] = share;
+      if (n <= 8) ((kernel_8 *)kernel)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]);
+      else ((kernel_64 *)kernel)(ARGUMENTS);
     }
-    words += n_arguments;
+    words += n;
     __atomic_fetch_add(arrived, 1, __ATOMIC_ACQ_REL);
     for (word spins = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < i * n_cores; spins++)
       if (spins > 10000) yield();
   }
 }
-""" % (", ".join(["word"] * 64), ", ".join(f"a[{i}]" for i in range(64)))
+"""
+RUN_KERNELS = RUN_KERNELS.replace("PARAMETERS", ", ".join(["word"] * 64))
+RUN_KERNELS = RUN_KERNELS.replace("ARGUMENTS", ", ".join(f"a[{i}]" for i in range(64)))
 
 
 class CPUGraph(GraphRunner):
@@ -304,6 +316,15 @@ class Cores:
 
 
 cores = Cores()
+
+
+def processor() -> str:
+    """What tells this machine's processor from others that the same code may not run on."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return " ".join(sorted({x for x in lines if x.startswith(("model name", "flags"))}))
+    return platform.processor()
+
 
 # ---- the C compiler ----
 

@@ -1,22 +1,27 @@
-"""A GPT, whole: the model, its loss, its optimizer and its generation of text.
+"""A GPT, whole: the model, its loss, its optimizer, and what it remembers while it generates text.
 
 Read it from the top: the GPT first, its parts after.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
-
-from cpu import einsum  # first of all: it prepares the CPU backend for tinygrad
-from tinygrad import Tensor, TinyJit, Variable, dtypes
+from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
+
+from cpu import einsum  # its import also prepares the CPU backend
+from lookup import look_up
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of a GPT. Raises ValueError for sizes that no model can have."""
+    """The sizes of a GPT, and which one it is: gpt-burn's or, with `gpt2`, OpenAI's GPT-2.
+
+    GPT-2 has biases in its attention, the tanh form of GELU, a standard layer norm, and for its
+    head the token embedding. Raises ValueError for sizes that no model can have.
+    """
 
     context_length: int = 64
     vocab_size: int = 104
@@ -25,14 +30,17 @@ class GPTConfig:
     d_model: int = 64
     d_hidden: int = 256
     dropout: float = 0.2
+    gpt2: bool = False
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be a whole number above 0, not {value!r}")
+                raise ValueError(f"{field.name} must be a whole number above 0, not {value!r:.60}")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r:.60}")
+        if type(self.gpt2) is not bool:
+            raise ValueError(f"gpt2 must be true or false, not {self.gpt2!r:.60}")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
 
@@ -40,8 +48,9 @@ class GPTConfig:
     def n_parameters(self) -> int:
         d_model, d_hidden = self.d_model, self.d_hidden
         block = 4 * d_model**2 + 2 * d_model * d_hidden + d_hidden + 5 * d_model
+        block += 4 * d_model if self.gpt2 else 0
         embeddings = (self.vocab_size + self.context_length) * d_model
-        head = (d_model + 1) * self.vocab_size
+        head = 0 if self.gpt2 else (d_model + 1) * self.vocab_size
         return embeddings + self.n_layers * block + 2 * d_model + head
 
 
@@ -50,17 +59,18 @@ def no_dropout(x: Tensor) -> Tensor:
 
 
 class GPT:
-    """GPT-2 (Radford et al., 2019) as gpt-burn builds it: the head is a layer of its own."""
+    """GPT-2 (Radford et al., 2019), to the letter or as gpt-burn builds it."""
 
-    def __init__(self, config: GPTConfig, weights: dict[str, np.ndarray] | None = None):
+    def __init__(self, config: GPTConfig, weights: Mapping[str, np.ndarray] | None = None):
         self.config = config
         self.token_embedding = Embedding(config.vocab_size, config.d_model)
         self.positional_embedding = Embedding(config.context_length, config.d_model)
         self.blocks = [Block(config) for _ in range(config.n_layers)]
-        self.norm = LayerNorm(config.d_model)
-        self.linear = Linear(config.d_model, config.vocab_size)
-        for name, array in (weights or {}).items():
-            self.parameters()[name].replace(Tensor(array).realize())
+        self.norm = LayerNorm(config)
+        self.linear = None if config.gpt2 else Linear(config.d_model, config.vocab_size)
+        parameters = self.parameters()
+        for name in weights or {}:
+            parameters[name].replace(Tensor(weights[name]).realize())
 
     def __call__(self, ids: Tensor, dropout: Callable = no_dropout) -> Tensor:
         """ids (batch, time) -> logits (batch, time, vocab_size)"""
@@ -75,12 +85,12 @@ class GPT:
         return x
 
     def head(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x))
+        x, table = self.norm(x), self.token_embedding.weight
+        return self.linear(x) if self.linear else einsum("btd,vd->btv", x, table)
 
     def loss(self, ids: Tensor, targets: Tensor, dropout: Callable = no_dropout) -> Tensor:
         """ids, targets (batch, time) -> mean cross-entropy, nats a token"""
-        logits = self(ids, dropout)
-        return logits.sparse_categorical_crossentropy(targets)
+        return self(ids, dropout).sparse_categorical_crossentropy(targets)
 
     def parameters(self) -> dict[str, Tensor]:
         """Name -> parameter. The names are gpt-burn's; a linear's weight is (out, in)."""
@@ -91,9 +101,9 @@ class Block:
     """Attention, then a feed-forward network, each on a normalised copy of the residual stream."""
 
     def __init__(self, config: GPTConfig):
-        self.norm_1 = LayerNorm(config.d_model)
+        self.norm_1 = LayerNorm(config)
         self.multi_head = MultiHeadAttention(config)
-        self.norm_2 = LayerNorm(config.d_model)
+        self.norm_2 = LayerNorm(config)
         self.pwff = PositionWiseFeedForward(config)
 
     def __call__(self, x: Tensor, dropout: Callable, cache, start) -> Tensor:
@@ -107,7 +117,7 @@ class MultiHeadAttention:
     def __init__(self, config: GPTConfig):
         self.n_heads = config.n_heads
         for name in ("query", "key", "value", "out"):
-            setattr(self, name, Linear(config.d_model, config.d_model, bias=False))
+            setattr(self, name, Linear(config.d_model, config.d_model, bias=config.gpt2))
 
     def __call__(self, x: Tensor, dropout: Callable, cache, start) -> Tensor:
         batch, time, d_model = x.shape
@@ -129,23 +139,26 @@ class PositionWiseFeedForward:
     def __init__(self, config: GPTConfig):
         self.linear_1 = Linear(config.d_model, config.d_hidden)
         self.linear_2 = Linear(config.d_hidden, config.d_model)
+        self.gelu = gelu_tanh if config.gpt2 else gelu
 
     def __call__(self, x: Tensor, dropout: Callable) -> Tensor:
         # the boundary keeps the sum that is the bias's gradient from computing GELU's anew
-        return dropout(self.linear_2(gelu(self.linear_1(x).contiguous_backward())))
+        return dropout(self.linear_2(self.gelu(self.linear_1(x).contiguous_backward())))
 
 
 class LayerNorm:
-    """Burn's layer norm: it adds epsilon to the standard deviation, not to the variance."""
+    """Layer norm (Ba et al., 2016): GPT-2 adds epsilon to the variance, Burn to its root."""
 
-    def __init__(self, d_model: int):
-        self.gamma = Tensor.empty(d_model)
-        self.beta = Tensor.empty(d_model)
+    def __init__(self, config: GPTConfig):
+        self.epsilons = (1e-5, 0) if config.gpt2 else (0, 1e-5)
+        self.gamma = Tensor.empty(config.d_model)
+        self.beta = Tensor.empty(config.d_model)
 
     def __call__(self, x: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
-        deviation = centred.square().mean(-1, keepdim=True).sqrt()
-        return centred / (deviation + 1e-5) * self.gamma + self.beta
+        variance = centred.square().mean(-1, keepdim=True)
+        deviation = (variance + self.epsilons[0]).sqrt() + self.epsilons[1]
+        return centred / deviation * self.gamma + self.beta
 
 
 class Linear:
@@ -159,12 +172,15 @@ class Linear:
 
 
 class Embedding:
-    """A row of the table for each id, as a product of one-hot rows: so is its gradient."""
+    """A row of the table for each id; from a small table by a product with one-hot rows, which with
+    its gradient, another such product, is fast."""
 
     def __init__(self, n_rows: int, d_model: int):
         self.weight = Tensor.empty(n_rows, d_model)
 
     def __call__(self, ids: Tensor) -> Tensor:
+        if self.weight.shape[0] > 4096:
+            return look_up(self.weight, ids.flatten()).reshape(*ids.shape, -1)
         one_hot = (ids.unsqueeze(-1) == Tensor.arange(self.weight.shape[0])).cast(dtypes.float32)
         return einsum("btv,vd->btd", one_hot, self.weight)
 
@@ -178,6 +194,11 @@ def softmax(x: Tensor) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """The exact GELU (Hendrycks and Gimpel, 2016)."""
     return 0.5 * x * (1 + (x / math.sqrt(2)).erf())
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU's approximation by tanh, from the same paper."""
+    return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())
 
 
 class Dropout:
@@ -194,7 +215,7 @@ class Dropout:
         if self.rate == 0:
             return x
         self.n_calls += 1
-        start = hash_32(self.key + self.n_calls)
+        start = hash_32(hash_32(self.key) + self.n_calls)
         bits = hash_32(Tensor.arange(x.numel(), dtype=dtypes.uint32) + start).reshape(x.shape)
         return (bits >= int(self.rate * 2**32)).where(x / (1 - self.rate), 0)
 
@@ -275,80 +296,3 @@ class KeyValueCache:
     def _put(cache: Tensor, new: Tensor, start) -> Tensor:
         place = cache[:, start : start + new.shape[1]]
         return Tensor(cache.uop.after(place.uop.store(new.uop)))
-
-
-class Generator:
-    """Continues texts with a model.
-
-    While the context has room, a token costs one row through the model; the rest is in the cache.
-    Then every new token shifts all positions, which are learned and absolute, and the window is
-    computed anew: for each token, or with `stride` N once for N, the N oldest dropped at a time.
-    """
-
-    def __init__(self, model: GPT, batch: int = 1, stride: int = 1):
-        self.model, self.stride = model, stride
-        self.context_length = model.config.context_length
-        self.chunk = min(self.context_length, 128)  # tokens of a prompt that are read at once
-        self.cache = [KeyValueCache(model.config, batch) for _ in model.blocks]
-        self.read, self.extend = captured(self.logits), captured(self.logits)
-
-    def logits(self, ids: Tensor, start: Variable, last: Variable) -> Tensor:
-        """ids (batch, time) at the positions from `start` on -> logits (batch, vocab_size) after
-        the one with index `last`. What stands to its right cannot matter: the mask is causal."""
-        x = self.model.trunk(ids, cache=self.cache, start=start)
-        return self.model.head(x[:, last : last + 1])[:, 0].realize()
-
-    def __call__(
-        self, ids: np.ndarray, n_new_tokens: int, choose: Callable[[np.ndarray], np.ndarray]
-    ) -> Iterator[np.ndarray]:
-        """Yields the new ids (batch,) one by one; ids (batch, time) are the prompts.
-
-        `choose` takes logits (batch, vocab_size) and returns ids (batch,).
-        """
-        window, n_cached = ids[:, -self.context_length :], 0
-        for _ in range(n_new_tokens):
-            if window.shape[1] > self.context_length:
-                window, n_cached = window[:, self.stride :], 0
-            logits, n_cached = self._next(window, n_cached), window.shape[1]
-            new = choose(logits)
-            yield new
-            window = np.concatenate([window, new[:, None]], axis=1)
-
-    def _next(self, window: np.ndarray, n_cached: int) -> np.ndarray:
-        """Brings the cache up to the window's end; the logits after it."""
-        if window.shape[1] - n_cached == 1:
-            return self._run(self.extend, window[:, n_cached:], n_cached, 0)
-        for start in range(n_cached, window.shape[1], self.chunk):
-            start = min(start, self.context_length - self.chunk)
-            piece = window[:, start : start + self.chunk]
-            padded = np.pad(piece, ((0, 0), (0, self.chunk - piece.shape[1])))
-            logits = self._run(self.read, padded, start, piece.shape[1] - 1)
-        return logits
-
-    def _run(self, step: TinyJit, ids: np.ndarray, start: int, last: int) -> np.ndarray:
-        start = Variable("start", 0, max(1, self.context_length - 1)).bind(start)
-        last = Variable("last", 0, max(1, self.chunk - 1)).bind(last)
-        return step(Tensor(ids.astype(np.int32)).realize(), start, last).numpy()
-
-
-def sample(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> np.ndarray:
-    """logits (batch, vocab_size) -> ids (batch,), drawn from softmax(logits / temperature).
-
-    Temperature 0 takes the most likely token.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    weights = np.exp((logits - logits.max(-1, keepdims=True)).astype(np.float64) / temperature)
-    totals = weights.cumsum(-1)
-    draws = rng.random(len(logits)) * totals[:, -1]
-    return (totals <= draws[:, None]).sum(-1)
-
-
-def captured(function: Callable) -> TinyJit:
-    """A TinyJit that captures at its first call.
-
-    TinyJit would run the function plainly once before, which only state that is not realised needs.
-    """
-    jit = TinyJit(function)
-    jit.cnt = 1
-    return jit

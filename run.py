@@ -1,52 +1,129 @@
 """Continues a text with a trained model: python run.py model_83M -p "Once upon a time"."""
 
+import argparse
 import codecs
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
+import checkpoint
 import command_line
-from command_line import number
+from command_line import bold, number
+from generation import Generator, sample
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = command_line.ArgumentParser("Continue a text with a trained GPT.")
-    add = parser.add_argument
-    add("model_path", type=Path, help="folder of a model: gpt-tiny's or gpt-burn's")
-    add("-p", "--prompt", default="\n", help="text to continue")
-    add("-n", "--n-new-tokens", type=number(int, 1), default=1000, help="tokens to generate")
+    parser.usage = "python %(prog)s MODEL_PATH [OPTION]..."
+    count = number(int, 1, 2**31)
+    parser.add_argument("model_path", type=Path, help="folder of a gpt-tiny or gpt-burn model")
+    add = parser.add_argument_group("text").add_argument
+    add("-p", "--prompt", default="\n", help="text to continue; - reads it from standard input")
+    add("-n", "--n-new-tokens", type=count, default=1000, help="tokens to generate")
+    add("--n-samples", type=count, default=1, help="continuations, generated side by side")
+    add("--stop", metavar="TEXT", help="end a continuation where this text would come")
+    add("-i", "--interactive", action="store_true", help="continue each line of standard input")
+    add = parser.add_argument_group("sampling").add_argument
     add("-s", "--seed", type=number(int, 0), default=0, help="of the random numbers")
     add("--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token")
-    add("--stride", type=number(int, 1), default=1, help="tokens dropped when the context is full")
+    add("--top-k", type=count, help="draw from the K likeliest tokens only")
+    add("--top-p", type=number(float, 0), help="draw from the likeliest tokens that sum up to P")
+    add("--stride", type=count, default=1, help="tokens dropped when the context is full")
     arguments = parser.parse_args()
-    if not arguments.prompt:
-        parser.error("--prompt is empty: give at least one character")
+    if arguments.stop == "":
+        parser.error("--stop is empty: give at least one character")
     return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
-    import numpy as np  # tinygrad and what needs it only now: --help and a wrong flag answer at once
-
-    import checkpoint
-    from gpt_tiny import Generator, sample
-
-    command_line.open_backend()
+    command_line.check_backend()
     model, tokenizer = checkpoint.load(arguments.model_path)
-    ids = tokenizer.encode(arguments.prompt)
-    if n_unknown := int((ids == tokenizer.unknown).sum()):
-        print(f"warning: {n_unknown} tokens of the prompt are not in the vocabulary", file=sys.stderr)
+    generator = Generator(model, arguments.n_samples, arguments.stride)
     rng = np.random.default_rng(arguments.seed)
 
     def choose(logits: np.ndarray) -> np.ndarray:
-        logits[:, tokenizer.unknown] = -np.inf  # it stands for no text
-        return sample(logits, arguments.temperature, rng)
+        if tokenizer.unknown is not None:
+            logits[:, tokenizer.unknown] = -np.inf  # it stands for no text
+        return sample(logits, arguments.temperature, rng, arguments.top_k, arguments.top_p)
 
-    print(command_line.bold(arguments.prompt), end="", flush=True)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    generator = Generator(model, stride=arguments.stride)
-    for new in generator(ids[None].astype(np.int32), arguments.n_new_tokens, choose):
-        print(decoder.decode(tokenizer.token_bytes(int(new[0]))), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+    for prompt in prompts(arguments):
+        if not prompt:
+            raise ValueError("the prompt is empty: give at least one character")
+        ids = tokenizer.encode(prompt)
+        if n_unknown := int((ids == tokenizer.unknown).sum()):
+            warning = f"warning: {n_unknown} tokens of the prompt are not in the vocabulary"
+            print(warning, file=sys.stderr)
+        batch = np.tile(ids.astype(np.int32), (arguments.n_samples, 1))
+        tokens = generator(batch, arguments.n_new_tokens, choose)
+        shown = "" if arguments.interactive else bold(prompt)
+        texts = [Continuation(tokenizer, arguments.stop) for _ in batch]
+        if len(texts) == 1:
+            print(shown, end="", flush=True)
+        for new in tokens:
+            for text, token in zip(texts, new.tolist(), strict=True):
+                text.add(token)
+            if len(texts) == 1:
+                print(texts[0].take(), end="", flush=True)
+            if all(text.has_ended for text in texts):
+                break
+        for text in texts:
+            text.end()
+            print(text.take() if len(texts) == 1 else shown + text.take(), flush=True)
+
+
+def prompts(arguments: argparse.Namespace) -> Iterator[str]:
+    if arguments.interactive:
+        while True:
+            if sys.stdin.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                return
+            if line := line.rstrip("\n"):
+                yield line
+    else:
+        yield sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+
+
+class Continuation:
+    """The text of new tokens, as far as it is certain: whole characters, and not the stop text."""
+
+    def __init__(self, tokenizer, stop: str | None):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.text, self.has_ended = "", False
+
+    def add(self, token: int) -> None:
+        if self.has_ended:
+            return
+        if token == self.tokenizer.end:
+            self.end()
+        else:
+            self._extend(self.decoder.decode(self.tokenizer.token_bytes(token)))
+
+    def end(self) -> None:
+        if not self.has_ended:
+            self._extend(self.decoder.decode(b"", final=True))
+            self.has_ended = True
+
+    def _extend(self, text: str) -> None:
+        self.text += text
+        if self.stop and self.stop in self.text:
+            self.text = self.text.partition(self.stop)[0]
+            self.has_ended = True
+
+    def take(self) -> str:
+        """The certain text that was not taken yet."""
+        n_held = 0
+        if self.stop and not self.has_ended:  # its beginning may be at the end of the text
+            lengths = range(len(self.stop) - 1, 0, -1)
+            n_held = next((n for n in lengths if self.text.endswith(self.stop[:n])), 0)
+        cut = len(self.text) - n_held
+        taken, self.text = self.text[:cut], self.text[cut:]
+        return taken
 
 
 if __name__ == "__main__":

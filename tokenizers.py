@@ -1,8 +1,8 @@
-"""Text to token ids and back: one id a character, or one a piece of a word.
+"""Text to token ids and back: one id a character, one a piece of a word, or GPT-2's byte pairs.
 
-Both tokenizers know a fixed set of tokens; everything else shares one more id, `unknown`, the last
-of the vocabulary. Ids, order and rule are those of gpt-burn (github.com/felix-andreas/gpt-burn),
-whose models depend on them.
+The first two know a fixed set of tokens; everything else shares one more id, `unknown`, the last of
+the vocabulary. Their ids, order and rule are those of gpt-burn (github.com/felix-andreas/gpt-burn),
+whose models depend on them. Byte pairs know every text.
 """
 
 import codecs
@@ -19,6 +19,7 @@ import numpy as np
 # Bytes read from a file at a time. With larger pieces numpy asks the system for fresh memory at
 # every step, which takes up to half of the time.
 PIECE_SIZE = 1 << 16
+MAX_VOCABULARY_BYTES = 16 << 20  # GPT-2's has 1 MB
 CHARACTERS = "\n " + string.ascii_letters + string.punctuation + string.digits + "äüöÄÖÜß"
 VOWELS = "aeiouäöü"
 # Unicode's White_Space, as in Rust; `str.isspace` holds U+001C to U+001F as well.
@@ -34,7 +35,9 @@ def load(config_name: str, folder: Path) -> "Tokenizer":
         return CharTokenizer()
     if config_name == SimpleVowelTokenizer.name:
         return SimpleVowelTokenizer.load(folder / "tokenizer.json")
-    raise ValueError(f"unknown tokenizer {config_name!r}: the known ones are 'char' and 'vowel'")
+    if config_name == BytePairTokenizer.name:
+        return BytePairTokenizer.load(folder)
+    raise ValueError(f"unknown tokenizer {config_name!r}: there are 'char', 'vowel' and 'bpe'")
 
 
 class Tokenizer:
@@ -45,19 +48,20 @@ class Tokenizer:
 
     name: str
     tokens: list[bytes]
+    end: int | None = None  # the id that ends a text
 
     @property
     def vocab_size(self) -> int:
         return len(self.tokens)
 
     @property
-    def unknown(self) -> int:
+    def unknown(self) -> int | None:
         return len(self.tokens) - 1
 
     @property
     def dtype(self) -> np.dtype:
         """The smallest unsigned integer that holds every id."""
-        return np.min_scalar_type(self.unknown)
+        return np.min_scalar_type(self.vocab_size - 1)
 
     def encode(self, text: str) -> np.ndarray:
         raise NotImplementedError
@@ -75,7 +79,9 @@ class Tokenizer:
         ids = bytearray()  # grows in place: a list of arrays would be copied to be joined
         for text in self.pieces(file, size):
             piece = self.encode(text)
-            ids += piece[piece != self.unknown].tobytes()
+            if self.unknown is not None:
+                piece = piece[piece != self.unknown]
+            ids += piece.tobytes()
         return np.frombuffer(ids, self.dtype)
 
     @classmethod
@@ -91,12 +97,12 @@ class Tokenizer:
         yield "".join(parts)
 
     def token_bytes(self, id: int) -> bytes:
-        """The UTF-8 of one token; nothing for `unknown`."""
+        """The UTF-8 of one token, or part of a character's; nothing for `unknown` and `end`."""
         return self.tokens[id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; unknown ones are skipped."""
-        return b"".join(map(self.token_bytes, ids)).decode()
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
     def save(self, folder: Path) -> None:
         """Writes what `load` needs beside the name; nothing if the name says it all."""
@@ -242,6 +248,80 @@ class SimpleVowelTokenizer(Tokenizer):
             raise ValueError(f"{path} is not a vocabulary: {error}") from error
 
 
+class BytePairTokenizer(Tokenizer):
+    """GPT-2's byte pair encoding (Radford et al., 2019), by the package tiktoken.
+
+    `vocab` holds the ids of the tokens, `merges` the pairs of tokens that are joined, the first of
+    them first, both as Hugging Face writes them: a character for each byte. ValueError if they do
+    not fit together, and without tiktoken.
+    """
+
+    name = "bpe"
+    unknown = None
+    end_of_text = "<|endoftext|>"
+    # GPT-2's own: contractions, words, numbers and punctuation with the space before them
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
+        self.vocab, self.merges = vocab, merges
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError("its ids are not 0, 1, 2, ...")
+        self.end = vocab.get(self.end_of_text)
+        self.tokens = [b""] * len(vocab)
+        for token, id in vocab.items():
+            if id != self.end:
+                self.tokens[id] = bytes(map(byte_of, token))
+        # Of neighbours in a text, tiktoken joins those of the lowest rank.
+        joined = (first + second for first, second in merges)
+        ranked = list(dict.fromkeys([*BYTES, *joined]))
+        if missing := [token for token in ranked if vocab.get(token, self.end) == self.end]:
+            raise ValueError(f"it lacks the token {missing[0]!r:.60}")
+        self.ids = np.array([vocab[token] for token in ranked], self.dtype)  # by rank
+        ranks = {self.tokens[id]: rank for rank, id in enumerate(self.ids)}
+        self.encoding = tiktoken().Encoding(
+            self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, in which <|endoftext|> is text like any other."""
+        text = text.encode(errors="replace").decode()  # half a surrogate pair becomes a "?"
+        return self.ids[self.encoding.encode_to_numpy(text)]
+
+    @staticmethod
+    def cut(text: str) -> int:
+        """Where white space begins, no token runs on."""
+        for i in range(len(text) - 1, 0, -1):
+            if text[i] in WHITE_SPACE and text[i - 1] not in WHITE_SPACE:
+                return i
+        return 0
+
+    def save(self, folder: Path) -> None:
+        vocab = json.dumps(self.vocab, ensure_ascii=False)
+        (folder / "vocab.json").write_text(vocab, encoding="utf-8")
+        lines = ["#version: 0.2", *map(" ".join, self.merges), ""]
+        (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "BytePairTokenizer":
+        """Reads the `vocab.json` and `merges.txt` of a folder; ValueError if it cannot."""
+        try:
+            path = folder / "vocab.json"
+            vocab = json.loads(read_vocabulary(path))
+            if not isinstance(vocab, dict) or any(type(id) is not int for id in vocab.values()):
+                raise ValueError("it is no map of tokens to ids")
+            path = folder / "merges.txt"
+            lines = read_vocabulary(path).split("\n")
+            pairs = [tuple(line.split(" ")) for line in lines if line[:8] not in ("", "#version")]
+            if any(len(pair) != 2 or "" in pair for pair in pairs):
+                raise ValueError("it is no list of pairs of tokens")
+            path = folder / "vocab.json"
+            return cls(vocab, pairs)
+        except OSError as error:
+            raise ValueError(f"cannot read the vocabulary {path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not a vocabulary: {error!s:.200}") from error
+
+
 def most_frequent(counts: Counter, n: int) -> list:
     """The `n` keys with the highest counts; of equal counts, the first in sorted order."""
     if n < 0:
@@ -371,3 +451,33 @@ def parse_bincode(data: bytes) -> list[str]:
     if sorted(tokens) != list(range(len(tokens))):
         raise ValueError("its ids are not 0, 1, 2, ...")
     return [tokens[id] for id in range(len(tokens))]
+
+
+def read_vocabulary(path: Path) -> str:
+    if path.stat().st_size > MAX_VOCABULARY_BYTES:
+        raise ValueError("it is far too large")
+    return path.read_text(encoding="utf-8")
+
+
+# The characters by which GPT-2's files write the bytes 0 to 255: those of Latin-1 that are visible
+# for themselves, the characters from U+0100 on for the others.
+VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTES = "".join(
+    chr(byte if byte in VISIBLE else 0x100 + sum(other not in VISIBLE for other in range(byte)))
+    for byte in range(256)
+)
+BYTE_OF = {character: byte for byte, character in enumerate(BYTES)}
+
+
+def byte_of(character: str) -> int:
+    if character not in BYTE_OF:
+        raise ValueError(f"{character!r} stands for no byte")
+    return BYTE_OF[character]
+
+
+def tiktoken():
+    try:
+        import tiktoken
+    except ImportError:
+        raise ValueError("byte pairs need the package tiktoken: pip install '.[bpe]'") from None
+    return tiktoken

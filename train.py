@@ -1,204 +1,509 @@
 """Trains a GPT on a text: python train.py -t my.txt."""
 
+import argparse
+import copy
+import csv
 import io
 import json
+import math
 import os
+import signal
 import sys
 import time
-from dataclasses import asdict
+import zlib
 from pathlib import Path
 
+import numpy as np
+from tinygrad import Context, Tensor, TinyJit, Variable
+from tqdm import tqdm
+
+import checkpoint
 import command_line
+import cpu
+import resume
+import tokenizers
+from capture import captured
 from command_line import bold, number
+from generation import Generator, sample
+from gpt_tiny import (
+    GPT,
+    AdamW,
+    Dropout,
+    GPTConfig,
+    initial_weights,
+)
 
 BATCHES_PER_STEP = 100
-VALIDATION_SIZE = 128  # windows
 MAX_MEGA_BYTES = 999
 CORPUS = Path(".data/corpus.txt")
 
 
-def parse_arguments():
+def parse_arguments(words: list[str], settings: argparse.Namespace | None = None):
+    """The settings that `words` give; for others, those in `settings` or the defaults."""
     parser = command_line.ArgumentParser("Train a GPT on a text.")
-    size = number(int, 1, 2**31)
-    add = parser.add_argument
-    add("-o", "--output-path", type=Path, help="folder for the model (default: one in .data)")
+    size, rate = number(int, 1, 2**31), number(float, 0)
+    add = parser.add_argument_group("model").add_argument
     add("-c", "--context-length", type=size, default=64, help="tokens that the model sees")
     add("-d", "--d-model", type=size, default=64, help="width of the model")
     add("-l", "--n-layers", type=size, default=2, help="number of blocks")
     add("-h", "--n-heads", type=size, default=2, help="attention heads in a block")
+    add("--tokenizer", choices=["char", "vowel"], default="char", help="what a token is")
+    add("--vocab-size", type=size, default=2000, help="tokens of the vowel tokenizer")
+    add = parser.add_argument_group("training").add_argument
     add("-n", "--n-steps", type=size, default=50, help=f"steps of {BATCHES_PER_STEP} batches")
     add("-b", "--batch-size", type=size, default=32, help="windows in a batch")
-    add("-r", "--learning-rate", type=number(float, 0), default=0.003, help="of AdamW")
-    add("-s", "--seed", type=number(int, 0, 2**64), default=0, help="of the random numbers")
-    add("-t", "--text-corpus", type=Path, default=CORPUS, help="text to train on, UTF-8")
+    add("--accumulate", type=size, default=1, help="parts to compute a batch in, to save memory")
+    add("-r", "--learning-rate", type=rate, default=0.003, help="of AdamW")
+    add("--warmup", type=number(int, 0), default=0, help="batches in which the rate rises to that")
+    add("--decay", choices=["none", "cosine"], default="none", help="how the rate falls after it")
+    add("--min-learning-rate", type=rate, default=0.0, help="where the decay ends")
+    add("--weight-decay", type=rate, default=1e-4, help="of AdamW")
+    add("--grad-clip", type=rate, help="the longest that a gradient may be (default: any length)")
+    add("--dropout", type=number(float, 0, 1), default=0.2, help="share of the values dropped")
+    add("--validation-size", type=size, default=128, help="windows for the validation loss")
+    add("-s", "--seed", type=number(int, 0, 2**63), default=0, help="of all random numbers")
+    add = parser.add_argument_group("files").add_argument
+    add("-t", "--text-corpus", type=Path, default=CORPUS, help="text to train on, in UTF-8")
     add("-m", "--n-mega-bytes", type=size, help="use only the first N MiB of the text")
-    add("-x", "--no-save", action="store_true", help="keep neither checkpoints nor the model")
-    add("--tokenizer", choices=["char", "vowel"], default="char", help="what a token is")
-    add("--vocab-size", type=size, default=2000, help="of the vowel tokenizer")
-    add("--dropout", type=number(float, 0, 1), default=0.2, help="share of values dropped")
-    arguments = parser.parse_args()
-    if arguments.d_model % arguments.n_heads:
-        parser.error(
-            f"--d-model {arguments.d_model} is not divisible by --n-heads {arguments.n_heads}"
-        )
+    add("-o", "--output-path", type=Path, help="folder for the model (default: a new one in .data)")
+    add("-x", "--no-save", action="store_true", help="keep neither the model nor checkpoints")
+    add("--checkpoint-every", type=size, default=10, help="steps from one checkpoint to the next")
+    add("--resume", type=Path, metavar="PATH", help="checkpoint to go on from, or a folder of them")
+    arguments = parser.parse_args(words, copy.copy(settings))
+    for whole, part in (("d_model", "n_heads"), ("batch_size", "accumulate")):
+        if vars(arguments)[whole] % vars(arguments)[part]:
+            parser.error(f"{flag(arguments, whole)} is not divisible by {flag(arguments, part)}")
     return arguments
 
 
-def read_corpus(arguments):
-    """The ids of the corpus, in the smallest dtype that holds them, and their tokenizer."""
-    import tokenizers
+def flag(arguments: argparse.Namespace, name: str) -> str:
+    return f"--{name.replace('_', '-')} {vars(arguments)[name]}"
 
+
+def main() -> int:
+    arguments = parse_arguments(sys.argv[1:])
+    command_line.check_backend()
+    resumed = resume.load(arguments.resume) if arguments.resume else None
+    if resumed:
+        arguments = resumed_arguments(arguments, resumed.state["arguments"])
+    elif arguments.output_path and not arguments.no_save:
+        checkpoint.check_destination(arguments.output_path)
+    ids, tokenizer = read_corpus(arguments, resumed and resumed.tokenizer)
+    config = make_config(arguments, tokenizer)
+    model_config = GPTConfig(**config["model"])
+    check_memory(model_config, arguments.batch_size // arguments.accumulate)
+    if resumed:
+        resume.check(resumed, config, checksum(ids))
+        state, weights, latest = resumed.state, resumed.weights, resumed.folder
+    else:
+        state, weights, latest = first_state(checksum(ids)), None, None
+        weights = initial_weights(model_config, arguments.seed)
+        if not arguments.no_save:
+            state["output_path"] = str(output_folder(arguments, model_config))
+    state["arguments"] = [*state["arguments"], *sys.argv[1:]]
+    metrics = state["output_path"] and Metrics(Path(state["output_path"]), state["step"])
+    print(bold("start training"), "- parameters:", model_config.n_parameters)
+    print(json.dumps(config, indent=2), flush=True)
+
+    model = GPT(model_config, weights)
+    optimizer = AdamW(list(model.parameters().values()), weight_decay=arguments.weight_decay)
+    moments = named_moments(model, optimizer)
+    for name, moment in moments.items() if resumed else ():
+        moment.replace(Tensor(resumed.moments[name]).realize())
+    losses = np.zeros(BATCHES_PER_STEP, np.float32)
+    losses[: state["batch"]] = state["losses"]
+    losses = Tensor(losses).realize()
+    training_ids, validation_ids = np.split(ids, [len(ids) * 9 // 10])
+    train_batch = capture_training(model, optimizer, training_ids, losses, arguments)
+    validation_loss = capture_validation(model, validation_ids, arguments)
+
+    def save(folder: Path, resumable: bool = False) -> None:
+        nonlocal latest
+        arrays = {name: parameter.numpy() for name, parameter in model.parameters().items()}
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError(diverged(latest))
+        if not resumable:
+            checkpoint.save(folder, config, arrays, tokenizer)
+            return
+        state["seconds"] = time.time() - started
+        state["losses"] = losses.numpy()[: state["batch"]].tolist()
+        moment_arrays = {name: moment.numpy() for name, moment in moments.items()}
+        resume.save(folder, config, arrays, tokenizer, state, moment_arrays)
+        if latest:
+            resume.forget(latest)  # the newest one alone keeps what it takes to go on
+        latest = folder
+
+    started = time.time() - state["seconds"]
+    with Interrupt() as interrupt:
+        for step in range(state["step"], arguments.n_steps):
+            # All random numbers come from the seed and the step: they have no state to be kept.
+            rng = np.random.default_rng([arguments.seed, step])
+            plan = make_plan(arguments, optimizer, step, len(training_ids), rng)
+            if state["batch"] == 0:
+                state["validation_loss"] = validation_loss(rng)
+                if state["output_path"] and not state["validation_loss"] >= state["best_loss"]:
+                    state["best_loss"] = state["validation_loss"]
+                    save(Path(state["output_path"]) / "best")
+
+            step_started, first = time.time(), state["batch"]
+            for batch in progress(range(first, BATCHES_PER_STEP), step, arguments, losses):
+                train_batch(*plan, Variable("batch", 0, BATCHES_PER_STEP - 1).bind(batch))
+                state["batch"] = batch + 1
+                if interrupt.signal:
+                    if not arguments.no_save:
+                        save(resume.new_folder(step), resumable=True)
+                        print(f"{bold('interrupted; to go on:')} python train.py --resume {latest}")
+                    return 128 + interrupt.signal
+
+            train_loss = float(losses.numpy().mean())
+            if not math.isfinite(train_loss):
+                raise ValueError(diverged(latest))
+            elapsed = time.time() - started
+            total = elapsed / (step + 1) * arguments.n_steps
+            print(
+                f"step {step + 1:>3}/{arguments.n_steps}: train loss: {train_loss:.4f}, "
+                f"val loss: {state['validation_loss']:.4f} ({clock(elapsed)}/{clock(total)})",
+                flush=True,
+            )
+            tokens_per_batch = arguments.batch_size * arguments.context_length
+            n_batches = (step + 1) * BATCHES_PER_STEP
+            if metrics:
+                metrics.append(
+                    step=step + 1,
+                    batch=n_batches,
+                    tokens=n_batches * tokens_per_batch,
+                    train_loss=train_loss,
+                    validation_loss=state["validation_loss"],
+                    learning_rate=learning_rate(arguments, n_batches),
+                    tokens_per_second=(BATCHES_PER_STEP - first)
+                    * tokens_per_batch
+                    / (time.time() - step_started),
+                    seconds=elapsed,
+                )
+            state.update(step=step + 1, batch=0)
+            if (step + 6) % arguments.checkpoint_every == 0 and not arguments.no_save:
+                folder = resume.new_folder(step)
+                print(bold(f"store checkpoint model to: {folder}"), flush=True)
+                save(folder, resumable=True)
+
+    if not arguments.no_save:
+        print(bold(f"store trained model to: {state['output_path']}"), flush=True)
+        save(Path(state["output_path"]))
+        metrics.plot()
+    print(bold("generate example text"), flush=True)
+    print_example(model, tokenizer, arguments.seed)
+    return 0
+
+
+def resumed_arguments(given: argparse.Namespace, words: list[str]) -> argparse.Namespace:
+    """The settings that a training began with, which the ones given now may only prolong."""
+    began = parse_arguments(words)
+    merged = parse_arguments(sys.argv[1:], began)
+    for name, value in vars(merged).items():
+        if name not in ("resume", "n_steps") and value != vars(began)[name]:
+            raise ValueError(
+                f"{flag(merged, name)} contradicts the training to resume: it has "
+                f"{flag(began, name)}"
+            )
+    if merged.n_steps < began.n_steps:
+        raise ValueError(f"{flag(merged, 'n_steps')} is less than the {began.n_steps} of before")
+    return merged
+
+
+def read_corpus(arguments: argparse.Namespace, tokenizer=None):
+    """The ids of the corpus, in the smallest dtype that holds them, and their tokenizer."""
     path = arguments.text_corpus
     size = min(arguments.n_mega_bytes or MAX_MEGA_BYTES, MAX_MEGA_BYTES) << 20
     if path == CORPUS and not path.exists():
         from pydoc_data.topics import topics
 
-        print(f"{path} is missing: training on the text of Python's own help", file=sys.stderr)
-        text = "\n\n".join(topics[name] for name in sorted(topics))
-        file = io.BytesIO(text.encode())
+        print(f"{path} is missing: using the text of Python's own help", file=sys.stderr)
+        file = io.BytesIO("\n\n".join(topics[name] for name in sorted(topics)).encode())
     else:
         file = path.open("rb")
     with file:
-        if arguments.tokenizer == "vowel":
+        if tokenizer is None and arguments.tokenizer == "vowel":
             tokenizer = tokenizers.SimpleVowelTokenizer.train(file, size, arguments.vocab_size)
             file.seek(0)
-        else:
-            tokenizer = tokenizers.CharTokenizer()
-        return tokenizer.encode_file(file, size), tokenizer
-
-
-def check_corpus(ids, arguments) -> None:
+        tokenizer = tokenizer or tokenizers.CharTokenizer()
+        ids = tokenizer.encode_file(file, size)
     n_validation = len(ids) - len(ids) * 9 // 10
     if n_validation <= arguments.context_length:
         raise ValueError(
-            f"{arguments.text_corpus} is too short: a tenth of it, {n_validation} tokens, is for "
-            f"validation and must exceed --context-length {arguments.context_length}"
+            f"{path} is too short: the last tenth of it, {n_validation} tokens, is for validation "
+            f"and has to exceed {flag(arguments, 'context_length')}"
         )
+    return ids, tokenizer
 
 
-def check_memory(config, batch_size: int) -> None:
-    """ValueError where the training can't fit: better now than from the system's OOM killer."""
-    activations = 16 * config.d_model + 3 * config.d_hidden
-    activations += 4 * config.n_heads * config.context_length
-    n_tokens = batch_size * config.context_length
-    # float32: a parameter, its gradient and two moments
-    n_bytes = 16 * config.n_parameters
-    n_bytes += 4 * n_tokens * (config.n_layers * activations + 4 * config.vocab_size)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if n_bytes > memory:
-        raise ValueError(
-            f"a model of {config.n_parameters:,} parameters trained on {n_tokens:,} tokens at a "
-            f"time takes about {n_bytes / 2**30:,.0f} GiB, and there are {memory / 2**30:,.0f}: "
-            "choose a smaller --d-model, --n-layers, --context-length or --batch-size"
-        )
+def checksum(ids: np.ndarray) -> int:
+    return zlib.crc32(ids)
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    # tinygrad and what needs it only now: --help and a wrong flag answer at once
-    import numpy as np
-    from tinygrad import Context, Tensor, Variable
-    from tqdm import tqdm
-
-    import checkpoint
-    from gpt_tiny import GPT, AdamW, Dropout, Generator, GPTConfig, captured, initial_weights, sample
-
-    if arguments.output_path and not arguments.no_save:
-        checkpoint.check_destination(arguments.output_path)
-    command_line.open_backend()
-    ids, tokenizer = read_corpus(arguments)
-    check_corpus(ids, arguments)
-    model_config = GPTConfig(
-        context_length=arguments.context_length,
-        vocab_size=tokenizer.vocab_size,
-        n_layers=arguments.n_layers,
-        n_heads=arguments.n_heads,
-        d_model=arguments.d_model,
-        d_hidden=4 * arguments.d_model,
-        dropout=arguments.dropout,
-    )
-    check_memory(model_config, arguments.batch_size)
-    optimizer_config = {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-5, "weight_decay": 1e-4}
+def make_config(arguments: argparse.Namespace, tokenizer) -> dict:
+    """What `config.json` holds: gpt-burn's keys, the tokenizer, and options that are in use."""
     config = {
         "n_steps": arguments.n_steps,
         "batch_size": arguments.batch_size,
         "learning_rate": arguments.learning_rate,
         "batches_per_step": BATCHES_PER_STEP,
-        "validation_size": VALIDATION_SIZE,
+        "validation_size": arguments.validation_size,
         "seed": arguments.seed,
-        "model": asdict(model_config),
-        "optimizer": {"grad_clipping": None, **optimizer_config},
+        "model": {
+            "context_length": arguments.context_length,
+            "vocab_size": tokenizer.vocab_size,
+            "n_layers": arguments.n_layers,
+            "n_heads": arguments.n_heads,
+            "d_model": arguments.d_model,
+            "d_hidden": 4 * arguments.d_model,
+            "dropout": arguments.dropout,
+        },
+        "optimizer": {
+            "grad_clipping": arguments.grad_clip and {"Norm": arguments.grad_clip},
+            "beta_1": 0.9,
+            "beta_2": 0.999,
+            "epsilon": 1e-5,
+            "weight_decay": arguments.weight_decay,
+        },
         "tokenizer": tokenizer.name,
     }
-    print(bold("start training"), "- parameters:", model_config.n_parameters)
-    print(json.dumps(config, indent=2), flush=True)
+    return config
 
-    model = GPT(model_config, initial_weights(model_config, arguments.seed))
-    parameters = model.parameters()
-    optimizer = AdamW(list(parameters.values()), **optimizer_config)
-    split = len(ids) * 9 // 10
-    training_ids, validation_ids = (Tensor(part).realize() for part in (ids[:split], ids[split:]))
-    losses = Tensor.zeros(BATCHES_PER_STEP).contiguous().realize()
 
-    def windows(ids: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        positions = starts.unsqueeze(-1) + Tensor.arange(arguments.context_length + 1)
-        with Context(SPLIT_REDUCEOP=0):  # else tinygrad looks each one up by a sum over all
-            cut = ids[positions].realize()
-        return cut[:, :-1], cut[:, 1:]
-
-    @captured
-    def train_batch(starts: Tensor, keys: Tensor, rates: Tensor, batch: Variable) -> Tensor:
-        """One batch: row `batch` of each plan. Leaves its loss in `losses`."""
-        inputs, targets = windows(training_ids, starts[batch])
-        loss = model.loss(inputs, targets, Dropout(model_config.dropout, keys[batch].contiguous()))
-        gradients = loss.gradient(*optimizer.parameters)
-        optimizer.step(gradients, rates[batch].contiguous())
-        losses[batch].assign(loss).realize()
-        return losses
-
-    @captured
-    def validation_loss(starts: Tensor) -> Tensor:
-        return model.loss(*windows(validation_ids, starts)).realize()
-
-    def save(folder: Path) -> None:
-        weights = {name: parameter.numpy() for name, parameter in parameters.items()}
-        checkpoint.save(folder, config, weights, tokenizer)
-
-    validation_batch = max(n for n in range(1, VALIDATION_SIZE + 1) if VALIDATION_SIZE % n == 0 and n <= arguments.batch_size)
-    n_windows = [part.shape[0] - arguments.context_length for part in (training_ids, validation_ids)]
-    started = time.time()
-    for step in range(arguments.n_steps):
-        # All random numbers of a step come from the seed and its number: there is no other state.
-        rng = np.random.default_rng([arguments.seed, step])
-        starts = rng.integers(n_windows[1], size=(VALIDATION_SIZE // validation_batch, validation_batch))
-        validation_losses = [validation_loss(Tensor(row.astype(np.int32)).realize()).item() for row in starts]
-        first = step * BATCHES_PER_STEP + 1
-        numbers = range(first, first + BATCHES_PER_STEP)
-        plan = [
-            rng.integers(n_windows[0], size=(BATCHES_PER_STEP, arguments.batch_size), dtype=np.int32),
-            rng.integers(2**32, size=(BATCHES_PER_STEP, 1), dtype=np.uint32),
-            np.array([optimizer.rates(arguments.learning_rate, n) for n in numbers], np.float32),
-        ]
-        plan = [Tensor(array).realize() for array in plan]
-        for batch in tqdm(range(BATCHES_PER_STEP), disable=not sys.stderr.isatty(), leave=False):
-            train_batch(*plan, Variable("batch", 0, BATCHES_PER_STEP - 1).bind(batch))
-        elapsed = time.time() - started
-        total = elapsed / (step + 1) * arguments.n_steps
-        print(
-            f"step {step + 1:>3}/{arguments.n_steps}: train loss: {losses.numpy().mean():.4f}, "
-            f"val loss: {np.mean(validation_losses):.4f} ({clock(elapsed)}/{clock(total)})",
-            flush=True,
+def check_memory(config: GPTConfig, batch_size: int) -> None:
+    """ValueError where training can't fit: the system would end it without a word."""
+    activations = 16 * config.d_model + 3 * config.d_hidden
+    activations += 4 * config.n_heads * config.context_length
+    n_tokens = batch_size * config.context_length
+    n_floats = 4 * config.n_parameters  # with their gradients and two moments
+    n_floats += n_tokens * (config.n_layers * activations + 4 * config.vocab_size)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * n_floats > memory:
+        raise ValueError(
+            f"training {config.n_parameters:,} parameters on {n_tokens:,} tokens at a time takes "
+            f"about {4 * n_floats / 2**30:,.0f} GiB of memory, and there are "
+            f"{memory / 2**30:,.0f}: choose a smaller model, --context-length or --batch-size"
         )
-        if (step + 6) % 10 == 0 and not arguments.no_save:
-            folder = Path(f".data/checkpoints/{int(time.time())}_{step}")
-            print(bold(f"store checkpoint model to: {folder}"), flush=True)
-            save(folder)
 
-    if not arguments.no_save:
-        name = f"gpt_{model_config.n_parameters >> 10}k_{arguments.context_length}context_{int(time.time())}"
-        folder = arguments.output_path or Path(".data") / name
-        print(bold(f"store trained model to: {folder}"), flush=True)
-        save(folder)
+
+def first_state(corpus_checksum: int) -> dict:
+    """Where a training stands, in numbers that JSON can hold."""
+    return {
+        "step": 0,
+        "batch": 0,  # within the step
+        "losses": [],  # of the batches of this step
+        "validation_loss": 0.0,
+        "best_loss": sys.float_info.max,
+        "seconds": 0.0,
+        "output_path": "",
+        "corpus_checksum": corpus_checksum,
+        "arguments": [],
+    }
+
+
+def output_folder(arguments: argparse.Namespace, config: GPTConfig) -> Path:
+    if arguments.output_path:
+        arguments.output_path.mkdir(parents=True, exist_ok=True)
+        return arguments.output_path
+    name = f"gpt_{config.n_parameters >> 10}k_{config.context_length}context_{int(time.time())}"
+    return resume.claim(Path(".data") / name)
+
+
+def named_moments(model: GPT, optimizer: AdamW) -> dict[str, Tensor]:
+    return {
+        f"{kind}.{name}": moment
+        for kind in ("moments_1", "moments_2")
+        for name, moment in zip(model.parameters(), vars(optimizer)[kind], strict=True)
+    }
+
+
+def learning_rate(arguments: argparse.Namespace, number: int) -> float:
+    """The rate of the update with this number, counted from 1: a linear rise, then the decay."""
+    rate = arguments.learning_rate
+    if number <= arguments.warmup:
+        return rate * number / arguments.warmup
+    if arguments.decay == "none":
+        return rate
+    n_updates = arguments.n_steps * BATCHES_PER_STEP - arguments.warmup
+    share = min(1, (number - arguments.warmup) / n_updates)
+    lowest = arguments.min_learning_rate
+    return lowest + (rate - lowest) * (1 + math.cos(math.pi * share)) / 2
+
+
+def make_plan(arguments, optimizer: AdamW, step: int, n_ids: int, rng) -> list[Tensor]:
+    """A row for each batch of a step: starts of windows, a key for dropout a part, and rates."""
+    first = step * BATCHES_PER_STEP + 1
+    shape = (BATCHES_PER_STEP, arguments.batch_size)
+    starts = rng.integers(n_ids - arguments.context_length, size=shape, dtype=np.int32)
+    keys = rng.integers(2**32, size=(BATCHES_PER_STEP, arguments.accumulate), dtype=np.uint32)
+    rates = [
+        optimizer.rates(learning_rate(arguments, number), number)
+        for number in range(first, first + BATCHES_PER_STEP)
+    ]
+    return [Tensor(array).realize() for array in (starts, keys, np.array(rates, np.float32))]
+
+
+def windows(ids: Tensor, starts: Tensor, context_length: int) -> tuple[Tensor, Tensor]:
+    """Windows of the ids from each start on, and the same one token later: (batch, time) each."""
+    positions = starts.unsqueeze(-1) + Tensor.arange(context_length + 1)
+    with Context(SPLIT_REDUCEOP=0):  # else tinygrad looks an id up by a sum over all of them
+        cut = ids[positions].realize()
+    return cut[:, :-1], cut[:, 1:]
+
+
+def capture_training(
+    model: GPT, optimizer: AdamW, ids: np.ndarray, losses: Tensor, arguments: argparse.Namespace
+) -> TinyJit:
+    """One batch as one captured jit: it takes the row `batch` of each part of the plan, updates the
+    parameters and the moments, and leaves its loss in `losses`."""
+    ids = Tensor(ids).realize()
+    n_parts = arguments.accumulate
+    part_size = arguments.batch_size // n_parts
+
+    def train_batch(starts: Tensor, keys: Tensor, rates: Tensor, batch: Variable) -> None:
+        starts, keys, rates = (plan[batch].contiguous() for plan in (starts, keys, rates))
+        total, gradients = None, None
+        for part in range(n_parts):
+            part_starts = starts[part * part_size : (part + 1) * part_size]
+            inputs, targets = windows(ids, part_starts, arguments.context_length)
+            dropout = Dropout(arguments.dropout, keys[part : part + 1])
+            loss = model.loss(inputs, targets, dropout) / n_parts
+            of_part = loss.gradient(*optimizer.parameters)
+            if part:
+                loss = total + loss
+                of_part = [a + b for a, b in zip(gradients, of_part, strict=True)]
+            total, gradients = loss, of_part
+            if n_parts > 1:
+                Tensor.realize(total, *gradients)  # before the next part needs the memory
+        if arguments.grad_clip is not None:
+            gradients = clipped(gradients, arguments.grad_clip)
+        optimizer.step(gradients, rates)
+        losses[batch].assign(total).realize()
+
+    state = [*optimizer.parameters, *optimizer.moments_1, *optimizer.moments_2, ids, losses]
+    options = (arguments.dropout, n_parts, part_size, arguments.weight_decay, arguments.grad_clip)
+    return captured(train_batch, state, (model.config, options))
+
+
+def clipped(gradients: list[Tensor], longest: float) -> list[Tensor]:
+    """The gradients, shortened as one vector to `longest`, as torch.nn.utils.clip_grad_norm_."""
+    length = sum(gradient.square().sum() for gradient in gradients).sqrt()
+    scale = (longest / (length + 1e-6)).minimum(1).contiguous()
+    return [gradient * scale for gradient in gradients]
+
+
+def capture_validation(model: GPT, ids: np.ndarray, arguments: argparse.Namespace):
+    """A function that draws windows with a random generator and returns their mean loss."""
+    ids = Tensor(ids).realize()
+    limit = arguments.batch_size // arguments.accumulate  # no more memory than training takes
+    size = cpu.largest_divisor(arguments.validation_size, limit)
+
+    loss = Tensor([0.0]).realize()
+
+    def validate(starts: Tensor) -> None:
+        loss.assign(
+            model.loss(*windows(ids, starts, arguments.context_length)).reshape(1)
+        ).realize()
+
+    validate = captured(validate, [*model.parameters().values(), ids, loss], (model.config, size))
+
+    def validation_loss(rng: np.random.Generator) -> float:
+        n_starts = ids.shape[0] - arguments.context_length
+        starts = rng.integers(n_starts, size=(arguments.validation_size // size, size))
+        losses = []
+        for row in starts:
+            validate(Tensor(row.astype(np.int32)).realize())
+            losses.append(loss.item())
+        return float(np.mean(losses))
+
+    return validation_loss
+
+
+def progress(batches: range, step: int, arguments: argparse.Namespace, losses: Tensor):
+    """The batches, with a bar on a terminal."""
+    bar = tqdm(
+        batches,
+        f"step {step + 1}/{arguments.n_steps}",
+        total=BATCHES_PER_STEP,
+        initial=batches.start,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+        dynamic_ncols=True,
+        bar_format="{desc} {bar} {n_fmt}/{total_fmt} {postfix}",
+    )
+    started = shown = time.time()
+    for batch in bar:
+        yield batch
+        if not bar.disable and (now := time.time()) > shown + 0.5:  # a look at the loss waits
+            shown, n_batches = now, batch + 1 - batches.start
+            rate = n_batches * arguments.batch_size * arguments.context_length / (now - started)
+            loss = losses.numpy()[batch]
+            bar.set_postfix_str(f"loss {loss:.4f} {rate:,.0f} tokens/s", refresh=False)
+
+
+class Metrics:
+    """A training's `metrics.csv`, a row a step, and `loss.png` where matplotlib is installed."""
+
+    columns = "step,batch,tokens,train_loss,validation_loss,learning_rate,tokens_per_second,seconds"
+
+    def __init__(self, folder: Path, n_steps: int):
+        """Keeps the rows of the first `n_steps` steps, if there are any."""
+        self.path = folder / "metrics.csv"
+        rows = self.path.read_text().splitlines()[1 : n_steps + 1] if n_steps else []
+        checkpoint.write_file(self.path, "\n".join([self.columns, *rows, ""]).encode())
+
+    def append(self, **row: float) -> None:
+        with self.path.open("a") as file:
+            file.write(",".join(f"{row[column]:.6g}" for column in self.columns.split(",")) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def plot(self) -> None:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        with self.path.open() as file:
+            rows = list(csv.DictReader(file))
+        axes = (figure := Figure()).add_subplot(xlabel="tokens", ylabel="loss (nats a token)")
+        for column in ("train_loss", "validation_loss"):
+            axes.plot(*([float(row[name]) for row in rows] for name in ("tokens", column)))
+        axes.legend(["training", "validation"])
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+        checkpoint.write_file(self.path.with_name("loss.png"), picture.getvalue())
+
+
+class Interrupt:
+    """Notes Ctrl-C and SIGTERM, for the batch in flight to end first; a second one ends at once."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame) -> None:
+        self.signal = number
+        self.__exit__()
+
+    def __exit__(self, *exception) -> None:
+        for interrupt, handler in self.previous.items():
+            signal.signal(interrupt, handler)
+
+
+def diverged(latest: Path | None) -> str:
+    return (
+        "the loss or a parameter is no longer a finite number: try a lower --learning-rate, or "
+        f"--grad-clip 1; the last good checkpoint: {latest or 'none'}"
+    )
+
+
+def print_example(model: GPT, tokenizer, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    prompt = tokenizer.encode("\n")[None].astype(np.int32)
+    for new in Generator(model)(prompt, 200, lambda logits: sample(logits, 1.0, rng)):
+        print(tokenizer.token_bytes(int(new[0])).decode(), end="", flush=True)
+    print()
 
 
 def clock(seconds: float) -> str:

@@ -1,0 +1,97 @@
+"""Arrays in a safetensors file: a u64 length, a JSON header of that length, then their bytes."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+MAX_JSON_BYTES = 4 << 20  # parsed JSON takes up to 25 times its size in memory
+DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
+
+
+class LazyArrays(Mapping):
+    """Arrays by name, each of them in memory only while someone holds it.
+
+    So a model is loaded in little more memory than it takes itself.
+    """
+
+    def __init__(self, readers: dict[str, Callable[[], np.ndarray]]):
+        self.readers = readers
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+
+def read_safetensors(path: Path) -> LazyArrays:
+    """The tensors of a safetensors file; bfloat16 becomes float32.
+
+    As https://huggingface.co/docs/safetensors asks, they must fill the file without gap or overlap.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        end = start = 8 + int.from_bytes(file.read(8), "little")
+        if start > min(size, MAX_JSON_BYTES):
+            raise ValueError(f"{path} is truncated or corrupt: the header does not fit")
+        header = parse_json(file.read(start - 8), path)
+    header.pop("__metadata__", None)
+    readers = {}
+    try:
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{name!r:.80} is of the type {entry['dtype']!r:.20}")
+            dtype, shape = np.dtype(DTYPES[entry["dtype"]]), entry["shape"]
+            if len(shape) > 8 or not all(type(size) is int and size > 0 for size in shape):
+                raise ValueError(f"{name!r:.80} has no proper shape")
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            if entry["data_offsets"] != [begin - start, end - start] or end > size:
+                raise ValueError(f"the data of {name!r:.80} does not fit its shape or the file")
+            read = read_bfloat16 if entry["dtype"] == "BF16" else map_array
+            readers[name] = partial(read, path, dtype, begin, tuple(shape))
+        if end < size:
+            raise ValueError("the tensors end before the file does")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is truncated or corrupt: {error!s:.200}") from None
+    return LazyArrays(readers)
+
+
+def map_array(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    # "c", for tinygrad's OpenCL takes no array that is not writable: it does not write to the file
+    return np.asarray(np.memmap(path, dtype, "c", offset, shape))
+
+
+def read_bfloat16(*where) -> np.ndarray:
+    return (map_array(*where).astype(np.uint32) << 16).view(np.float32)
+
+
+def write_safetensors(path: Path, weights: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file, with the metadata that Hugging Face's programs ask for."""
+    dtypes = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, values in weights.items():
+        dtype, begin, end = values.dtype.newbyteorder("<").str, end, end + values.nbytes
+        header[name] = {"dtype": dtypes[dtype], "shape": values.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors lie aligned in a mapped file
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for values in weights.values():
+            file.write(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data)
+
+
+def parse_json(text: bytes, path: Path) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is corrupt: not valid JSON ({error!s:.100})") from None
+    if type(value) is not dict:
+        raise ValueError(f"{path} is corrupt: not a JSON object")
+    return value

@@ -1,0 +1,294 @@
+"""gpt-tiny beside PyTorch and Hugging Face: python bench/bench.py; README.md says more.
+
+A ratio counts and not a time, for a machine's speed drifts: ours and the peers take turns, each in
+a process of its own that stands still while another's turn lasts, and each turn gives one ratio.
+"""
+
+import argparse
+import contextlib
+import datetime
+import fnmatch
+import json
+import os
+import platform
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+
+@dataclass
+class Row:
+    """A piece of work and who does it, ours first: name -> (script, job, environment)."""
+
+    name: str
+    title: str
+    contestants: dict[str, tuple[str, dict, dict]]
+    amount: int = 0  # of what is counted per second; 0: the seconds themselves count
+    runs: dict[str, list[dict]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def lines(self) -> Iterator[dict]:
+        """The row in the table: ours beside each peer. A ratio is how many times as fast we are."""
+        ours, *peers = self.contestants
+        for peer in peers or [None]:
+            pairs = zip(self.runs.get(ours, []), self.runs.get(peer, []), strict=False)
+            ratios = [theirs["seconds"] / mine["seconds"] for mine, theirs in pairs]
+            yield {
+                "row": self.name,
+                "work": self.title,
+                "ours": self.summary(ours),
+                "peer": peer and self.summary(peer),
+                "ratio": statistics.median(ratios) if ratios else None,
+                "ratios": ratios,
+            }
+
+    def summary(self, who: str) -> dict:
+        if not (runs := self.runs.get(who)):
+            return {"name": who, "figure": None, "memory": None, "note": self.notes.get(who)}
+        seconds = statistics.median(run["seconds"] for run in runs)
+        figure = self.amount / seconds if self.amount else seconds
+        return {"name": who, "figure": figure, "memory": max(run["memory"] for run in runs)}
+
+
+class Worker:
+    """The bench's end of a worker (worker.py); it stands still but when it is asked."""
+
+    def __init__(self, python: str, script: str, job: dict, environment: dict):
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115
+        # peers.py must not find the project's tokenizers.py, which would hide Hugging Face's
+        path = {"PYTHONPATH": str(ROOT) if script == "ours.py" else ""}
+        self.process = subprocess.Popen(
+            [python, str(HERE / script), json.dumps(job)],
+            env=os.environ | path | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
+        self.prepared = self.read()
+
+    def read(self) -> dict:
+        if line := self.process.stdout.readline():
+            self.process.send_signal(signal.SIGSTOP)
+            return json.loads(line)
+        self.log.seek(0)
+        lines = self.log.read().decode(errors="replace").strip().splitlines()
+        return {"note": lines[-1] if lines else f"ended with {self.process.wait()}"}
+
+    def run(self) -> dict:
+        self.process.send_signal(signal.SIGCONT)
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        return self.read()
+
+    def stop(self) -> None:
+        """A worker ends when there is nothing more to read."""
+        self.process.send_signal(signal.SIGCONT)
+        try:
+            self.process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def measure(row: Row, n_turns: int, peer_python: str) -> dict:
+    """Fills the row's runs and notes; returns the versions of the software that ran."""
+    workers, versions = {}, {}
+    try:
+        for who, (script, job, environment) in row.contestants.items():
+            print(f"{row.name}: preparing {who}", file=sys.stderr)
+            python = peer_python if script == "peers.py" else sys.executable
+            workers[who] = Worker(python, script, job, environment)
+            versions |= workers[who].prepared.get("versions", {})
+        for turn in range(n_turns):
+            for who, worker in list(workers.items())[:: -1 if turn % 2 else 1]:
+                answer = worker.run()
+                if "note" in answer:
+                    row.notes[who] = answer["note"]
+                else:
+                    row.runs.setdefault(who, []).append(answer)
+                    done = f"{row.name}: turn {turn + 1} of {n_turns}"
+                    print(f"{done}: {who} {answer['seconds']:.3g} s", file=sys.stderr)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    return versions
+
+
+def all_rows(small: bool, peer_python: str) -> Iterator[Row]:
+    default = config(context_length=64, d_model=64, n_layers=2, n_heads=2)
+    large = config(context_length=128, d_model=768, n_layers=12, n_heads=12)
+    trainings = {"default": (default, 32, 40), "83m": (large, 8, 2)}  # batch size, number of them
+    if small:
+        large = config(context_length=16, d_model=16, n_layers=1, n_heads=2)
+        trainings = {"small": (large, 4, 4)}
+
+    for name, (size, batch_size, n) in trainings.items():
+        job = {"work": "train", "config": size, "batch_size": batch_size, "n": n}
+        contestants = {
+            "gpt-tiny": ("ours.py", job, {}),
+            "PyTorch eager": ("peers.py", job, {}),
+            "torch.compile": ("peers.py", job | {"compile": True}, {}),
+        }
+        yield Row(f"train-{name}", f"training, {name}, batches/s", contestants, n)
+
+        flags = ["train.py", "--no-save", "--n-steps", "1", "--batch-size", str(batch_size)]
+        for key in ("context_length", "d_model", "n_layers", "n_heads"):
+            flags += [f"--{key.replace('_', '-')}", str(size[key])]
+        ours = [sys.executable, str(HERE / "launch.py"), *flags]
+        theirs = [peer_python, str(HERE / "peers.py"), json.dumps(job | {"n": 1})]
+        for caches in ("empty", "warm"):
+            title = f"start to the end of the first batch, {name}, {caches} caches, s"
+            contestants = {
+                "gpt-tiny": launched(ours, "first batch done", caches),
+                "PyTorch eager": launched(theirs, '"versions"', caches),
+            }
+            yield Row(f"start-{name}-{caches}", title, contestants)
+
+    context, stride = large["context_length"], large["context_length"] // 4
+    job = {"work": "generate", "config": large}
+    within = job | {"n": context - 1, "n_prompt": 1}
+    hugging_face = {"Hugging Face, cached": ("peers.py", within, {})}
+    for name, ours in {"float32": within, "half": within | {"half": True}}.items():
+        contestants = {"gpt-tiny": ("ours.py", ours, {}), **hugging_face}
+        title = f"generation within the window, {name} weights, tokens/s"
+        yield Row(f"generate-{name}", title, contestants, context - 1)
+
+    contestants = {
+        "gpt-tiny": ("ours.py", job | {"n": 8, "n_prompt": context}, {}),
+        "PyTorch, whole window": ("peers.py", job | {"work": "forward", "n": 8}, {}),
+    }
+    yield Row("generate-past", "generation past the window, exact, tokens/s", contestants, 8)
+
+    n = 3 * stride  # each refill of the cache and the tokens that it serves, three times
+    past = job | {"n": n, "n_prompt": context - stride + 1, "stride": stride}
+    contestants = {
+        "gpt-tiny": ("ours.py", past, {}),
+        "gpt-tiny, within the window": ("ours.py", within | {"n": n}, {}),
+    }
+    title = f"generation past the window, --stride {stride}, tokens/s"
+    yield Row("generate-stride", title, contestants, n)
+
+    first = job | {"n": 1, "n_prompt": context - 1}
+    contestants = {
+        "gpt-tiny": ("ours.py", first, {}),
+        "Hugging Face": ("peers.py", first, {}),
+    }
+    yield Row("first-token", f"the first token after {context - 1}, s", contestants)
+
+    n_tokens = "8" if small else "200"
+    model = ROOT / "tests/data/gpt_burn_114k"
+    ours = launched([sys.executable, str(ROOT / "run.py"), str(model), "-n", n_tokens])
+    title = f"python run.py, 114k model, {n_tokens} tokens, warm caches, s"
+    yield Row("run", title, {"gpt-tiny": ours})
+
+
+def config(**sizes: int) -> dict:
+    """All that both GPTs ask for."""
+    return {**sizes, "vocab_size": 104, "d_hidden": 4 * sizes["d_model"], "dropout": 0.2}
+
+
+def launched(command: list[str], until: str = "", caches: str = "warm") -> tuple[str, dict, dict]:
+    return "launch.py", {"command": command, "until": until, "caches": caches}, {}
+
+
+def measure_all(rows: list[Row], n_turns: int, peer_python: str) -> dict:
+    versions = {"python": platform.python_version()}
+    start, others = time.time(), seconds_of_others()
+    for row in rows:
+        versions |= measure(row, n_turns, peer_python)
+    others = others and (seconds_of_others() - others) / (time.time() - start)
+    return {
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+        "versions": versions,
+        "turns": n_turns,
+        "cores_used_by_others": others,
+        "lines": [line for row in rows for line in row.lines()],
+    }
+
+
+def seconds_of_others() -> float | None:
+    """CPU time that went to others, also to other guests of the host; None where not Linux."""
+    with contextlib.suppress(OSError):
+        fields = Path("/proc/stat").read_text().split()[1:9]
+        user, nice, system, _, _, irq, soft_irq, stolen = map(int, fields)
+        busy = (user + nice + system + irq + soft_irq + stolen) / os.sysconf("SC_CLK_TCK")
+        own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return busy - sum(usage.ru_utime + usage.ru_stime for usage in own)
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):
+        name = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].splitlines()[0]
+    return f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.release()}"
+
+
+def show(results: dict, as_json: bool) -> None:
+    if as_json:
+        return print(json.dumps(results, indent=2))
+
+    def cell(number: float | None) -> str:
+        return "" if number is None else f"{number:.{max(0, 2 - len(str(int(number))) + 1)}f}"
+
+    print("| work | ours | peer | its figure | ratio (spread) | peak MiB, ours and peer's |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    notes = {}
+    for line in results["lines"]:
+        ours, peer, ratios = line["ours"], line["peer"] or {"name": ""}, line["ratios"]
+        spread = f" ({cell(min(ratios))} to {cell(max(ratios))})" if ratios else ""
+        memory = [f"{who['memory'] / 2**20:.0f}" for who in (ours, peer) if who.get("memory")]
+        cells = [line["work"], cell(ours["figure"]), peer["name"], cell(peer.get("figure"))]
+        print("|", " | ".join([*cells, cell(line["ratio"]) + spread, ", ".join(memory)]), "|")
+        for who in (ours, peer):
+            if who.get("note"):
+                notes[f"No figure of {who['name']}: {who['note']}"] = True
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    print(f"\n{results['machine']}; {versions}; {results['turns']} turns; {results['date']}")
+    if (others := results["cores_used_by_others"]) and others > 0.1:
+        notes[f"Others used {others:.1f} cores meanwhile: trust no figure of this table"] = True
+    print(*notes, sep="\n", end="\n" if notes else "")
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--turns", type=int, default=5, help="times that each is measured")
+    parser.add_argument("--small", action="store_true", help="tiny models, to see that it works")
+    parser.add_argument("--json", action="store_true", help="print JSON, with each turn's ratio")
+    peer_help = "the Python that has PyTorch and transformers (default: this one)"
+    parser.add_argument("--peer-python", default=sys.executable, metavar="PATH", help=peer_help)
+    return parser
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no worker is left behind
+    parser = argument_parser("Measure gpt-tiny beside PyTorch and Hugging Face.")
+    names = ", ".join(row.name for row in all_rows(False, ""))
+    rows_help = f"which rows, * for any characters (default: all): {names}"
+    parser.add_argument("rows", nargs="*", default=["*"], help=rows_help)
+    arguments = parser.parse_args()
+    rows = [
+        row
+        for row in all_rows(arguments.small, arguments.peer_python)
+        if any(fnmatch.fnmatch(row.name, pattern) for pattern in arguments.rows)
+    ]
+    if not rows:
+        parser.error(f"no row has such a name; the rows are {names}")
+    n_turns = 1 if arguments.small else arguments.turns
+    show(measure_all(rows, n_turns, arguments.peer_python), arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The worker for gpt-tiny; bench.py starts it, with the project's folder on its path."""
+
+from importlib.metadata import version
+
+import numpy as np
+from tinygrad import Device, Tensor, Variable
+from tinygrad.helpers import GlobalCounters
+from worker import peak_memory, serve
+
+import train as training
+from generation import Generator
+from gpt_tiny import GPT, AdamW, GPTConfig, initial_weights
+
+N_BATCHES = training.BATCHES_PER_STEP
+
+
+def train(config: GPTConfig, n: int, batch_size: int):
+    """train.py's batches on made-up ids."""
+    words = ["--batch-size", str(batch_size), "--context-length", str(config.context_length)]
+    arguments = training.parse_arguments([*words, "--dropout", str(config.dropout)])
+    model = GPT(config, initial_weights(config, 0))
+    optimizer = AdamW(list(model.parameters().values()))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(config.vocab_size, size=500_000).astype(np.uint8)
+    losses = Tensor.zeros(N_BATCHES).contiguous().realize()
+    train_batch = training.capture_training(model, optimizer, ids, losses, arguments)
+    plan = training.make_plan(arguments, optimizer, 0, len(ids), rng)
+
+    def work() -> None:
+        for number in range(n):
+            train_batch(*plan, Variable("batch", 0, N_BATCHES - 1).bind(number % N_BATCHES))
+        losses.numpy()  # waits for the last one
+
+    return work
+
+
+def generate(config: GPTConfig, n: int, n_prompt: int, stride: int = 1, half: bool = False):
+    weights = initial_weights(config, 0)
+    if half:
+        weights = {name: values.astype(np.float16) for name, values in weights.items()}
+    generator = Generator(GPT(config, weights), stride=stride)
+    prompt = np.zeros((1, n_prompt), np.int32)
+
+    def work() -> None:
+        for _ in generator(prompt, n, lambda logits: logits.argmax(-1)):
+            pass
+
+    return work
+
+
+def prepare(work: str, config: dict, **job):
+    versions = {name: version(name) for name in ("tinygrad", "numpy")}
+    work = {"train": train, "generate": generate}[work](GPTConfig(**config), **job)
+    work()  # captures it
+    return work, {**versions, "tinygrad's device": Device.DEFAULT}
+
+
+def memory() -> int:
+    """Of the process on a CPU, of the device elsewhere; a captured step keeps all that it needs."""
+    return peak_memory() if Device.DEFAULT == "CPU" else GlobalCounters.mem_used
+
+
+if __name__ == "__main__":
+    serve(prepare, memory)

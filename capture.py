@@ -1,0 +1,128 @@
+"""Captured jits, kept for the next start: what one start has compiled, the next one finds.
+
+They are pickles. So they are read from the user's own cache folder alone, where no one else can
+write, under a hash of all that they depend on; and whatever is wrong with one, it is made anew.
+"""
+
+import contextlib
+import hashlib
+import os
+import pickle
+import platform
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import tinygrad
+from tinygrad import Device, Tensor, TinyJit, UOp
+from tinygrad.engine.jit import CapturedJit
+from tinygrad.engine.realize import get_call_arg_uops, get_call_outs_ins
+from tinygrad.helpers import ContextVar
+from tinygrad.uop.ops import Ops
+
+import cpu
+
+N_KEPT = 32  # files of a few MB each
+FIRST_PLACE = 10_000  # numbers of the places of the state's buffers: those of arguments are small
+
+
+def captured(function: Callable, state: Sequence[Tensor], key: object) -> Callable:
+    """The function as a jit that is captured at its first call, or read from the cache folder.
+
+    It takes realised tensors and bound variables and returns nothing. `state` is all that it reads
+    and writes beside them, realised; `key` tells it from other functions with such a state.
+    """
+    jit = TinyJit(function)
+    jit.cnt = 1  # TinyJit would call it plainly once before, which only unrealised state needs
+    device = state[0].device
+    if device != "CPU":  # where it is tested
+        return jit
+    state = [tensor.uop.base for tensor in (*state, *cpu.blas_addresses(device))]
+    key = fingerprint(function.__qualname__, key, [(b.shape, b.dtype) for b in state])
+    path = cache_folder() / key
+    with contextlib.suppress(Exception):  # to begin with: there is none
+        jit.captured, jit.cnt = restored(pickle.loads(read_private(path)), state), 2
+        return jit
+
+    def call(*arguments) -> None:
+        is_capture = jit.cnt == 1
+        jit(*arguments)
+        if is_capture:
+            with contextlib.suppress(Exception):  # a full disk, say: nothing is lost but time
+                keep(path, jit.captured, state)
+
+    return call
+
+
+def places(buffers: Sequence[UOp]) -> dict[UOp, UOp]:
+    """What stands for the buffers in a file. A buffer's own identity is a number, which in another
+    process may be another buffer's."""
+    numbers = range(FIRST_PLACE, FIRST_PLACE + len(buffers))
+    return {
+        buffer: UOp.param(number, buffer.dtype, buffer.shape, buffer.device)
+        for buffer, number in zip(buffers, numbers, strict=True)
+    }
+
+
+def keep(path: Path, jit: CapturedJit, state: list[UOp]) -> None:
+    """Writes a jit, with places for the buffers of the state and for its own, without content."""
+    own = [u for u in jit._linear.toposort() if u.op is Ops.BUFFER and u not in state]
+    if any(buffer in own for buffer in read_first(jit._linear)):
+        return  # it needs content that was made while it was captured
+    linear = jit._linear.substitute(places([*state, *own]), walk=True, enter_calls=True)
+    expected = jit.expected_names, jit.expected_input_info
+    data = pickle.dumps((linear, expected, [(b.device, b.max_numel(), b.dtype) for b in own]))
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+    temporary.replace(path)
+    for old in sorted(path.parent.iterdir(), key=os.path.getmtime)[:-N_KEPT]:
+        old.unlink()
+
+
+def restored(kept: tuple, state: list[UOp]) -> CapturedJit:
+    linear, expected, own = kept
+    buffers = [*state, *(UOp.new_buffer(*arguments) for arguments in own)]
+    back = {place: buffer for buffer, place in places(buffers).items()}
+    return CapturedJit(None, linear.substitute(back, walk=True, enter_calls=True), *expected)
+
+
+def read_first(linear: UOp) -> Iterator[UOp]:
+    """The buffers that are read as a whole before anything is written to them."""
+    written = set()
+    for call in linear.src:
+        is_graph = call.src[0].op is Ops.CUSTOM_FUNCTION
+        for kernel in call.src[0].src[0].src if is_graph else (call,):
+            arguments = get_call_arg_uops(kernel)
+            outs, ins = get_call_outs_ins(kernel)
+            yield from (arguments[i] for i in ins if arguments[i] not in written)
+            written.update(arguments[i] for i in outs)
+
+
+def fingerprint(*parts: object) -> str:
+    """A hash of the parts and of all else that a captured jit depends on."""
+    sources = sorted(Path(tinygrad.__file__).parent.rglob("*.py"))
+    parts += (
+        [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))],
+        [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sources],
+        [(name, repr(variable.value)) for name, variable in sorted(ContextVar._cache.items())],
+        Device["CPU"].renderer.compiler.cachekey,
+        (sys.version, platform.platform(), cpu.processor()),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or default).expanduser() / "gpt-tiny"
+
+
+def read_private(path: Path) -> bytes:
+    """A file's bytes; PermissionError if anyone but the user could have written it."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        for status in (os.fstat(file.fileno()), os.stat(path.parent)):
+            if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise PermissionError(f"{path} is not the user's alone")
+        return file.read()

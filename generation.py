@@ -1,0 +1,96 @@
+"""Continues texts with a model: the window of tokens that it sees, and the choice of the next."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from tinygrad import Tensor, Variable
+from tinygrad.nn.state import get_parameters
+
+from capture import captured
+from gpt_tiny import GPT, KeyValueCache
+
+
+class Generator:
+    """Continues texts with a model.
+
+    While the context has room, a token costs one row through the model; the rest is in the cache.
+    Then every new token shifts all positions, which are learned and absolute, and the window is
+    computed anew: for each token, or with `stride` N once for N, the N oldest dropped at a time.
+    """
+
+    def __init__(self, model: GPT, batch: int = 1, stride: int = 1):
+        self.model, self.stride = model, stride
+        self.context_length = model.config.context_length
+        self.chunk = min(self.context_length, 128)  # tokens of a prompt that are read at once
+        self.cache = [KeyValueCache(model.config, batch) for _ in model.blocks]
+        self.logits = Tensor.empty(batch, model.config.vocab_size).realize()
+        state = [*model.parameters().values(), *get_parameters(self.cache), self.logits]
+        self.read, self.extend = (
+            captured(self.step, state, (model.config, n_tokens)) for n_tokens in (self.chunk, 1)
+        )
+
+    def step(self, ids: Tensor, start: Variable, last: Variable) -> None:
+        """ids (batch, time) at the positions from `start` on; leaves the logits after the one with
+        index `last` in `self.logits`. What stands to its right can't matter: the mask is causal."""
+        x = self.model.trunk(ids, cache=self.cache, start=start)
+        self.logits.assign(self.model.head(x[:, last : last + 1])[:, 0]).realize()
+
+    def __call__(
+        self, ids: np.ndarray, n_new_tokens: int, choose: Callable[[np.ndarray], np.ndarray]
+    ) -> Iterator[np.ndarray]:
+        """Yields the new ids (batch,) one by one; ids (batch, time) are the prompts.
+
+        `choose` takes logits (batch, vocab_size) and returns ids (batch,).
+        """
+        window, n_cached = ids[:, -self.context_length :], 0
+        for _ in range(n_new_tokens):
+            if window.shape[1] > self.context_length:
+                window, n_cached = window[:, self.stride :], 0
+            logits, n_cached = self._next(window, n_cached), window.shape[1]
+            new = choose(logits)
+            yield new
+            window = np.concatenate([window, new[:, None]], axis=1)
+
+    def _next(self, window: np.ndarray, n_cached: int) -> np.ndarray:
+        """Brings the cache up to the window's end; the logits after it."""
+        if window.shape[1] - n_cached == 1:
+            return self._run(self.extend, window[:, n_cached:], n_cached, 0)
+        for start in range(n_cached, window.shape[1], self.chunk):
+            start = min(start, self.context_length - self.chunk)
+            piece = window[:, start : start + self.chunk]
+            padded = np.pad(piece, ((0, 0), (0, self.chunk - piece.shape[1])))
+            logits = self._run(self.read, padded, start, piece.shape[1] - 1)
+        return logits
+
+    def _run(self, step: Callable, ids: np.ndarray, start: int, last: int) -> np.ndarray:
+        start = Variable("start", 0, max(1, self.context_length - 1)).bind(start)
+        last = Variable("last", 0, max(1, self.chunk - 1)).bind(last)
+        step(Tensor(ids.astype(np.int32)).realize(), start, last)
+        return self.logits.numpy()
+
+
+def sample(
+    logits: np.ndarray,
+    temperature: float,
+    rng: np.random.Generator,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> np.ndarray:
+    """logits (batch, vocab_size) -> ids (batch,), drawn from softmax(logits / temperature).
+
+    Temperature 0 takes the likeliest token. `top_k` leaves as many of the likeliest in the draw,
+    `top_p` as few of them as have that share of the probability (Holtzman et al., 2019).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    weights = np.exp((logits - logits.max(-1, keepdims=True)).astype(np.float64) / temperature)
+    order = np.argsort(-weights, axis=-1, kind="stable")
+    weights = np.take_along_axis(weights, order, -1)  # the likeliest first
+    if top_k is not None:
+        weights[:, top_k:] = 0
+    if top_p is not None:
+        before = weights.cumsum(-1) - weights
+        weights[:, 1:][(before >= top_p * weights.sum(-1, keepdims=True))[:, 1:]] = 0
+    totals = weights.cumsum(-1)
+    places = (totals <= (rng.random(len(logits)) * totals[:, -1])[:, None]).sum(-1)
+    return np.take_along_axis(order, places[:, None], -1)[:, 0]

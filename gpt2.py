@@ -1,0 +1,130 @@
+"""GPT-2 as Hugging Face publishes it: its config and its tensors, to ours and back.
+
+Its file holds a block's query, key and value as one tensor, and each linear's weight as (in, out).
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+
+SIZES = {
+    "context_length": "n_positions",
+    "vocab_size": "vocab_size",
+    "n_layers": "n_layer",
+    "n_heads": "n_head",
+    "d_model": "n_embd",
+}
+# The options that the model has no choice of, with the values that it is made for.
+FIXED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+    "quantization_config": (None,),
+}
+DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+IGNORED = (".attn.bias", ".attn.masked_bias")  # causal masks, in older files
+
+
+def config_to_ours(config: dict) -> dict:
+    """Our config of a model, from Hugging Face's and what `config_to_theirs` put beside it.
+
+    ValueError for a model that is no GPT-2, or that has an option which ours lacks.
+    """
+    if config.get("model_type") != "gpt2":
+        raise ValueError(f"model_type is {config.get('model_type')!r:.60}: only 'gpt2' is known")
+    for name, values in FIXED.items():
+        if (value := config.get(name, values[0])) not in values:
+            raise ValueError(f"{name} {value!r:.60} is not supported, only {values[0]!r}")
+    if missing := set(SIZES.values()) - config.keys():
+        raise ValueError(f"it lacks the setting {min(missing)}")
+    training = config.get("gpt_tiny", {})
+    if type(training) is not dict:
+        raise ValueError("gpt_tiny is not a section of settings")
+
+    model = {ours: config[theirs] for ours, theirs in SIZES.items()}
+    d_hidden = config.get("n_inner")
+    if d_hidden is None and type(model["d_model"]) is int:
+        d_hidden = 4 * model["d_model"]
+    model |= {"d_hidden": d_hidden, "dropout": config.get("resid_pdrop", 0.1), "gpt2": True}
+    return {**training, "model": model, "tokenizer": "bpe"}
+
+
+def config_to_theirs(config: dict, end: int | None) -> dict:
+    """Hugging Face's config of our model; `end` is the id of <|endoftext|>."""
+    model = config["model"]
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        **{theirs: model[ours] for ours, theirs in SIZES.items()},
+        "n_inner": model["d_hidden"],
+        **dict.fromkeys(DROPOUTS, model["dropout"]),
+        **{name: values[0] for name, values in FIXED.items() if values[0] is not None},
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "gpt_tiny": {k: v for k, v in config.items() if k not in ("model", "tokenizer")},
+    }
+
+
+def names(n_layers: int) -> dict[str, list[str]]:
+    """Their name of each tensor -> our name of the parameter, or of the three, that it holds."""
+    table = {
+        "wte.weight": ["token_embedding.weight"],
+        "wpe.weight": ["positional_embedding.weight"],
+        "ln_f.weight": ["norm.gamma"],
+        "ln_f.bias": ["norm.beta"],
+    }
+    for layer in range(n_layers):
+        theirs, ours = f"h.{layer}", f"blocks.{layer}"
+        for norm in ("1", "2"):
+            table[f"{theirs}.ln_{norm}.weight"] = [f"{ours}.norm_{norm}.gamma"]
+            table[f"{theirs}.ln_{norm}.bias"] = [f"{ours}.norm_{norm}.beta"]
+        for part in ("weight", "bias"):
+            table[f"{theirs}.attn.c_attn.{part}"] = [
+                f"{ours}.multi_head.{name}.{part}" for name in ("query", "key", "value")
+            ]
+            table[f"{theirs}.attn.c_proj.{part}"] = [f"{ours}.multi_head.out.{part}"]
+            table[f"{theirs}.mlp.c_fc.{part}"] = [f"{ours}.pwff.linear_1.{part}"]
+            table[f"{theirs}.mlp.c_proj.{part}"] = [f"{ours}.pwff.linear_2.{part}"]
+    return table
+
+
+def weights_to_ours(
+    tensors: Mapping[str, np.ndarray], n_layers: int
+) -> dict[str, Callable[[], np.ndarray]]:
+    """By our names, functions that take the parameters out of the tensors of a file.
+
+    ValueError for a tensor that no GPT-2 has, and for a head that is not the token embedding.
+    """
+    table, parameters = names(n_layers), {}
+    for name in tensors:
+        short = name.removeprefix("transformer.")
+        if short == "lm_head.weight":
+            embedding = name.removesuffix("lm_head.weight") + "wte.weight"
+            if not np.array_equal(tensors[name], tensors.get(embedding, 0)):
+                raise ValueError("its head lm_head.weight is not the token embedding")
+        elif short in table:
+            ours = table[short]
+            for part, our_name in enumerate(ours):
+                parameters[our_name] = partial(take, tensors, name, part, len(ours))
+        elif not short.endswith(IGNORED):
+            raise ValueError(f"a GPT-2 of {n_layers} layers has no tensor {name!r:.80}")
+    return parameters
+
+
+def take(tensors: Mapping[str, np.ndarray], name: str, part: int, n_parts: int) -> np.ndarray:
+    array = tensors[name]
+    return np.array_split(array.T if ".h." in f".{name}" else array, n_parts)[part]
+
+
+def weights_to_theirs(weights: Mapping[str, np.ndarray], n_layers: int) -> dict[str, np.ndarray]:
+    """The tensors of a file from our parameters."""
+    tensors = {}
+    for name, ours in names(n_layers).items():
+        array = np.concatenate([weights[our_name] for our_name in ours])
+        tensors[f"transformer.{name}"] = array.T if name.startswith("h.") else array
+    return tensors

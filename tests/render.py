@@ -1,0 +1,61 @@
+"""Renders every kernel of a training and of a generation for a backend that need not be there.
+
+    python tests/render.py CUDA|METAL|AMD FOLDER
+
+tinygrad's device NULL runs nothing and takes the renderer of any backend; the compilers that only
+the backend's own machines have give back the source they get. The kernels go to FOLDER: NAME.txt
+as source and NAME.bin as compiled.
+"""
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+TARGETS = {"CUDA": "NULL:CUDA:sm_80", "METAL": "NULL:METAL:Apple7", "AMD": "NULL:HIP:gfx1100"}
+LARGEST = ["-c", "64", "-d", "64", "-h", "2", "-l", "1", "-b", "32", "-n", "1"]
+
+
+def find_nvrtc() -> str | None:
+    """NVIDIA's compiler as packages from PyPI bring it, or one that the environment names."""
+    spec = find_spec("nvidia")
+    folders = map(Path, spec.submodule_search_locations if spec else [])
+    found = [path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))]
+    return os.environ.get("NVRTC_PATH") or (str(found[0]) if found else None)
+
+
+def render(backend: str, folder: Path) -> None:
+    os.environ["DEV"] = TARGETS[backend]
+    os.environ["NULL_ALLOW_COPYOUT"] = "1"
+    os.environ["PARALLEL"] = "0"  # the changes below are in this process alone
+    if backend == "METAL":
+        os.environ["MAX_KERNEL_BUFFERS"] = "31"  # tinygrad's limit, which NULL does not have
+    if nvrtc := find_nvrtc():
+        os.environ["NVRTC_PATH"] = nvrtc
+
+    from tinygrad.device import Compiler
+    from tinygrad.runtime.support import compiler_amd, compiler_cuda
+
+    sys.modules["tinygrad.runtime.ops_metal"] = SimpleNamespace(MetalCompiler=Compiler)
+    compiler_amd.HIPCompiler = lambda arch: Compiler()
+    if not nvrtc:
+        compiler_cuda.NVRTCCompiler = lambda arch, ptx, cache_key: Compiler()
+
+    import run
+    import train
+    from tinygrad.codegen import to_program_cache
+    from tinygrad.uop.ops import Ops
+
+    model = str(folder / "model")
+    for main, arguments in ((train.main, [*LARGEST, "-o", model]), (run.main, [model, "-n", "2"])):
+        sys.argv = [f"{main.__module__}.py", *arguments]
+        main()
+    for number, program in enumerate(to_program_cache.values()):
+        parts = {part.op: part.arg for part in program.src}
+        (folder / f"{number:03}.txt").write_text(parts[Ops.SOURCE])
+        (folder / f"{number:03}.bin").write_bytes(parts[Ops.BINARY])
+
+
+if __name__ == "__main__":
+    render(sys.argv[1], Path(sys.argv[2]))

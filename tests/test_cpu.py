@@ -1,0 +1,175 @@
+"""The CPU backend: BLAS gives what the definition says, on any core, with any compiler."""
+
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tinygrad import Context, Device, Tensor, TinyJit, Variable
+
+import cpu
+
+pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
+ZIGLANG = "ziglang"
+
+
+# --- products ---
+
+
+def assert_product(spec: str, shape_a: tuple[int, ...], shape_b: tuple[int, ...]) -> None:
+    """The product and both gradients equal numpy's, in double precision."""
+    rng = np.random.default_rng(0)
+    operands, letters_c = spec.split("->")
+    letters_a, letters_b = operands.split(",")
+    a, b = (rng.standard_normal(shape, np.float32) for shape in (shape_a, shape_b))
+    expected = np.einsum(spec, a, b, dtype=np.float64)
+    of_c = rng.standard_normal(expected.shape, np.float32)
+    of_a = np.einsum(f"{letters_c},{letters_b}->{letters_a}", of_c, b, dtype=np.float64)
+    of_b = np.einsum(f"{letters_c},{letters_a}->{letters_b}", of_c, a, dtype=np.float64)
+
+    tensor_a, tensor_b, tensor_of_c = (Tensor(x).realize() for x in (a, b, of_c))
+    c = cpu.einsum(spec, tensor_a, tensor_b)
+    gradients = c.gradient(tensor_a, tensor_b, gradient=tensor_of_c)
+    Tensor.realize(c, *gradients)
+    for ours, theirs in zip((c, *gradients), (expected, of_a, of_b), strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-4, atol=1e-4)
+
+
+SPECS = [
+    ("bti,oi->bto", (3, 5, 7), (9, 7)),
+    ("bqhd,bkhd->bhqk", (3, 5, 3, 7), (3, 11, 3, 7)),
+    ("bhqk,bkhd->bqhd", (3, 3, 5, 11), (3, 11, 3, 7)),
+    ("btv,vd->btd", (3, 5, 11), (11, 7)),
+]
+ONE_TOKEN = [
+    ("bti,oi->bto", (1, 1, 7), (9, 7)),
+    ("bqhd,bkhd->bhqk", (1, 1, 3, 7), (1, 11, 3, 7)),
+    ("bhqk,bkhd->bqhd", (1, 3, 1, 11), (1, 11, 3, 7)),
+    ("btv,vd->btd", (1, 1, 11), (11, 7)),
+]
+SHARED = [  # large enough for the cores to share the work
+    ("bti,oi->bto", (4, 33, 64), (65, 64)),
+    ("bqhd,bkhd->bhqk", (4, 33, 2, 32), (4, 33, 2, 32)),
+]
+
+
+@pytest.mark.parametrize(("spec", "shape_a", "shape_b"), [*SPECS, *ONE_TOKEN, *SHARED])
+def test_blas_gives_the_product_and_its_gradients(spec, shape_a, shape_b):
+    assert cpu.blas() is not None
+    assert_product(spec, shape_a, shape_b)
+
+
+@pytest.mark.parametrize(("spec", "shape_a", "shape_b"), SPECS)
+def test_without_blas_tinygrad_gives_the_same(monkeypatch, spec, shape_a, shape_b):
+    monkeypatch.setattr(cpu, "blas", lambda: None)
+    assert_product(spec, shape_a, shape_b)
+
+
+def test_blas_0_turns_it_off(monkeypatch):
+    monkeypatch.setenv("BLAS", "0")
+    assert cpu.blas.__wrapped__() is None
+
+
+def test_gradients_flow_through_one_product_into_another():
+    a, b, c = (Tensor(np.full((1, 2, 2), n, np.float32)).realize() for n in (1, 2, 3))
+    product = cpu.einsum("bti,oi->bto", cpu.einsum("bti,oi->bto", a, b[0]), c[0])
+    [gradient] = product.sum().gradient(a)
+    assert product.numpy().tolist() == [[[24, 24], [24, 24]]]
+    assert gradient.numpy().tolist() == [[[24, 24], [24, 24]]]
+
+
+# --- all cores ---
+
+
+def test_a_captured_jit_on_all_cores_gives_what_plain_calls_give():
+    rng = np.random.default_rng(0)
+    table = Tensor(rng.standard_normal((16, 64, 128), np.float32)).realize()
+    weight = Tensor(rng.standard_normal((128, 128), np.float32)).realize()
+
+    def step(x: Tensor, start) -> Tensor:
+        y = cpu.einsum("bti,oi->bto", table * x, weight).softmax(-1)
+        return (y.sum(0) + table[start] + y.max()).realize()
+
+    jit = TinyJit(step)
+    jit.cnt = 1
+    for number in range(4):
+        x = Tensor(rng.standard_normal(128, np.float32)).realize()
+        start = Variable("start", 0, 15).bind(3 * number)
+        captured = jit(x, start).numpy()
+        with Context(JIT=0):
+            plain = step(x, start).numpy()
+        np.testing.assert_allclose(captured, plain, rtol=1e-5, atol=1e-5)
+
+
+# --- the C compiler ---
+
+
+@pytest.fixture
+def compiler():
+    return Device["CPU"].renderer.compiler
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch) -> Path:
+    """An empty folder as the whole PATH, without CC."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    return tmp_path
+
+
+def write_program(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def write_clang(path: Path) -> Path:
+    zig = Path(pytest.importorskip(ZIGLANG).__file__).parent / "zig"
+    return write_program(path, f'exec {shlex.quote(str(zig))} clang "$@"')
+
+
+def test_ziglang_serves_where_there_is_no_clang(compiler, path, capfd):
+    command = compiler.find()
+    assert ZIGLANG in command[0]
+    assert compiler.call(command, cpu.PROBE).startswith(b"\x7fELF")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_clang_on_the_path_wins(compiler, path, capfd):
+    clang = write_clang(path / "clang")
+    assert compiler.find() == [str(clang)]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_clang_that_does_not_compile_is_left_with_a_warning(compiler, path, capfd):
+    clang = write_program(path / "clang", "exit 1")
+    assert ZIGLANG in compiler.find()[0]
+    out, err = capfd.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert err.startswith(f"warning: {clang}")
+
+
+def test_cc_wins_and_may_hold_options(compiler, path, monkeypatch):
+    write_clang(path / "clang")
+    mine = write_clang(path / "my clang")
+    monkeypatch.setenv("CC", f"{shlex.quote(str(mine))} -Wall")
+    assert compiler.find() == [str(mine), "-Wall"]
+
+
+def test_on_a_machine_without_a_compiler_the_backend_works(path, tmp_path):
+    code = "import cpu; from tinygrad import Tensor; print((Tensor([2.0]) * 3).tolist())"
+    environment = {**os.environ, "DEV": "CPU", "CACHEDB": str(tmp_path / "cache.db")}
+    assert shutil.which("clang") is None
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(cpu.__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (process.stdout, process.stderr) == ("[6.0]\n", "")

@@ -1,0 +1,212 @@
+"""GPT-2 as Hugging Face publishes it, against what transformers 5.23 makes of the same folder."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tiktoken")
+
+from tinygrad import Tensor, TinyJit, dtypes
+
+import checkpoint
+import gpt2
+from generation import Generator, sample
+from gpt_tiny import Embedding
+
+FOLDER = Path(__file__).parent / "data" / "gpt2_tiny"
+REFERENCE = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))
+CONTEXT_LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer():
+    return checkpoint.load(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def all_logits(model_and_tokenizer):
+    """A function from ids to the logits after each of them, computed without the cache."""
+    model = TinyJit(model_and_tokenizer[0])
+
+    def logits(ids: list[int]) -> np.ndarray:
+        window = np.array([ids + [0] * (CONTEXT_LENGTH - len(ids))], np.int32)
+        return model(Tensor(window).realize()).numpy()[0, : len(ids)]
+
+    return logits
+
+
+@pytest.fixture(scope="module")
+def generator(model_and_tokenizer):
+    return Generator(model_and_tokenizer[0])
+
+
+def each_reference(also_empty: bool = False):
+    references = [each for each in REFERENCE if each["ids"] or also_empty]
+    return pytest.mark.parametrize("reference", references, ids=lambda each: each["text"][:12])
+
+
+@each_reference(also_empty=True)
+def test_ids_and_decoded_texts_equal_those_of_transformers(model_and_tokenizer, reference):
+    _, tokenizer = model_and_tokenizer
+    assert tokenizer.encode(reference["text"]).tolist() == reference["ids"]
+    assert tokenizer.decode(reference["ids"]) == reference["decoded"]
+
+
+@each_reference()
+def test_logits_equal_those_of_transformers(all_logits, reference):
+    ids, greedy_ids = reference["ids"], reference["greedy_ids"]
+    logits = all_logits(ids + greedy_ids)[len(ids) - 1 :]
+    np.testing.assert_allclose(logits[0], reference["last_logits"], rtol=0, atol=1e-4)
+    # what is most likely after each of their tokens is the next: so it is greedy without a cache
+    assert logits.argmax(-1)[: len(greedy_ids)].tolist() == greedy_ids
+
+
+@each_reference()
+def test_greedy_ids_equal_those_of_transformers_with_the_cache(generator, reference):
+    prompt, n_new = np.array([reference["ids"]], np.int32), len(reference["greedy_ids"])
+    new = generator(prompt, n_new, lambda logits: sample(logits, 0, None))
+    assert [int(ids[0]) for ids in new] == reference["greedy_ids"]
+
+
+# ---- the files ----
+
+
+def weights_of(model) -> dict[str, np.ndarray]:
+    return {name: parameter.numpy() for name, parameter in model.parameters().items()}
+
+
+def copied(tmp_path: Path, tensors: dict | None = None, **settings) -> Path:
+    """A copy of the folder with other tensors in its file, or other settings in its config."""
+    shutil.copytree(FOLDER, tmp_path / "model")
+    config = json.loads((FOLDER / "config.json").read_text()) | settings
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    if tensors:
+        checkpoint.write_safetensors(tmp_path / "model" / "model.safetensors", tensors)
+    return tmp_path / "model"
+
+
+def assert_same_weights(folder: Path, model) -> None:
+    expected = weights_of(model)
+    shapes = {name: array.shape for name, array in expected.items()}
+    for name, array in checkpoint.read_weights(folder, shapes).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_names_without_prefix_masks_and_a_tied_head_are_read(tmp_path, model_and_tokenizer):
+    theirs = checkpoint.read_safetensors(FOLDER / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): array for name, array in theirs.items()}
+    tensors["lm_head.weight"] = tensors["wte.weight"]
+    tensors["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)
+    tensors["h.1.attn.masked_bias"] = np.full(1, -1e4, np.float32)
+    assert_same_weights(copied(tmp_path, tensors), model_and_tokenizer[0])
+
+
+def test_half_precision_stays(tmp_path, model_and_tokenizer):
+    theirs = checkpoint.read_safetensors(FOLDER / "model.safetensors")
+    tensors = {name: array.astype(np.float16) for name, array in theirs.items()}
+    model, _ = checkpoint.load(copied(tmp_path, tensors))
+    assert {parameter.dtype for parameter in model.parameters().values()} == {dtypes.float16}
+
+
+def test_a_head_of_its_own_and_a_strange_tensor_are_refused(tmp_path):
+    tensors = dict(checkpoint.read_safetensors(FOLDER / "model.safetensors"))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not the token embedding"):
+        head = {"lm_head.weight": tensors["transformer.wte.weight"] + 1}
+        checkpoint.load(copied(tmp_path / "head", tensors | head))
+    with pytest.raises(ValueError, match=r"no tensor 'transformer\.h\.2\.ln_1\.bias'"):
+        strange = {"transformer.h.2.ln_1.bias": np.zeros(48, np.float32)}
+        checkpoint.load(copied(tmp_path / "strange", tensors | strange))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("model_type", "llama"),
+        ("activation_function", "relu"),
+        ("layer_norm_epsilon", 1e-6),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("reorder_and_upcast_attn", True),
+        ("add_cross_attention", True),
+        ("tie_word_embeddings", False),
+        ("quantization_config", {"bits": 4}),
+        ("gpt_tiny", []),
+        ("n_embd", None),
+        ("n_embd", "wide"),
+        ("n_embd", 50),
+        ("n_inner", 10**12),
+        ("n_layer", 10**12),
+        ("resid_pdrop", 1.5),
+        ("vocab_size", 513),
+    ],
+)
+def test_what_our_model_cannot_do_is_refused_by_name(tmp_path, setting, value):
+    ours = {theirs: ours for ours, theirs in gpt2.SIZES.items()}
+    name = {"n_inner": "weights", "n_layer": "weights", "resid_pdrop": "dropout"}.get(setting)
+    with pytest.raises(ValueError, match=name or ours.get(setting, setting)) as error:
+        checkpoint.load(copied(tmp_path, **{setting: value}))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_setting_is_named(tmp_path):
+    folder = copied(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["n_positions"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="lacks the setting n_positions"):
+        checkpoint.read_config(folder)
+
+
+def test_a_gpt2_is_saved_in_the_layout_that_it_was_read_from(tmp_path, model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    config = {"seed": 1, "optimizer": {"epsilon": 1e-5}, "model": asdict(model.config)}
+    checkpoint.save(tmp_path / "model", config, weights_of(model), tokenizer)
+
+    files = ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
+    assert sorted(os.listdir(tmp_path / "model")) == files
+    theirs = checkpoint.read_safetensors(FOLDER / "model.safetensors")
+    ours = checkpoint.read_safetensors(tmp_path / "model" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+    their_config = json.loads((FOLDER / "config.json").read_text()) | {"n_inner": 192}
+    our_config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert our_config.pop("gpt_tiny") == {"seed": 1, "optimizer": {"epsilon": 1e-5}}
+    assert our_config.items() <= their_config.items()
+
+    # and our settings with it
+    assert checkpoint.read_config(tmp_path / "model") == config | {"tokenizer": "bpe"}
+    assert_same_weights(tmp_path / "model", model)
+    loaded = checkpoint.load(tmp_path / "model")[1]
+    assert (loaded.vocab, loaded.merges) == (tokenizer.vocab, tokenizer.merges)
+
+
+def test_a_gpt2_is_not_saved_as_gpt_burns(tmp_path, model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    config = {"model": asdict(model.config)}
+    with pytest.raises(ValueError, match="gpt-burn's layout holds no GPT-2"):
+        checkpoint.save(tmp_path / "model", config, weights_of(model), tokenizer, format="burn")
+
+
+# ---- its large vocabulary ----
+
+
+def test_rows_of_a_large_table_and_their_gradient_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((5000, 24), np.float32)
+    ids = rng.integers(0, 5000, (3, 40)) // 7 * 7  # some of them more than once
+    of_rows = rng.standard_normal((3, 40, 24), np.float32)
+    embedding = Embedding(*table.shape)
+    embedding.weight = Tensor(table)
+    rows = embedding(Tensor(ids.astype(np.uint16)))
+    of_table = (rows * Tensor(of_rows)).sum().gradient(embedding.weight)[0]
+
+    expected = np.zeros_like(table)
+    np.add.at(expected, ids, of_rows)
+    np.testing.assert_array_equal(rows.numpy(), table[ids])
+    np.testing.assert_allclose(of_table.numpy(), expected, rtol=0, atol=1e-6)

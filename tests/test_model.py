@@ -1,0 +1,264 @@
+"""The model is gpt-burn's, to the digit; its parts do what their names say."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import DATA, greedy
+from tinygrad import Tensor, TinyJit, dtypes
+
+import gpt_burn
+from generation import Generator, sample
+from gpt_tiny import GPT, AdamW, Dropout, GPTConfig, hash_32, initial_weights
+
+TINY = GPTConfig(
+    context_length=8, vocab_size=11, n_layers=2, n_heads=2, d_model=12, d_hidden=48, dropout=0
+)
+
+
+def at_once(function) -> TinyJit:
+    """A jit that is captured at its first call; what it returns is overwritten by the next."""
+    jit = TinyJit(function)
+    jit.cnt = 1
+    return jit
+
+
+@pytest.fixture(scope="module")
+def generator(reference):
+    return Generator(reference[0])
+
+
+@pytest.fixture(scope="module")
+def reference_logits(reference):
+    """gpt-burn's prompts side by side, the short ones padded on the right."""
+    model, _, prompts = reference
+    ids = np.zeros((len(prompts), model.config.context_length), np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt["ids"])] = prompt["ids"]
+    return model(Tensor(ids)).numpy()
+
+
+# --- against gpt-burn ---
+
+
+def test_logits_equal_gpt_burns(reference, reference_logits):
+    for logits, prompt in zip(reference_logits, reference[2], strict=True):
+        logits = logits[: len(prompt["ids"])]
+        assert np.abs(logits[-1] - prompt["last_logits"]).max() < 1e-4
+        assert np.abs(np.abs(logits).mean(-1) - prompt["mean_abs_logit"]).max() < 1e-4
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_greedy_text_equals_gpt_burns_to_the_character(reference, generator, number):
+    _, tokenizer, prompts = reference
+    prompt = prompts[number]
+    text = greedy(generator, tokenizer, prompt["ids"], 200)
+    assert prompt["prompt"] + text == prompt["greedy"]
+
+
+def test_five_training_steps_equal_gpt_burns():
+    folder = DATA / "adamw_steps"
+    config = GPTConfig(**json.loads((folder / "config.json").read_text())["model"])
+    model = GPT(config, gpt_burn.read_record(folder / "before.mpk"))
+    parameters = model.parameters()
+    optimizer = AdamW(list(parameters.values()))
+    batches = json.loads((folder / "batches.json").read_text())
+
+    def train(x: Tensor, y: Tensor, rates: Tensor) -> Tensor:
+        loss = model.loss(x, y)
+        gradients = loss.gradient(*optimizer.parameters)
+        Tensor.realize(loss, *gradients)
+        optimizer.step(gradients, rates)
+        return loss
+
+    train = at_once(train)
+    for number, batch in enumerate(batches, 1):
+        x, y = (
+            Tensor(np.array(batch[name], np.int32).reshape(-1, config.context_length)).realize()
+            for name in "xy"
+        )
+        loss = train(x, y, Tensor(optimizer.rates(0.003, number)).realize())
+        assert abs(loss.item() - batch["loss"]) < 1e-5
+        if number in (1, 5):
+            theirs = gpt_burn.read_record(folder / f"after_{number}.mpk")
+            assert theirs.keys() == parameters.keys()
+            for name, parameter in parameters.items():
+                assert np.abs(parameter.numpy() - theirs[name]).max() < 1e-5, name
+
+
+def test_parameters_are_named_and_shaped_as_gpt_burns():
+    theirs = gpt_burn.read_record(DATA / "adamw_steps" / "before.mpk")
+    ours = GPT(TINY).parameters()
+    assert {name: p.shape for name, p in ours.items()} == {n: a.shape for n, a in theirs.items()}
+
+
+# --- before training ---
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 8])
+def test_initial_weights_have_the_right_means_and_deviations(n_layers):
+    config = GPTConfig(n_layers=n_layers, d_model=128, d_hidden=512, vocab_size=500)
+    for name, values in initial_weights(config, 3).items():
+        kind = name.split(".")[-1]
+        if kind in ("gamma", "beta"):
+            assert np.all(values == (kind == "gamma")), name
+            continue
+        deviation = 0.02
+        if "multi_head.out" in name or "linear_2" in name:
+            deviation /= math.sqrt(2 * n_layers)
+        n = values.size  # five standard errors of a sample's mean and deviation
+        assert abs(values.mean()) < 5 * deviation / math.sqrt(n), name
+        assert abs(values.std() / deviation - 1) < 5 / math.sqrt(2 * n), name
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    first, again, other = (initial_weights(TINY, seed) for seed in (1, 1, 2))
+    for name, values in first.items():
+        assert np.array_equal(values, again[name])
+        assert np.array_equal(values, other[name]) == ("norm" in name)
+
+
+@pytest.mark.parametrize(
+    "config", [TINY, GPTConfig(), replace(TINY, n_layers=3, d_hidden=7), replace(TINY, gpt2=True)]
+)
+def test_n_parameters_counts_all(config):
+    counted = sum(math.prod(p.shape) for p in GPT(config).parameters().values())
+    assert config.n_parameters == counted
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *((name, bad) for name in ("context_length", "vocab_size", "n_layers") for bad in (0, -1)),
+        *(("n_heads", bad) for bad in (0, 1.0, "2", True, None)),
+        *(("d_model", bad) for bad in (0, 2.5)),
+        ("d_hidden", 0),
+        *(("dropout", bad) for bad in (-0.1, 1, float("nan"), "0", None)),
+    ],
+)
+def test_a_setting_that_no_model_can_have_is_refused_by_name(setting, value):
+    with pytest.raises(ValueError, match=f"{setting} must be"):
+        replace(TINY, **{setting: value})
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match="d_model 12 is not divisible by n_heads 5"):
+        replace(TINY, n_heads=5)
+
+
+# --- dropout ---
+
+
+def lowbias32(x: int) -> int:
+    """The hash as its author gives it, in plain integers."""
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0xD35A2D97 & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def test_hash_equals_its_definition():
+    numbers = np.random.default_rng(0).integers(2**32, size=64, dtype=np.uint32)
+    numbers[:3] = 0, 1, 2**32 - 1
+    hashes = hash_32(Tensor(numbers))
+    assert hashes.dtype == dtypes.uint32
+    assert hashes.tolist() == [lowbias32(x) for x in numbers.tolist()]
+
+
+def masks(rate: float, key: int, n_calls: int) -> np.ndarray:
+    """(n_calls, n) of what dropout makes of ones."""
+    dropout = Dropout(rate, Tensor([key], dtype=dtypes.uint32))
+    ones = Tensor.ones(100, 400)
+    return np.stack([dropout(ones).numpy().reshape(-1) for _ in range(n_calls)])
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(rate):
+    [values] = masks(rate, 7, 1)
+    assert np.allclose(np.unique(values), [0, 1 / (1 - rate)])
+    error = math.sqrt(rate * (1 - rate) / values.size)
+    assert abs((values == 0).mean() - rate) < 4 * error
+    assert abs(values.mean() - 1) < 4 * error / (1 - rate)
+
+
+def test_dropout_differs_between_calls_and_keys_and_repeats_with_the_key():
+    first, again, other = masks(0.2, 7, 2) == 0, masks(0.2, 7, 2) == 0, masks(0.2, 8, 2) == 0
+    assert np.array_equal(first, again)
+    independent = 0.2**2
+    for a, b in [(first[0], first[1]), (first[0], other[0]), (first[1], other[0])]:
+        assert abs((a & b).mean() - independent) < 0.005
+
+
+def test_a_rate_of_zero_changes_nothing():
+    x = Tensor([1.0, 2.0])
+    assert Dropout(0, Tensor([1], dtype=dtypes.uint32))(x) is x
+
+
+# --- generation ---
+
+
+@pytest.fixture(scope="module")
+def sharp_model():
+    """A random model whose likeliest tokens vary and lead by far."""
+    weights = {name: 12 * values for name, values in initial_weights(TINY, 5).items()}
+    return GPT(TINY, weights)
+
+
+@pytest.fixture(scope="module")
+def whole_window(sharp_model):
+    return at_once(lambda ids: sharp_model(ids).realize())
+
+
+def without_cache(whole_window, ids: np.ndarray, n_new_tokens: int, stride: int) -> np.ndarray:
+    """The likeliest tokens (time, batch), from the whole window for each."""
+    window, new = ids[:, -TINY.context_length :], []
+    for _ in range(n_new_tokens):
+        if window.shape[1] > TINY.context_length:
+            window = window[:, stride:]
+        time = window.shape[1]
+        padded = np.pad(window, ((0, 0), (0, TINY.context_length - time))).astype(np.int32)
+        logits = whole_window(Tensor(padded).realize()).numpy()[:, time - 1]
+        new.append(logits.argmax(-1))
+        window = np.concatenate([window, new[-1][:, None]], axis=1)
+    return np.array(new)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+@pytest.mark.parametrize("n_prompt", [1, 7, 10])
+def test_two_texts_with_the_cache_equal_those_without(sharp_model, whole_window, stride, n_prompt):
+    prompts = np.random.default_rng(3).integers(TINY.vocab_size, size=(2, n_prompt))
+    expected = without_cache(whole_window, prompts, 16, stride)
+    assert len(np.unique(expected)) > 2
+    generator = Generator(sharp_model, batch=2, stride=stride)
+    new = generator(prompts, 16, lambda logits: logits.argmax(-1))
+    assert np.array_equal(list(new), expected)
+
+
+# --- sampling ---
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature):
+    n_draws = 20_000
+    logits = np.array([0.3, -1.0, 2.0, 0.0, -np.inf, 1.0], np.float32)
+    expected = np.exp(logits / temperature)
+    expected *= n_draws / expected.sum()
+    drawn = sample(np.tile(logits, (n_draws, 1)), temperature, np.random.default_rng(0))
+    counts = np.bincount(drawn, minlength=len(logits))
+    assert counts[4] == 0
+    possible = expected > 0
+    chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    assert chi_square < 18.5  # 4 degrees of freedom: exceeded by chance once in 1,000
+
+
+def test_temperature_zero_takes_the_likeliest_token():
+    logits = np.random.default_rng(1).normal(size=(50, 7)).astype(np.float32)
+    assert np.array_equal(sample(logits, 0, None), logits.argmax(-1))
+
+
+def test_samples_repeat_with_the_seed():
+    logits = np.zeros((100, 9), np.float32)
+    first, again, other = (sample(logits, 1.0, np.random.default_rng(s)) for s in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)

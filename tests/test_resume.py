@@ -1,0 +1,153 @@
+"""Trainings that are interrupted, killed, or out of disk, as their user sees them."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import resume
+
+ROOT = Path(__file__).parents[1]
+TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "4"]
+N_KILLS = int(os.environ.get("GPT_TINY_KILLS", "6"))
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    return subprocess.Popen(
+        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def train(folder: Path, *words: str) -> str:
+    training = start(folder, *words)
+    out, err = training.communicate()
+    assert training.returncode == 0, err
+    return out
+
+
+def step_lines(out: str) -> list[str]:
+    """The lines of the steps, without the times."""
+    return re.findall(r"^step .*val loss: \S+", out, re.M)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[list[str], bytes]:
+    """A training without a break: the lines of its steps, and its model."""
+    folder = tmp_path_factory.mktemp("whole")
+    out = train(folder, *TINY, "-n", "4", "-o", "model")
+    return step_lines(out), (folder / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_resumed_training_equals_uninterrupted(tmp_path, whole, number, status):
+    training = start(tmp_path, *TINY, "-n", "4", "-o", "model")
+    before = training.stdout.readline()
+    while not before.endswith("\n") or "step   1/4" not in before.splitlines()[-1]:
+        before += training.stdout.readline()
+    training.send_signal(number)
+    out, err = training.communicate()
+    assert (training.returncode, err.count("\n")) == (status, err.count("is missing: using"))
+    command = re.search(r"python train.py (--resume \S+)", out)[1].split()
+    assert not (tmp_path / "model" / "config.json").exists()
+
+    rest = train(tmp_path, *command)
+    lines, model = whole
+    assert step_lines(before + out) + step_lines(rest) == lines
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
+
+
+def test_a_finished_training_goes_on_for_longer(tmp_path, whole):
+    train(tmp_path, *TINY, "-n", "2", "-o", "model", "--checkpoint-every", "1")
+    rest = train(tmp_path, "--resume", ".data/checkpoints", "-n", "4")
+    assert step_lines(rest) == whole[0][2:]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == whole[1]
+
+
+def test_flags_that_contradict_the_checkpoint_are_refused(tmp_path):
+    train(tmp_path, *TINY, "-n", "1", "--checkpoint-every", "1")
+    for words, message in [
+        (["-d", "16"], "--d-model 16 contradicts the training to resume: it has --d-model 8"),
+        (["-n", "0"], "'0' is not a whole number"),
+        (["-t", str(ROOT / "README.md")], "--text-corpus"),
+    ]:
+        refused = start(tmp_path, "--resume", ".data/checkpoints", *words)
+        out, err = refused.communicate()
+        assert refused.returncode in (1, 2) and err.startswith("error: ") and message in err
+        assert err.count("\n") == 1 and not out
+
+
+def test_only_the_newest_checkpoint_keeps_its_optimizer(tmp_path):
+    train(tmp_path, *TINY, "-n", "3", "--checkpoint-every", "1")
+    folders = sorted((tmp_path / ".data/checkpoints").iterdir(), key=lambda f: f.stat().st_mtime_ns)
+    kept = [(folder / resume.OPTIMIZER).exists() for folder in folders]
+    assert kept == [False, False, True]
+    for folder in folders:
+        checkpoint.load(folder)
+
+
+def test_killed_at_any_moment_the_newest_checkpoint_resumes(tmp_path):
+    draw = random.Random(0)
+    for _ in range(N_KILLS):
+        training = start(tmp_path, *TINY, "-n", "1000", "--checkpoint-every", "1", "-o", "model")
+        while "store checkpoint" not in training.stdout.readline():
+            pass
+        with pytest.raises(subprocess.TimeoutExpired):
+            training.communicate(timeout=draw.uniform(0, 0.5))
+        training.kill()
+        training.communicate()
+        newest = resume.load(tmp_path / ".data/checkpoints")
+        assert newest.state["step"] >= 1
+        checkpoint.load(tmp_path / "model" / "best")
+        resumed = start(tmp_path, "--resume", ".data/checkpoints")
+        while not (line := resumed.stdout.readline()).startswith("step"):
+            assert resumed.poll() is None
+        resumed.kill()
+        resumed.communicate()
+        assert line.startswith(f"step {newest.state['step'] + 1:>3}/1000: ")
+        shutil.rmtree(tmp_path / ".data")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small disk")
+def test_a_full_disk_is_an_error_and_loses_no_checkpoint(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk])
+    if mounted.returncode:
+        pytest.skip("this machine lets no one mount a tmpfs")
+    try:
+        training = start(disk, *TINY, "-n", "1000", "--checkpoint-every", "1")
+        _, err = training.communicate()
+        assert training.returncode == 1
+        assert "error: " in err and "No space left on device" in err and "Traceback" not in err
+        assert resume.load(disk / ".data/checkpoints").state["step"] >= 1
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_trainings_of_the_same_second_do_not_share_a_folder(tmp_path):
+    folders = {resume.claim(tmp_path / "1795367562_4") for _ in range(3)}
+    assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_with_an_explanation(tmp_path):
+    training = start(tmp_path, *TINY, "-n", "50", "-r", "1e30", "-x")
+    out, err = training.communicate()
+    assert training.returncode == 1
+    assert "no longer a finite number: try a lower --learning-rate" in err
+    assert step_lines(out) == []
+
+
+def test_metrics_hold_a_row_for_each_step(tmp_path):
+    train(tmp_path, *TINY, "-n", "2", "-o", "model", "--warmup", "400")
+    header, *rows = (tmp_path / "model" / "metrics.csv").read_text().splitlines()
+    assert header.startswith("step,batch,tokens,train_loss,validation_loss,learning_rate")
+    assert [row.split(",")[:3] for row in rows] == [["1", "100", "3200"], ["2", "200", "6400"]]
+    assert [float(row.split(",")[5]) for row in rows] == [0.00075, 0.0015]

@@ -1,0 +1,146 @@
+"""run.py as a user meets it: the text on stdout, all else on stderr."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DATA
+from test_train import ROOT, assert_error
+
+import run
+
+REFERENCE = DATA / "gpt_burn_114k"
+PROMPTS = json.loads((REFERENCE / "expected.json").read_text())
+
+
+def test_stdout_holds_the_text_alone(folder):
+    prompt = PROMPTS[1]
+    command = [sys.executable, ROOT / "run.py", REFERENCE, "-p", prompt["prompt"]]
+    process = subprocess.run(
+        [*command, "-n", "200", "--temperature", "0"], cwd=folder, capture_output=True, text=True
+    )
+    assert process.stdout == prompt["greedy"] + "\n"
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_a_prompt_longer_than_the_context_is_continued_from_its_end(call):
+    prompt = PROMPTS[3]
+    assert len(prompt["prompt"]) > 64
+    result = call(run.main, REFERENCE, "-p", prompt["prompt"], "-n", "200", "--temperature", "0")
+    assert result.out == prompt["greedy"] + "\n"
+
+
+def test_the_seed_decides_the_text(call):
+    texts = [call(run.main, REFERENCE, "-n", "50", "-s", seed).out for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith("\n") for text in texts)
+
+
+def test_the_unknown_token_is_never_generated(call):
+    result = call(run.main, REFERENCE, "-p", "The ", "-n", "300", "--temperature", "1000")
+    assert len(result.out) == len("The ") + 300 + 1  # it would be no character
+    assert (result.status, result.err) == (0, "")
+
+
+def test_unknown_characters_in_the_prompt_are_a_warning(call):
+    result = call(run.main, REFERENCE, "-p", "日本The ", "-n", "5")
+    assert result.status == 0
+    assert result.out.startswith("日本The ")
+    assert result.err.startswith("warning: 2 ")
+    assert len(result.err.splitlines()) == 1
+    assert call(run.main, REFERENCE, "-p", "日", "-n", "5").status == 0
+
+
+# --- errors ---
+
+
+def change_config(path: Path, **settings) -> None:
+    config = json.loads((path / "config.json").read_text())
+    config["model"].update(settings)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def truncate(path: Path) -> None:
+    data = (path / "model.mpk").read_bytes()
+    (path / "model.mpk").write_bytes(data[: len(data) // 2])
+
+
+def claim_a_million_million_elements(path: Path) -> None:
+    header = {"x": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}}
+    text = json.dumps(header).encode()
+    data = struct.pack("<Q", len(text)) + text + bytes(200_000)
+    (path / "model.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (shutil.rmtree, ["there is no model folder"]),
+        (lambda path: (shutil.rmtree(path), path.write_text("")), ["there is no model folder"]),
+        (lambda path: (path / "config.json").unlink(), ["it has no config.json"]),
+        (lambda path: (path / "model.mpk").unlink(), ["model.safetensors or model.mpk"]),
+        (truncate, ["model.mpk is truncated or corrupt"]),
+        (
+            lambda path: (path / "model.mpk").write_bytes(b"\xc1" * 200_000),
+            ["model.mpk", "corrupt"],
+        ),
+        (lambda path: (path / "model.mpk").write_bytes(b""), ["model.mpk"]),
+        (lambda path: (path / "config.json").write_text("{"), ["config.json", "not valid JSON"]),
+        (lambda path: change_config(path, d_model=32), ["tensor", "config.json asks for"]),
+        (lambda path: change_config(path, n_layers=1), ["tensor", "config.json does not ask for"]),
+        (lambda path: change_config(path, vocab_size=90), ["vocab_size is 90"]),
+        (lambda path: change_config(path, n_heads=0), ["config.json", "n_heads"]),
+        (lambda path: change_config(path, d_model=10**6, n_heads=1), ["config.json", "model.mpk"]),
+        (lambda path: change_config(path, context_length=10**12), ["config.json", "model.mpk"]),
+        (claim_a_million_million_elements, ["model.safetensors is truncated or corrupt"]),
+    ],
+)
+def test_a_model_that_cannot_be_read_is_one_line_that_says_why(call, tmp_path, damage, words):
+    path = tmp_path / "model"
+    shutil.copytree(REFERENCE, path)
+    damage(path)
+    result = call(run.main, path)
+    assert_error(result, 1, [str(path), *words])
+    assert result.out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        ([], 2, ["model_path"]),
+        ([REFERENCE, "-n", "0"], 2, ["-n/--n-new-tokens", "'0'"]),
+        ([REFERENCE, "-n", "-1"], 2, ["-n/--n-new-tokens", "'-1'"]),
+        ([REFERENCE, "-n", "x"], 2, ["-n/--n-new-tokens", "'x'"]),
+        ([REFERENCE, "--temperature", "-1"], 2, ["--temperature", "'-1'"]),
+        ([REFERENCE, "--temperature", "nan"], 2, ["--temperature", "'nan'"]),
+        ([REFERENCE, "--stride", "0"], 2, ["--stride", "'0'"]),
+        ([REFERENCE, "-s", "-1"], 2, ["-s/--seed", "'-1'"]),
+        ([REFERENCE, "-h"], 2, ["-h"]),
+        ([REFERENCE, "other"], 2, ["other"]),
+        ([REFERENCE, "-p", ""], (1, 2), ["prompt is empty", "at least one character"]),
+    ],
+)
+def test_wrong_usage_is_refused_by_the_name_of_the_option(call, options, status, words):
+    result = call(run.main, *options)
+    assert result.status in (status if isinstance(status, tuple) else [status])
+    assert_error(result, result.status, words)
+    assert result.out == ""
+
+
+def test_a_backend_that_does_not_exist_is_refused_with_those_that_do(folder):
+    process = subprocess.run(
+        [sys.executable, ROOT / "run.py", REFERENCE],
+        cwd=folder,
+        env={**os.environ, "DEV": "ABACUS"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: DEV=ABACUS does not open here")
+    assert "these do: " in process.stderr
+    assert len(process.stderr.splitlines()) == 1

@@ -1,0 +1,298 @@
+"""train.py as a user meets it: what it prints, what it writes, and what it says when it can't."""
+
+import io
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Result
+
+import checkpoint
+import run
+import tokenizers
+import train
+from gpt_tiny import GPTConfig
+
+ROOT = Path(__file__).parent.parent
+TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "4"]
+STEP = re.compile(
+    r"step {1,3}(\d+)/(\d+): train loss: (\d+\.\d{4}), val loss: (\d+\.\d{4}) "
+    r"\(\d\d:\d\d:\d\d/\d\d:\d\d:\d\d\)"
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(folder) -> Path:
+    path = folder / "corpus.txt"
+    words = ["".join(letters) for letters in itertools.product("bdfklmnprst", "aeiou", "lmnt")]
+    path.write_text("The " + " ".join(random.Random(0).choices(words, k=3000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(folder, corpus) -> Result:
+    """A training of five steps, in a process of its own."""
+    options = [*TINY, "-n", "5", "-s", "7", "-t", corpus.name, "-o", "model"]
+    process = subprocess.run(
+        [sys.executable, ROOT / "train.py", *options], cwd=folder, capture_output=True, text=True
+    )
+    return Result(process.returncode, process.stdout, process.stderr)
+
+
+def losses(out: str) -> list[tuple[str, str]]:
+    return [match.groups()[2:] for match in STEP.finditer(out)]
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_output_is_as_documented(trained):
+    assert (trained.status, trained.err) == (0, "")
+    first, rest = trained.out.split("\n", 1)
+    assert first == "start training - parameters: 2688"
+    config, end = json.JSONDecoder().raw_decode(rest)
+    assert rest[:end] == json.dumps(config, indent=2)
+    assert config == {
+        "n_steps": 5,
+        "batch_size": 4,
+        "learning_rate": 0.003,
+        "batches_per_step": 100,
+        "validation_size": 128,
+        "seed": 7,
+        "model": {
+            "context_length": 8,
+            "vocab_size": 104,
+            "n_layers": 1,
+            "n_heads": 2,
+            "d_model": 8,
+            "d_hidden": 32,
+            "dropout": 0.2,
+        },
+        "optimizer": {
+            "grad_clipping": None,
+            "beta_1": 0.9,
+            "beta_2": 0.999,
+            "epsilon": 1e-5,
+            "weight_decay": 1e-4,
+        },
+        "tokenizer": "char",
+    }
+    lines = rest[end + 1 :].split("\n", 8)
+    for number, line in enumerate(lines[:5], 1):
+        assert STEP.fullmatch(line).groups()[:2] == (str(number), "5")
+        assert line.startswith(f"step {number:>3}/5: ")
+    assert re.fullmatch(r"store checkpoint model to: \.data/checkpoints/\d+_4", lines[5])
+    assert lines[6] == "store trained model to: model"
+    assert lines[7] == "generate example text"
+    assert len(lines[8]) <= 201  # 200 tokens of one character, none for an unknown one
+    assert len(lines[8]) > 150
+    assert lines[8].endswith("\n")
+
+
+def test_loss_falls(trained):
+    train_losses, validation_losses = np.array(losses(trained.out), float).T
+    assert abs(validation_losses[0] - np.log(104)) < 0.1  # all characters alike, to begin with
+    assert validation_losses[-1] < validation_losses[0] - 1
+    assert train_losses[-1] < train_losses[0] - 1
+
+
+@pytest.mark.parametrize("place", ["model", ".data/checkpoints/*_4"])
+def test_what_is_written_loads(trained, folder, place):
+    [path] = folder.glob(place)
+    model, tokenizer = checkpoint.load(path)
+    config = json.loads((path / "config.json").read_text())
+    printed, _ = json.JSONDecoder().raw_decode(trained.out.split("\n", 1)[1])
+    assert config == printed
+    assert model.config == GPTConfig(**config["model"])
+    assert tokenizer.name == "char"
+    assert all(np.isfinite(p.numpy()).all() for p in model.parameters().values())
+
+
+def test_checkpoints_are_stored_every_ten_steps_from_the_fifth_on(call, corpus, monkeypatch):
+    monkeypatch.setattr(train, "BATCHES_PER_STEP", 2)
+    out = call(train.main, *TINY, "-n", "15", "-t", corpus, "-o", "model_15").out
+    assert re.findall(r"checkpoint model to: \S+_(\d+)\n", out) == ["4", "14"]
+
+
+def test_the_same_seed_gives_the_same_losses_and_x_writes_nothing(call, folder, corpus, trained):
+    before = files(folder)
+    again, other = (
+        call(train.main, *TINY, "-n", "2", "-s", seed, "-t", corpus, "-x").out for seed in (7, 8)
+    )
+    assert files(folder) == before
+    assert losses(again) == losses(trained.out)[:2]
+    assert all(a != b for a, b in zip(losses(again), losses(other), strict=True))
+    assert "store" not in again
+
+
+def test_without_a_place_the_model_goes_to_the_data_folder(call, folder, corpus):
+    out = call(train.main, *TINY, "-n", "1", "-t", corpus).out
+    [place] = re.findall(r"store trained model to: (.*)", out)
+    assert re.fullmatch(r"\.data/gpt_2k_8context_\d+", place)
+    checkpoint.load(folder / place)
+
+
+def test_vowel_tokenizer_trains_is_saved_and_generates(call, folder, corpus):
+    options = ["--tokenizer", "vowel", "--vocab-size", "104", "-t", corpus, "-o", "vowel"]
+    result = call(train.main, *TINY, "-n", "1", *options)
+    assert result.status == 0
+    config = json.loads((folder / "vowel" / "config.json").read_text())
+    assert (config["tokenizer"], config["model"]["vocab_size"]) == ("vowel", 104)
+    _, tokenizer = checkpoint.load(folder / "vowel")
+    text = corpus.read_text()
+    expected = tokenizers.SimpleVowelTokenizer.train(io.BytesIO(text.encode()), 1 << 30, 104)
+    assert tokenizer.tokens == expected.tokens
+
+    result = call(run.main, folder / "vowel", "-p", "The ", "-n", "30")
+    assert (result.status, result.err) == (0, "")
+    known = "|".join(re.escape(token.decode()) for token in tokenizer.tokens[:-1])
+    assert re.fullmatch(rf"The ({known}){{30}}\n", result.out)
+
+
+def read(*options) -> tuple[np.ndarray, tokenizers.Tokenizer]:
+    return train.read_corpus(train.parse_arguments([str(option) for option in options]))
+
+
+def test_m_uses_the_first_mebibytes_alone_even_if_they_end_within_a_character(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(b"a" * ((1 << 20) - 1) + "ä".encode() + b"\xff")
+    ids, tokenizer = read("-t", path, "-m", "1")
+    assert tokenizer.decode(ids) == "a" * ((1 << 20) - 1)
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_dropped(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text("a日b" * 500, encoding="utf-8")
+    ids, tokenizer = read("-t", path)
+    assert ids.dtype == np.uint8
+    assert tokenizer.decode(ids) == "ab" * 500
+
+
+def test_without_a_corpus_it_says_what_it_takes_instead(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ids, _ = read()
+    assert len(ids) > 300_000
+    message = capsys.readouterr().err
+    assert ".data/corpus.txt" in message
+    assert "Python" in message
+    assert len(message.splitlines()) == 1
+
+    (tmp_path / ".data").mkdir()
+    (tmp_path / ".data" / "corpus.txt").write_text("My own. " * 100)
+    ids, tokenizer = read()
+    assert tokenizer.decode(ids) == "My own. " * 100
+    assert capsys.readouterr().err == ""
+
+
+# --- errors ---
+
+
+@pytest.fixture(scope="module")
+def bad_files(folder, corpus) -> None:
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "short.txt").write_text("x" * 70)
+    (folder / "latin.txt").write_bytes(b"a" * 1234 + b"\xe4" + b"a" * 1234)
+    (folder / "unknown.txt").write_text("日本" * 1000, encoding="utf-8")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "diary.txt").write_text("dear diary")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-t", "missing.txt"], ["missing.txt", "No such file"]),
+        (["-t", "notes"], ["notes", "directory"]),
+        (["-t", "empty.txt"], ["empty.txt is too short", "0 tokens", "--context-length 8"]),
+        (["-t", "unknown.txt"], ["unknown.txt is too short", "0 tokens"]),
+        (["-t", "short.txt"], ["short.txt is too short", "7 tokens", "--context-length 8"]),
+        (["-t", "latin.txt"], ["not UTF-8", "0xe4", "offset 1234", "convert"]),
+        (["-d", "1000000"], ["GiB", "choose a smaller"]),
+        (["-l", "2000000000"], ["GiB", "choose a smaller"]),
+        (["-b", "2000000000"], ["GiB", "choose a smaller", "--batch-size"]),
+        (["-o", "corpus.txt"], ["corpus.txt is a file", "name a folder"]),
+        (["-o", "corpus.txt/model"], ["cannot save to", "corpus.txt"]),
+        (["-o", "/proc/gpt-tiny/model"], ["cannot save to /proc/gpt-tiny/model"]),
+        (["-o", "notes"], ["notes exists and is not a model folder", "name another"]),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line_that_says_why(call, bad_files, folder, options, words):
+    before = files(folder)
+    result = call(train.main, *TINY, "-t", "corpus.txt", *options)
+    assert_error(result, 1, words)
+    assert result.out == ""
+    assert files(folder) == before
+    assert (folder / "notes" / "diary.txt").read_text() == "dear diary"
+
+
+@pytest.mark.parametrize("flag", ["-c", "-d", "-l", "-h", "-n", "-b", "-m", "--vocab-size"])
+@pytest.mark.parametrize("value", ["0", "-3", "1.5", "many", "", "99999999999999999999"])
+def test_a_size_that_is_none_is_refused(call, flag, value):
+    result = call(train.main, flag, value)
+    assert_error(result, 2, [flag, repr(value), "--help"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-d", "100", "-h", "3"], ["--d-model 100 is not divisible by --n-heads 3"]),
+        (["-r", "-0.1"], ["-r/--learning-rate", "'-0.1'"]),
+        (["-r", "nan"], ["-r/--learning-rate", "'nan'"]),
+        (["-r", "inf"], ["-r/--learning-rate", "'inf'"]),
+        (["--dropout", "1"], ["--dropout", "below 1"]),
+        (["-s", "-1"], ["-s/--seed", "'-1'"]),
+        (["--tokenizer", "words"], ["--tokenizer", "char", "vowel"]),
+        (["--no-such-option"], ["--no-such-option"]),
+        (["corpus.txt"], ["corpus.txt"]),
+        (["-n"], ["-n/--n-steps"]),
+    ],
+)
+def test_wrong_usage_is_refused_by_the_name_of_the_option(call, options, words):
+    result = call(train.main, *options)
+    assert_error(result, 2, [*words, "--help"])
+
+
+def assert_error(result: Result, status: int, words: list[str]) -> None:
+    assert result.status == status, result
+    assert re.fullmatch(r"error: .+\n", result.err), result.err
+    for word in words:
+        assert word in result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "status", "words"),
+    [
+        (["-n", "0"], "CPU", 2, ["-n/--n-steps", "'0'"]),
+        (["-t", "missing.txt"], "CPU", 1, ["missing.txt"]),
+        ([], "ABACUS", 1, ["DEV=ABACUS", "these do:", "CPU"]),
+        ([], "QCOM", 1, ["DEV=QCOM does not open here", "these do:", "CPU"]),
+    ],
+)
+def test_the_process_ends_with_one_line_and_its_status(folder, options, device, status, words):
+    environment = {**os.environ, "DEV": device}
+    process = subprocess.run(
+        [sys.executable, ROOT / "train.py", *options],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert_error(Result(process.returncode, process.stdout, process.stderr), status, words)
+    assert process.stdout == ""
+
+
+def test_help_names_every_option_and_the_backends(call):
+    result = call(train.main, "--help")
+    assert (result.status, result.err) == (0, "")
+    flags = "-o -c -d -l -h -n -b -r -s -t -m -x --help --tokenizer --vocab-size --dropout"
+    for flag in flags.split():
+        assert re.search(rf"^ +{flag}\b", result.out, re.M), flag
+    assert "DEV" in result.out
+    assert "CPU" in result.out
