@@ -257,7 +257,7 @@ class AdamW:
         self.beta_1, self.beta_2 = beta_1, beta_2
         self.epsilon, self.weight_decay = epsilon, weight_decay
         self.moments_1, self.moments_2 = (
-            [Tensor.zeros(p.shape).contiguous().realize() for p in parameters] for _ in range(2)
+            [Tensor(np.zeros(p.shape, np.float32)).realize() for p in parameters] for _ in range(2)
         )
 
     def rates(self, learning_rate: float, number: int) -> list[float]:

@@ -1,6 +1,7 @@
 """Trains a GPT on a text: python train.py -t my.txt."""
 
 import argparse
+import codecs
 import copy
 import csv
 import io
@@ -11,6 +12,7 @@ import signal
 import sys
 import time
 import zlib
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +45,13 @@ def parse_arguments(words: list[str], settings: argparse.Namespace | None = None
     parser = command_line.ArgumentParser("Train a GPT on a text.")
     size, rate = number(int, 1, 2**31), number(float, 0)
     add = parser.add_argument_group("model").add_argument
-    add("-c", "--context-length", type=size, default=64, help="tokens that the model sees")
+    add("-c", "--context-length", type=size, help="tokens that the model sees (default: 64)")
     add("-d", "--d-model", type=size, default=64, help="width of the model")
     add("-l", "--n-layers", type=size, default=2, help="number of blocks")
     add("-h", "--n-heads", type=size, default=2, help="attention heads in a block")
-    add("--tokenizer", choices=["char", "vowel"], default="char", help="what a token is")
+    add("--tokenizer", default="char", help="char, vowel, or a folder with GPT-2's vocab.json")
     add("--vocab-size", type=size, default=2000, help="tokens of the vowel tokenizer")
+    add("--init-from", type=Path, metavar="PATH", help="model to start from, and its tokenizer")
     add = parser.add_argument_group("training").add_argument
     add("-n", "--n-steps", type=size, default=50, help=f"steps of {BATCHES_PER_STEP} batches")
     add("-b", "--batch-size", type=size, default=32, help="windows in a batch")
@@ -59,7 +62,7 @@ def parse_arguments(words: list[str], settings: argparse.Namespace | None = None
     add("--min-learning-rate", type=rate, default=0.0, help="where the decay ends")
     add("--weight-decay", type=rate, default=1e-4, help="of AdamW")
     add("--grad-clip", type=rate, help="the longest that a gradient may be (default: any length)")
-    add("--dropout", type=number(float, 0, 1), default=0.2, help="share of the values dropped")
+    add("--dropout", type=number(float, 0, 1), help="share of values dropped (default: 0.2)")
     add("--validation-size", type=size, default=128, help="windows for the validation loss")
     add("-s", "--seed", type=number(int, 0, 2**63), default=0, help="of all random numbers")
     add = parser.add_argument_group("files").add_argument
@@ -67,6 +70,7 @@ def parse_arguments(words: list[str], settings: argparse.Namespace | None = None
     add("-m", "--n-mega-bytes", type=size, help="use only the first N MiB of the text")
     add("-o", "--output-path", type=Path, help="folder for the model (default: a new one in .data)")
     add("-x", "--no-save", action="store_true", help="keep neither the model nor checkpoints")
+    add("--format", choices=["tiny", "burn"], default="tiny", help="burn: a model for gpt-burn")
     add("--checkpoint-every", type=size, default=10, help="steps from one checkpoint to the next")
     add("--resume", type=Path, metavar="PATH", help="checkpoint to go on from, or a folder of them")
     arguments = parser.parse_args(words, copy.copy(settings))
@@ -83,21 +87,32 @@ def flag(arguments: argparse.Namespace, name: str) -> str:
 def main() -> int:
     arguments = parse_arguments(sys.argv[1:])
     command_line.check_backend()
-    resumed = resume.load(arguments.resume) if arguments.resume else None
-    if resumed:
-        arguments = resumed_arguments(arguments, resumed.state["arguments"])
+    resumed = source = tokenizer = None
+    if arguments.resume:
+        resumed = resume.load(arguments.resume)
+        tokenizer = resumed.tokenizer
+        arguments = resumed_arguments(resumed.state["arguments"])
     elif arguments.output_path and not arguments.no_save:
         checkpoint.check_destination(arguments.output_path)
-    ids, tokenizer = read_corpus(arguments, resumed and resumed.tokenizer)
-    config = make_config(arguments, tokenizer)
-    model_config = GPTConfig(**config["model"])
-    check_memory(model_config, arguments.batch_size // arguments.accumulate)
+    if arguments.init_from and not resumed:
+        source, tokenizer = checkpoint.load(arguments.init_from)
+    ids, tokenizer = read_corpus(arguments, tokenizer)
+    if resumed:
+        model_config = GPTConfig(**resumed.config["model"])
+    else:
+        model_config = make_model_config(arguments, tokenizer, source)
+    if model_config.gpt2 and arguments.format == "burn":
+        raise ValueError("--format burn: gpt-burn has no GPT-2")
+    arguments.context_length = model_config.context_length
+    config = make_config(arguments, model_config, tokenizer)
+    check_sizes(arguments, model_config, ids)
     if resumed:
         resume.check(resumed, config, checksum(ids))
         state, weights, latest = resumed.state, resumed.weights, resumed.folder
     else:
-        state, weights, latest = first_state(checksum(ids)), None, None
-        weights = initial_weights(model_config, arguments.seed)
+        state, latest = first_state(checksum(ids)), None
+        weights = first_weights(model_config, source, arguments.seed)
+        source = None  # its memory is needed
         if not arguments.no_save:
             state["output_path"] = str(output_folder(arguments, model_config))
     state["arguments"] = [*state["arguments"], *sys.argv[1:]]
@@ -123,7 +138,7 @@ def main() -> int:
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise ValueError(diverged(latest))
         if not resumable:
-            checkpoint.save(folder, config, arrays, tokenizer)
+            checkpoint.save(folder, config, arrays, tokenizer, arguments.format)
             return
         state["seconds"] = time.time() - started
         state["losses"] = losses.numpy()[: state["batch"]].tolist()
@@ -195,15 +210,15 @@ def main() -> int:
     return 0
 
 
-def resumed_arguments(given: argparse.Namespace, words: list[str]) -> argparse.Namespace:
-    """The settings that a training began with, which the ones given now may only prolong."""
+def resumed_arguments(words: list[str]) -> argparse.Namespace:
+    """The settings that a training began with, which those given now may only prolong."""
     began = parse_arguments(words)
     merged = parse_arguments(sys.argv[1:], began)
     for name, value in vars(merged).items():
         if name not in ("resume", "n_steps") and value != vars(began)[name]:
             raise ValueError(
-                f"{flag(merged, name)} contradicts the training to resume: it has "
-                f"{flag(began, name)}"
+                f"{flag(merged, name)} contradicts the training to go on with: "
+                f"it has {flag(began, name)}"
             )
     if merged.n_steps < began.n_steps:
         raise ValueError(f"{flag(merged, 'n_steps')} is less than the {began.n_steps} of before")
@@ -225,39 +240,57 @@ def read_corpus(arguments: argparse.Namespace, tokenizer=None):
         if tokenizer is None and arguments.tokenizer == "vowel":
             tokenizer = tokenizers.SimpleVowelTokenizer.train(file, size, arguments.vocab_size)
             file.seek(0)
-        tokenizer = tokenizer or tokenizers.CharTokenizer()
-        ids = tokenizer.encode_file(file, size)
-    n_validation = len(ids) - len(ids) * 9 // 10
-    if n_validation <= arguments.context_length:
-        raise ValueError(
-            f"{path} is too short: the last tenth of it, {n_validation} tokens, is for validation "
-            f"and has to exceed {flag(arguments, 'context_length')}"
-        )
-    return ids, tokenizer
+        elif tokenizer is None and arguments.tokenizer == "char":
+            tokenizer = tokenizers.CharTokenizer()
+        elif tokenizer is None:
+            tokenizer = tokenizers.BytePairTokenizer.load(Path(arguments.tokenizer))
+        return tokenizer.encode_file(file, size), tokenizer
 
 
 def checksum(ids: np.ndarray) -> int:
     return zlib.crc32(ids)
 
 
-def make_config(arguments: argparse.Namespace, tokenizer) -> dict:
-    """What `config.json` holds: gpt-burn's keys, the tokenizer, and options that are in use."""
-    config = {
+def make_model_config(arguments: argparse.Namespace, tokenizer, source: GPT | None) -> GPTConfig:
+    """The sizes of the model, from the settings or those of the model to start from."""
+    if source is None:
+        return GPTConfig(
+            context_length=arguments.context_length or 64,
+            vocab_size=tokenizer.vocab_size,
+            n_layers=arguments.n_layers,
+            n_heads=arguments.n_heads,
+            d_model=arguments.d_model,
+            d_hidden=4 * arguments.d_model,
+            dropout=0.2 if arguments.dropout is None else arguments.dropout,
+        )
+    longest = source.config.context_length
+    if (arguments.context_length or 1) > longest:
+        raise ValueError(f"{flag(arguments, 'context_length')} is beyond the model's {longest}")
+    dropout = source.config.dropout if arguments.dropout is None else arguments.dropout
+    return replace(
+        source.config, context_length=arguments.context_length or longest, dropout=dropout
+    )
+
+
+def first_weights(config: GPTConfig, source: GPT | None, seed: int) -> dict[str, np.ndarray]:
+    if source is None:
+        return initial_weights(config, seed)
+    weights = {n: p.numpy().astype(np.float32) for n, p in source.parameters().items()}
+    positions = "positional_embedding.weight"
+    weights[positions] = weights[positions][: config.context_length]
+    return weights
+
+
+def make_config(arguments: argparse.Namespace, model: GPTConfig, tokenizer) -> dict:
+    """What `config.json` holds: gpt-burn's keys, and the tokenizer."""
+    return {
         "n_steps": arguments.n_steps,
         "batch_size": arguments.batch_size,
         "learning_rate": arguments.learning_rate,
         "batches_per_step": BATCHES_PER_STEP,
         "validation_size": arguments.validation_size,
         "seed": arguments.seed,
-        "model": {
-            "context_length": arguments.context_length,
-            "vocab_size": tokenizer.vocab_size,
-            "n_layers": arguments.n_layers,
-            "n_heads": arguments.n_heads,
-            "d_model": arguments.d_model,
-            "d_hidden": 4 * arguments.d_model,
-            "dropout": arguments.dropout,
-        },
+        "model": {key: value for key, value in asdict(model).items() if value is not False},
         "optimizer": {
             "grad_clipping": arguments.grad_clip and {"Norm": arguments.grad_clip},
             "beta_1": 0.9,
@@ -267,14 +300,20 @@ def make_config(arguments: argparse.Namespace, tokenizer) -> dict:
         },
         "tokenizer": tokenizer.name,
     }
-    return config
 
 
-def check_memory(config: GPTConfig, batch_size: int) -> None:
-    """ValueError where training can't fit: the system would end it without a word."""
-    activations = 16 * config.d_model + 3 * config.d_hidden
+def check_sizes(arguments: argparse.Namespace, config: GPTConfig, ids: np.ndarray) -> None:
+    """ValueError where the corpus is too short, or where the system would run out of memory, and
+    end the training without a word."""
+    n_validation = len(ids) - len(ids) * 9 // 10
+    if n_validation <= config.context_length:
+        raise ValueError(
+            f"{arguments.text_corpus} is too short: its last tenth, {n_validation} tokens, is "
+            f"for validation and has to exceed --context-length {config.context_length}"
+        )
+    activations = 16 * config.d_model + 3 * config.d_hidden  # floats a token and block
     activations += 4 * config.n_heads * config.context_length
-    n_tokens = batch_size * config.context_length
+    n_tokens = arguments.batch_size // arguments.accumulate * config.context_length
     n_floats = 4 * config.n_parameters  # with their gradients and two moments
     n_floats += n_tokens * (config.n_layers * activations + 4 * config.vocab_size)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -366,7 +405,7 @@ def capture_training(
         for part in range(n_parts):
             part_starts = starts[part * part_size : (part + 1) * part_size]
             inputs, targets = windows(ids, part_starts, arguments.context_length)
-            dropout = Dropout(arguments.dropout, keys[part : part + 1])
+            dropout = Dropout(model.config.dropout, keys[part : part + 1])
             loss = model.loss(inputs, targets, dropout) / n_parts
             of_part = loss.gradient(*optimizer.parameters)
             if part:
@@ -381,7 +420,7 @@ def capture_training(
         losses[batch].assign(total).realize()
 
     state = [*optimizer.parameters, *optimizer.moments_1, *optimizer.moments_2, ids, losses]
-    options = (arguments.dropout, n_parts, part_size, arguments.weight_decay, arguments.grad_clip)
+    options = (n_parts, part_size, arguments.weight_decay, arguments.grad_clip)
     return captured(train_batch, state, (model.config, options))
 
 
@@ -500,10 +539,11 @@ def diverged(latest: Path | None) -> str:
 
 def print_example(model: GPT, tokenizer, seed: int) -> None:
     rng = np.random.default_rng(seed)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     prompt = tokenizer.encode("\n")[None].astype(np.int32)
     for new in Generator(model)(prompt, 200, lambda logits: sample(logits, 1.0, rng)):
-        print(tokenizer.token_bytes(int(new[0])).decode(), end="", flush=True)
-    print()
+        print(decoder.decode(tokenizer.token_bytes(int(new[0]))), end="", flush=True)
+    print(decoder.decode(b"", final=True))
 
 
 def clock(seconds: float) -> str:

@@ -42,10 +42,11 @@ def render(backend: str, folder: Path) -> None:
     if not nvrtc:
         compiler_cuda.NVRTCCompiler = lambda arch, ptx, cache_key: Compiler()
 
-    import run
-    import train
     from tinygrad.codegen import to_program_cache
     from tinygrad.uop.ops import Ops
+
+    import run
+    import train
 
     model = str(folder / "model")
     for main, arguments in ((train.main, [*LARGEST, "-o", model]), (run.main, [model, "-n", "2"])):
