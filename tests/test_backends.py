@@ -89,9 +89,10 @@ def test_every_token_of_the_greedy_texts_is_the_likeliest(reference):
 
 
 @pytest.fixture(scope="module")
-def rendered(tmp_path_factory) -> dict[str, list[tuple[str, bytes]]]:
-    """By backend the kernels, each as source and as compiled."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in TARGETS}
+def rendered(request, tmp_path_factory) -> dict[str, list[tuple[str, bytes]]]:
+    """By backend the kernels, each as source and as compiled; of the backends now tested."""
+    tests = " ".join(item.name.upper() for item in request.session.items)
+    folders = {name: tmp_path_factory.mktemp(name) for name in TARGETS if name in tests}
     processes = {
         name: subprocess.Popen(
             [sys.executable, Path(__file__).with_name("render.py"), name, folder],
