@@ -22,7 +22,7 @@ TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "4", "-n", "1"]
 def test_warmup_and_cosine_decay_equal_pytorchs_schedulers():
     figures = FIGURES["learning_rates"]
     arguments = train.parse_arguments(
-        "-n 2 -r 0.003 --warmup 8 --decay cosine --min-learning-rate 0.0003".split()
+        ["-n", "2", "--warmup", "8", "--decay", "cosine", "--min-learning-rate", "0.0003"]
     )
     rates = [train.learning_rate(arguments, n) for n in range(1, figures["n_updates"] + 1)]
     np.testing.assert_allclose(rates, figures["rates"], rtol=1e-9)
