@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from tinygrad import Device
 
@@ -13,12 +14,15 @@ BACKENDS = ("CPU", "CUDA", "NV", "METAL", "AMD", "CL", "WEBGPU")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one to show."""
+    """Shows a default where there is one to show, and N or PATH for what an option takes."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS):
+        if action.default is None or action.default is False or "default:" in action.help:
             return action.help
         return super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "TEXT" if action.type is None else "PATH" if action.type is Path else "N"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -50,7 +54,7 @@ class ArgumentParser(argparse.ArgumentParser):
 def number(kind: type, lowest: float, below: float = float("inf")) -> Callable:
     """An argparse type: an int or a float that is at least `lowest` and less than `below`."""
     noun = "a whole number" if kind is int else "a number"
-    limit = f" and below {below:g}" if below < float("inf") else ""
+    limit = f" and below {below:g}" if below <= 1000 else ""  # others are no one's concern
 
     def parse(text: str):
         try:
