@@ -235,6 +235,8 @@ def read_corpus(arguments: argparse.Namespace, tokenizer=None):
         print(f"{path} is missing: using the text of Python's own help", file=sys.stderr)
         file = io.BytesIO("\n\n".join(topics[name] for name in sorted(topics)).encode())
     else:
+        if not path.exists():
+            raise ValueError(f"there is no {path}: name a text with --text-corpus")
         file = path.open("rb")
     with file:
         if tokenizer is None and arguments.tokenizer == "vowel":
@@ -243,6 +245,11 @@ def read_corpus(arguments: argparse.Namespace, tokenizer=None):
         elif tokenizer is None and arguments.tokenizer == "char":
             tokenizer = tokenizers.CharTokenizer()
         elif tokenizer is None:
+            if not Path(arguments.tokenizer).is_dir():
+                raise ValueError(
+                    f"{flag(arguments, 'tokenizer')} is not known: "
+                    "name char, vowel, or a folder with GPT-2's vocab.json and merges.txt"
+                )
             tokenizer = tokenizers.BytePairTokenizer.load(Path(arguments.tokenizer))
         return tokenizer.encode_file(file, size), tokenizer
 
@@ -412,8 +419,8 @@ def capture_training(
                 loss = total + loss
                 of_part = [a + b for a, b in zip(gradients, of_part, strict=True)]
             total, gradients = loss, of_part
-            if n_parts > 1:
-                Tensor.realize(total, *gradients)  # before the next part needs the memory
+            # before the update changes what they depend on, and the next part takes the memory
+            Tensor.realize(total, *gradients)
         if arguments.grad_clip is not None:
             gradients = clipped(gradients, arguments.grad_clip)
         optimizer.step(gradients, rates)

@@ -53,7 +53,7 @@ def test_weight_decay_equals_pytorchs_adamw():
 
 
 def test_accumulation_gives_the_model_of_whole_batches(call, folder):
-    options = [*TINY, "--dropout", "0", "--grad-clip", "0.5"]
+    options = [*TINY, "--dropout", "0"]
     models = []
     for number, more in enumerate(([], ["--accumulate", "2"])):
         assert call(train.main, *options, *more, "-o", f"accumulated_{number}").status == 0

@@ -16,7 +16,7 @@ import resume
 
 ROOT = Path(__file__).parents[1]
 TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "4"]
-N_KILLS = int(os.environ.get("GPT_TINY_KILLS", "6"))
+N_KILLS = int(os.environ.get("GPT_TINY_KILLS", "3"))
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen:

@@ -208,7 +208,7 @@ def bad_files(folder, corpus) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["-t", "missing.txt"], ["missing.txt", "No such file"]),
+        (["-t", "missing.txt"], ["there is no missing.txt", "--text-corpus"]),
         (["-t", "notes"], ["notes", "directory"]),
         (["-t", "empty.txt"], ["empty.txt is too short", "0 tokens", "--context-length 8"]),
         (["-t", "unknown.txt"], ["unknown.txt is too short", "0 tokens"]),
@@ -217,7 +217,7 @@ def bad_files(folder, corpus) -> None:
         (["-d", "1000000"], ["GiB", "choose a smaller"]),
         (["-l", "2000000000"], ["GiB", "choose a smaller"]),
         (["-b", "2000000000"], ["GiB", "choose a smaller", "--batch-size"]),
-        (["--tokenizer", "words"], ["cannot read the vocabulary words"]),
+        (["--tokenizer", "words"], ["--tokenizer words is not known", "char, vowel, or a folder"]),
         (["-o", "corpus.txt"], ["corpus.txt is a file", "name a folder"]),
         (["-o", "corpus.txt/model"], ["cannot save to", "corpus.txt"]),
         (["-o", "/proc/gpt-tiny/model"], ["cannot save to /proc/gpt-tiny/model"]),
