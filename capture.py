@@ -109,6 +109,7 @@ def fingerprint(*parts: object) -> str:
         [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sources],
         [(name, repr(variable.value)) for name, variable in sorted(ContextVar._cache.items())],
         Device["CPU"].renderer.compiler.cachekey,
+        cpu.blas() and cpu.blas().integer,  # another numpy, another BLAS
         (sys.version, platform.platform(), cpu.processor()),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()

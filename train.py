@@ -12,11 +12,12 @@ import signal
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-from tinygrad import Context, Tensor, TinyJit, Variable
+from tinygrad import Context, Tensor, Variable
 from tqdm import tqdm
 
 import checkpoint
@@ -399,7 +400,7 @@ def windows(ids: Tensor, starts: Tensor, context_length: int) -> tuple[Tensor, T
 
 def capture_training(
     model: GPT, optimizer: AdamW, ids: np.ndarray, losses: Tensor, arguments: argparse.Namespace
-) -> TinyJit:
+) -> Callable:
     """One batch as one captured jit: it takes the row `batch` of each part of the plan, updates the
     parameters and the moments, and leaves its loss in `losses`."""
     ids = Tensor(ids).realize()
