@@ -10,25 +10,30 @@ import ctypes
 import functools
 import hashlib
 import math
+import multiprocessing
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tinygrad.codegen.opt.heuristic as heuristic
+import tinygrad.engine.realize as realize
+import tinygrad.engine.worker as worker
 import tinygrad.runtime.ops_cpu as ops_cpu
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.device import TinyELF
 from tinygrad.dtype import DType
 from tinygrad.engine.jit import GraphRunner
-from tinygrad.helpers import DEV, NUM_CPU_THREADS
+from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, getenv
 from tinygrad.renderer import cstyle
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
+from tinygrad.runtime.support.hcq2 import HCQ2Compiled
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 
 # ---- matrix products, by BLAS ----
@@ -386,6 +391,28 @@ class CPUCompiler(ClangCompiler):
         return [str(Path(ziglang.__file__).parent / "zig"), "clang"]
 
 
+@functools.cache
+def forked_pool():
+    return multiprocessing.get_context("fork").Pool(PARALLEL.value, start_worker)
+
+
+def start_worker() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's is for train.py
+    worker._init_worker()
+
+
+tinygrads_pool = worker.get_worker_pool
+
+
+def compiling_processes():
+    """The pool that compiles kernels, or None. tinygrad starts processes anew, which import all
+    that this one has imported; without a GPU in use, which no fork survives, they can be forks."""
+    if multiprocessing.current_process().daemon or PARALLEL.value < 2:
+        return None
+    can_fork = sys.platform == "linux" and Device.DEFAULT.startswith("CPU")
+    return forked_pool() if can_fork else tinygrads_pool()
+
+
 # ---- all that as tinygrad's CPU device ----
 
 
@@ -397,7 +424,15 @@ class ClangRenderer(cstyle.ClangRenderer):
 
 class CPUDevice(ops_cpu.CPUDevice):
     def __init__(self, device: str = ""):
-        super().__init__(device)
+        if getenv("HCQ2"):
+            super().__init__(device)
+        else:  # the same, less the kernels of HCQ2's queue, which took a third of a second
+            self.workers = []
+            machine = platform.machine().lower()
+            machine = {"amd64": "x86_64", "aarch64": "arm64"}.get(machine, machine)
+            renderers = [ClangRenderer, ops_cpu.CPULLVMRenderer]
+            allocator, arch = ops_cpu.CPUAllocator(self), f"{machine},native"
+            HCQ2Compiled.__init__(self, device, allocator, renderers, ops_cpu.CPUProgram, arch=arch)
         self.graph = CPUGraph
 
 
@@ -422,4 +457,5 @@ def choose_backend() -> None:
 
 heuristic.hand_coded_optimizations = optimizations
 ops_cpu.ClangRenderer, ops_cpu.CPUDevice = ClangRenderer, CPUDevice
+realize.get_worker_pool = compiling_processes
 choose_backend()

@@ -209,14 +209,14 @@ class Dropout:
     """
 
     def __init__(self, rate: float, key: Tensor):
-        self.rate, self.key, self.n_calls = rate, key, 0
+        self.rate, self.key = rate, key
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.rate == 0:
             return x
-        self.n_calls += 1
-        start = hash_32(hash_32(self.key) + self.n_calls)
-        bits = hash_32(Tensor.arange(x.numel(), dtype=dtypes.uint32) + start).reshape(x.shape)
+        # stored, so that the kernels of all blocks are the same, and compiled once
+        self.key = hash_32(self.key + 0x9E3779B9).contiguous()
+        bits = hash_32(Tensor.arange(x.numel(), dtype=dtypes.uint32) + self.key).reshape(x.shape)
         return (bits >= int(self.rate * 2**32)).where(x / (1 - self.rate), 0)
 
 

@@ -4,6 +4,7 @@ stands) and `optimizer.safetensors` (AdamW's moments)."""
 import contextlib
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,19 +46,22 @@ def load(path: Path) -> Training:
     config = checkpoint.read_config(folder)
     shapes = {n: t.shape for n, t in GPT(GPTConfig(**config["model"])).parameters().items()}
     moments = checkpoint.read_safetensors(folder / OPTIMIZER)
-    expected = {
-        f"{kind}.{name}": shapes[name] for kind in ("moments_1", "moments_2") for name in shapes
-    }
+    expected = dict(zip(moment_names(shapes), 2 * list(shapes.values()), strict=True))
     if {name: moment.shape for name, moment in moments.items()} != expected:
         raise ValueError(f"{folder / OPTIMIZER} does not belong to the model beside it")
     return Training(
         folder,
         config,
         checkpoint.read_weights(folder, shapes),
-        moments,
+        {name: moments[name] for name in expected},
         state,
         tokenizers.load(config.get("tokenizer", "char"), folder),
     )
+
+
+def moment_names(names: Iterable[str]) -> list[str]:
+    """Names for the first moments of all parameters, then the second ones."""
+    return [f"{kind}.{name}" for kind in ("moments_1", "moments_2") for name in names]
 
 
 def read_state(path: Path) -> dict:

@@ -27,6 +27,7 @@ import resume
 import tokenizers
 from capture import captured
 from command_line import bold, number
+from flat import Flat
 from generation import Generator, sample
 from gpt_tiny import (
     GPT,
@@ -121,16 +122,17 @@ def main() -> int:
     print(bold("start training"), "- parameters:", model_config.n_parameters)
     print(json.dumps(config, indent=2), flush=True)
 
-    model = GPT(model_config, weights)
-    optimizer = AdamW(list(model.parameters().values()), weight_decay=arguments.weight_decay)
-    moments = named_moments(model, optimizer)
-    for name, moment in moments.items() if resumed else ():
-        moment.replace(Tensor(resumed.moments[name]).realize())
+    model = GPT(model_config)
+    parameters = flat_parameters(model)
+    parameters.write([weights[name] for name in model.parameters()])
+    optimizer = AdamW(parameters.whole, weight_decay=arguments.weight_decay)
+    if resumed:
+        write_moments(optimizer, parameters, resumed.moments)
     losses = np.zeros(BATCHES_PER_STEP, np.float32)
     losses[: state["batch"]] = state["losses"]
     losses = Tensor(losses).realize()
     training_ids, validation_ids = np.split(ids, [len(ids) * 9 // 10])
-    train_batch = capture_training(model, optimizer, training_ids, losses, arguments)
+    train_batch = capture_training(model, optimizer, parameters, training_ids, losses, arguments)
     validation_loss = capture_validation(model, validation_ids, arguments)
 
     def save(folder: Path, resumable: bool = False) -> None:
@@ -143,8 +145,8 @@ def main() -> int:
             return
         state["seconds"] = time.time() - started
         state["losses"] = losses.numpy()[: state["batch"]].tolist()
-        moment_arrays = {name: moment.numpy() for name, moment in moments.items()}
-        resume.save(folder, config, arrays, tokenizer, state, moment_arrays)
+        moments = read_moments(optimizer, parameters, list(arrays))
+        resume.save(folder, config, arrays, tokenizer, state, moments)
         if latest:
             resume.forget(latest)  # the newest one alone keeps what it takes to go on
         latest = folder
@@ -356,12 +358,29 @@ def output_folder(arguments: argparse.Namespace, config: GPTConfig) -> Path:
     return resume.claim(Path(".data") / name)
 
 
-def named_moments(model: GPT, optimizer: AdamW) -> dict[str, Tensor]:
-    return {
-        f"{kind}.{name}": moment
-        for kind in ("moments_1", "moments_2")
-        for name, moment in zip(model.parameters(), vars(optimizer)[kind], strict=True)
-    }
+def flat_parameters(model: GPT) -> Flat:
+    """Memory for the parameters, in which the model has them from now on."""
+    tensors = list(model.parameters().values())
+    parameters = Flat([tensor.shape for tensor in tensors])
+    for tensor, part in zip(tensors, parameters.parts, strict=True):
+        tensor.replace(part)
+    return parameters
+
+
+def read_moments(optimizer: AdamW, parameters: Flat, names: list[str]) -> dict[str, np.ndarray]:
+    arrays = []
+    for moments in (optimizer.moments_1, optimizer.moments_2):
+        arrays += parameters.split([moment.numpy() for moment in moments])
+    return dict(zip(resume.moment_names(names), arrays, strict=True))
+
+
+def write_moments(optimizer: AdamW, parameters: Flat, saved: dict[str, np.ndarray]) -> None:
+    arrays = list(saved.values())
+    n_parts = len(parameters.parts)
+    for number, moments in enumerate((optimizer.moments_1, optimizer.moments_2)):
+        whole = parameters.join(arrays[number * n_parts : (number + 1) * n_parts])
+        for moment, array in zip(moments, whole, strict=True):
+            moment.replace(Tensor(array).realize())
 
 
 def learning_rate(arguments: argparse.Namespace, number: int) -> float:
@@ -399,35 +418,44 @@ def windows(ids: Tensor, starts: Tensor, context_length: int) -> tuple[Tensor, T
 
 
 def capture_training(
-    model: GPT, optimizer: AdamW, ids: np.ndarray, losses: Tensor, arguments: argparse.Namespace
+    model: GPT,
+    optimizer: AdamW,
+    parameters: Flat,
+    ids: np.ndarray,
+    losses: Tensor,
+    arguments: argparse.Namespace,
 ) -> Callable:
     """One batch as one captured jit: it takes the row `batch` of each part of the plan, updates the
     parameters and the moments, and leaves its loss in `losses`."""
     ids = Tensor(ids).realize()
+    gradients = Flat(parameters.shapes)
     n_parts = arguments.accumulate
     part_size = arguments.batch_size // n_parts
 
     def train_batch(starts: Tensor, keys: Tensor, rates: Tensor, batch: Variable) -> None:
         starts, keys, rates = (plan[batch].contiguous() for plan in (starts, keys, rates))
-        total, gradients = None, None
+        total = None
         for part in range(n_parts):
             part_starts = starts[part * part_size : (part + 1) * part_size]
             inputs, targets = windows(ids, part_starts, arguments.context_length)
             dropout = Dropout(model.config.dropout, keys[part : part + 1])
             loss = model.loss(inputs, targets, dropout) / n_parts
-            of_part = loss.gradient(*optimizer.parameters)
-            if part:
-                loss = total + loss
-                of_part = [a + b for a, b in zip(gradients, of_part, strict=True)]
-            total, gradients = loss, of_part
+            of_part = loss.gradient(*parameters.parts)
+            for gradient, more in zip(gradients.parts, of_part, strict=True):
+                gradient.assign(gradient + more if part else more)
+            total = total + loss if part else loss
             # before the update changes what they depend on, and the next part takes the memory
-            Tensor.realize(total, *gradients)
+            Tensor.realize(total, *gradients.parts)
+        whole = gradients.whole
         if arguments.grad_clip is not None:
-            gradients = clipped(gradients, arguments.grad_clip)
-        optimizer.step(gradients, rates)
+            whole = clipped(whole, arguments.grad_clip)
+        optimizer.step(whole, rates)
         losses[batch].assign(total).realize()
 
-    state = [*optimizer.parameters, *optimizer.moments_1, *optimizer.moments_2, ids, losses]
+    state = [*parameters.parts, *gradients.parts, ids, losses]
+    if parameters.is_one:
+        state += [*parameters.whole, *gradients.whole]
+    state += [*optimizer.moments_1, *optimizer.moments_2]
     options = (n_parts, part_size, arguments.weight_decay, arguments.grad_clip)
     return captured(train_batch, state, (model.config, options))
 

@@ -18,12 +18,14 @@ def train(config: GPTConfig, n: int, batch_size: int):
     """train.py's batches on made-up ids."""
     words = ["--batch-size", str(batch_size), "--context-length", str(config.context_length)]
     arguments = training.parse_arguments([*words, "--dropout", str(config.dropout)])
-    model = GPT(config, initial_weights(config, 0))
-    optimizer = AdamW(list(model.parameters().values()))
+    model = GPT(config)
+    parameters = training.flat_parameters(model)
+    parameters.write(list(initial_weights(config, 0).values()))
+    optimizer = AdamW(parameters.whole)
     rng = np.random.default_rng(0)
     ids = rng.integers(config.vocab_size, size=500_000).astype(np.uint8)
     losses = Tensor.zeros(N_BATCHES).contiguous().realize()
-    train_batch = training.capture_training(model, optimizer, ids, losses, arguments)
+    train_batch = training.capture_training(model, optimizer, parameters, ids, losses, arguments)
     plan = training.make_plan(arguments, optimizer, 0, len(ids), rng)
 
     def work() -> None:

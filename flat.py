@@ -1,0 +1,65 @@
+"""Tensors side by side in one piece of memory: one kernel, or one message, serves them all."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from tinygrad import Device, Tensor
+
+ALIGNMENT = 16  # floats: a cache line, and the longest vector of a processor
+
+
+class Flat:
+    """Float32 tensors of these shapes, 0 at first: `parts`, and `whole`, which is all of them.
+
+    On the CPU `whole` is one tensor (n,) over the memory of the parts; elsewhere, where not every
+    backend has parts of a buffer, it is the parts. tinygrad does not know that they are the same:
+    realise what is written to one before the other is read.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]):
+        self.shapes = list(shapes)
+        sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in self.shapes]
+        self.starts = [0, *np.cumsum(sizes).tolist()]
+        self.is_one = Device.DEFAULT.startswith("CPU")
+        if self.is_one:
+            padded = np.zeros(self.starts[-1] + ALIGNMENT, np.float32)
+            offset = -padded.ctypes.data // padded.itemsize % ALIGNMENT
+            self.array = padded[offset : offset + self.starts[-1]]
+            self.parts = [
+                Tensor.from_blob(part.ctypes.data, part.shape) for part in self.split([self.array])
+            ]
+            self.whole = [Tensor.from_blob(self.array.ctypes.data, self.array.shape)]
+        else:
+            zeros = [Tensor(np.zeros(shape, np.float32)) for shape in self.shapes]
+            self.whole = self.parts = Tensor.realize(*zeros) and zeros
+
+    def split(self, whole: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The arrays of the parts, from arrays laid out as `whole`."""
+        if not self.is_one:
+            return list(whole)
+        return [
+            whole[0][start : start + math.prod(shape)].reshape(shape)
+            for start, shape in zip(self.starts, self.shapes, strict=False)
+        ]
+
+    def join(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Arrays laid out as `whole`, from those of the parts."""
+        if not self.is_one:
+            return list(parts)
+        whole = np.zeros(self.starts[-1], np.float32)
+        for place, part in zip(self.split([whole]), parts, strict=True):
+            place[...] = part
+        return [whole]
+
+    def read(self) -> list[np.ndarray]:
+        """The values of the parts; on the CPU not a copy."""
+        return self.split([self.array] if self.is_one else [part.numpy() for part in self.parts])
+
+    def write(self, parts: Sequence[np.ndarray]) -> None:
+        if self.is_one:
+            for place, part in zip(self.read(), parts, strict=True):
+                place[...] = part
+        else:
+            for place, part in zip(self.parts, parts, strict=True):
+                place.assign(Tensor(part)).realize()
