@@ -101,7 +101,9 @@ def restored(kept: tuple, state: list[UOp]) -> CapturedJit:
     linear, expected, own = kept
     buffers = [*state, *(UOp.new_buffer(*arguments) for arguments in own)]
     back = {place: buffer for buffer, place in places(buffers).items()}
-    return CapturedJit(None, linear.substitute(back, walk=True, enter_calls=True), *expected)
+    jit = CapturedJit(None, linear.substitute(back, walk=True, enter_calls=True), *expected)
+    jit._written_uops = set()  # of the arguments; tinygrad would go through all kernels for them
+    return jit
 
 
 def read_first(linear: UOp) -> Iterator[UOp]:

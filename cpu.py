@@ -190,9 +190,9 @@ def largest_divisor(n: int, limit: int) -> int:
 def plain_loops(kernel):
     """Leaves loops as they are: clang vectorises them better than tinygrad unrolls them."""
     kernel = kernel.copy()
-    # A sum down the columns of a matrix: clang can't swap the loops, so sum 16 columns at once.
+    # A sum down the columns of a matrix: clang can't swap the loops, so sum 8 columns at once.
     for axis in columns_summed(kernel)[-1:]:
-        width = largest_divisor(kernel.full_shape[axis], 16)
+        width = largest_divisor(kernel.full_shape[axis], 8)
         try_optimization(kernel, Opt(OptOps.UPCAST, axis, width))
 
     if all(isinstance(n, int) for n in kernel.full_shape):

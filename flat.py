@@ -9,6 +9,22 @@ from tinygrad import Device, Tensor
 ALIGNMENT = 16  # floats: a cache line, and the longest vector of a processor
 
 
+def zeros(*shape: int) -> Tensor:
+    """A buffer of float32 zeros; on the CPU of memory that is not touched before it is used."""
+    if Device.DEFAULT.startswith("CPU"):
+        array = aligned_zeros(math.prod(shape))
+        tensor = Tensor.from_blob(array.ctypes.data, shape)
+        tensor.uop.buffer.memory = array  # as long as there is the buffer
+        return tensor
+    return Tensor(np.zeros(shape, np.float32)).realize()
+
+
+def aligned_zeros(n: int) -> np.ndarray:
+    padded = np.zeros(n + ALIGNMENT, np.float32)
+    offset = -padded.ctypes.data // padded.itemsize % ALIGNMENT
+    return padded[offset : offset + n]
+
+
 class Flat:
     """Float32 tensors of these shapes, 0 at first: `parts`, and `whole`, which is all of them.
 
@@ -23,16 +39,13 @@ class Flat:
         self.starts = [0, *np.cumsum(sizes).tolist()]
         self.is_one = Device.DEFAULT.startswith("CPU")
         if self.is_one:
-            padded = np.zeros(self.starts[-1] + ALIGNMENT, np.float32)
-            offset = -padded.ctypes.data // padded.itemsize % ALIGNMENT
-            self.array = padded[offset : offset + self.starts[-1]]
+            self.array = aligned_zeros(self.starts[-1])
             self.parts = [
                 Tensor.from_blob(part.ctypes.data, part.shape) for part in self.split([self.array])
             ]
             self.whole = [Tensor.from_blob(self.array.ctypes.data, self.array.shape)]
         else:
-            zeros = [Tensor(np.zeros(shape, np.float32)) for shape in self.shapes]
-            self.whole = self.parts = Tensor.realize(*zeros) and zeros
+            self.whole = self.parts = [zeros(*shape) for shape in self.shapes]
 
     def split(self, whole: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The arrays of the parts, from arrays laid out as `whole`."""

@@ -12,6 +12,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
 from cpu import einsum  # its import also prepares the CPU backend
+from flat import zeros
 from lookup import look_up
 
 
@@ -257,7 +258,7 @@ class AdamW:
         self.beta_1, self.beta_2 = beta_1, beta_2
         self.epsilon, self.weight_decay = epsilon, weight_decay
         self.moments_1, self.moments_2 = (
-            [Tensor(np.zeros(p.shape, np.float32)).realize() for p in parameters] for _ in range(2)
+            [zeros(*p.shape) for p in parameters] for _ in range(2)
         )
 
     def rates(self, learning_rate: float, number: int) -> list[float]:
@@ -286,7 +287,7 @@ class KeyValueCache:
 
     def __init__(self, config: GPTConfig, batch: int):
         shape = (batch, config.context_length, config.n_heads, config.d_model // config.n_heads)
-        self.keys, self.values = (Tensor.zeros(shape).contiguous().realize() for _ in range(2))
+        self.keys, self.values = zeros(*shape), zeros(*shape)
 
     def store(self, key: Tensor, value: Tensor, start) -> tuple[Tensor, Tensor]:
         """Puts (batch, time, n_heads, d_k) at position `start`; returns (batch, context, ...)."""

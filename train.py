@@ -159,7 +159,8 @@ def main() -> int:
             plan = make_plan(arguments, optimizer, step, len(training_ids), rng)
             if state["batch"] == 0:
                 state["validation_loss"] = validation_loss(rng)
-                if state["output_path"] and not state["validation_loss"] >= state["best_loss"]:
+                is_best = step > 0 and not state["validation_loss"] >= state["best_loss"]
+                if state["output_path"] and is_best:
                     state["best_loss"] = state["validation_loss"]
                     save(Path(state["output_path"]) / "best")
 
