@@ -5,7 +5,6 @@ write, under a hash of all that they depend on; and whatever is wrong with one, 
 """
 
 import contextlib
-import gc
 import hashlib
 import os
 import pickle
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import tinygrad
-from tinygrad import Context, Device, Tensor, TinyJit, UOp
+from tinygrad import Context, Device, Tensor, TinyJit, UOp, Variable
 from tinygrad.engine.jit import CapturedJit
 from tinygrad.engine.realize import get_call_arg_uops, get_call_outs_ins
 from tinygrad.helpers import ContextVar
@@ -28,46 +27,39 @@ N_KEPT = 32  # files of a few MB each
 FIRST_PLACE = 10_000  # numbers of the places of the state's buffers: those of arguments are small
 
 
-def captured(function: Callable, state: Sequence[Tensor], key: object) -> Callable:
+def captured(
+    function: Callable, state: Sequence[Tensor], key: object, **limits: int
+) -> Callable[..., None]:
     """The function as a jit that is captured at its first call, or read from the cache folder.
 
-    It takes realised tensors and bound variables and returns nothing. `state` is all that it reads
-    and writes beside them, realised; `key` tells it from other functions with such a state.
+    It takes realised tensors, always of the same shapes, and by name the numbers in `limits`, whole
+    and from 0 up to there, and returns nothing. `state` is all that it reads and writes beside
+    them, realised; `key` tells it from other functions with such a state.
     """
     jit = TinyJit(function)
     jit.cnt = 1  # TinyJit would call it plainly once before, which only unrealised state needs
     device = state[0].device
-    if device != "CPU":  # where it is tested
-        return jit
-    state = [tensor.uop.base for tensor in (*state, *cpu.blas_addresses(device))]
-    key = fingerprint(function.__qualname__, key, [(b.shape, b.dtype) for b in state])
-    path = cache_folder() / key
-    with contextlib.suppress(Exception):  # to begin with: there is none
-        jit.captured, jit.cnt = restored(pickle.loads(read_private(path)), state), 2
-        return jit
+    path = None
+    if device.startswith("CPU"):  # where it is tested
+        state = [tensor.uop.base for tensor in (*state, *cpu.blas_addresses(device))]
+        shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in state]
+        path = cache_folder() / fingerprint(function.__qualname__, key, limits, shapes)
+        with contextlib.suppress(Exception):  # to begin with: there is none
+            jit.captured = restored(pickle.loads(read_private(path)), state)
 
-    def call(*arguments) -> None:
-        if jit.cnt > 1:
-            jit(*arguments)
+    def call(*tensors: Tensor, **numbers: int) -> None:
+        if jit.captured is not None:  # called as such: TinyJit looks for changes in all arguments
+            jit.captured([tensor.uop.base for tensor in tensors], numbers)
             return
-        with quickly():
-            jit(*arguments)
+        variables = {n: Variable(n, 0, limits[n]).bind(value) for n, value in numbers.items()}
+        # tinygrad need not check its own graphs, nor cut them into parts for a core
+        with Context(SPEC=0, **({"JIT_BATCH_SIZE": 0} if path else {})):
+            jit(*tensors, **variables)
+        if path:
             with contextlib.suppress(Exception):  # a full disk, say: nothing is lost but time
                 keep(path, jit.captured, state)
 
     return call
-
-
-@contextlib.contextmanager
-def quickly() -> Iterator[None]:
-    """A fifth less time for a capture: tinygrad does not check its own graphs, and Python does not
-    search the millions of objects that they are made of for garbage."""
-    gc.disable()
-    try:
-        with Context(SPEC=0):
-            yield
-    finally:
-        gc.enable()
 
 
 def places(buffers: Sequence[UOp]) -> dict[UOp, UOp]:

@@ -5,6 +5,7 @@ device then calls BLAS for it, replays a captured jit on all cores, and compiles
 clang on the PATH, or with the one that the package ziglang carries.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -193,7 +194,8 @@ def plain_loops(kernel):
     # A sum down the columns of a matrix: clang can't swap the loops, so sum 8 columns at once.
     for axis in columns_summed(kernel)[-1:]:
         width = largest_divisor(kernel.full_shape[axis], 8)
-        try_optimization(kernel, Opt(OptOps.UPCAST, axis, width))
+        if width > 1:
+            try_optimization(kernel, Opt(OptOps.UPCAST, axis, width))
 
     if all(isinstance(n, int) for n in kernel.full_shape):
         if math.prod(kernel.full_shape) < MIN_SHARED_WORK:
@@ -278,8 +280,10 @@ class CPUGraph(GraphRunner):
         self.words = (ctypes.c_uint64 * len(words))(*words)
 
     def __call__(self, input_uops, var_vals, wait=False) -> None:
+        device = self.calls[0][2][0].device
+        addresses = [uop.buffer.get_buf(device).va_addr for uop in input_uops]
         for word, i in self.input_words.items():
-            self.words[word] = input_uops[i].buffer.get_buf(self.calls[0][2][0].device).va_addr
+            self.words[word] = addresses[i]
         for word, name in self.variable_words.items():
             self.words[word] = var_vals[name]
         cores.run_kernels(self.words, len(self.calls))
@@ -393,7 +397,9 @@ class CPUCompiler(ClangCompiler):
 
 @functools.cache
 def forked_pool():
-    return multiprocessing.get_context("fork").Pool(PARALLEL.value, start_worker)
+    pool = multiprocessing.get_context("fork").Pool(PARALLEL.value, start_worker)
+    atexit.register(pool.terminate)
+    return pool
 
 
 def start_worker() -> None:

@@ -8,6 +8,7 @@ from tinygrad.nn.state import get_parameters
 
 from capture import captured
 from gpt_tiny import GPT, KeyValueCache
+from memory import get, put
 
 
 class Generator:
@@ -25,9 +26,11 @@ class Generator:
         self.cache = [KeyValueCache(model.config, batch) for _ in model.blocks]
         self.logits = Tensor.empty(batch, model.config.vocab_size).realize()
         state = [*model.parameters().values(), *get_parameters(self.cache), self.logits]
-        self.read, self.extend = (
-            captured(self.step, state, (model.config, n_tokens)) for n_tokens in (self.chunk, 1)
-        )
+        limits = {"start": max(1, self.context_length - 1), "last": max(1, self.chunk - 1)}
+        self.steps = {}  # by the number of tokens that they take, with a buffer for these
+        for n in (1, self.chunk):
+            ids = Tensor(np.zeros((batch, n), np.int32)).realize()
+            self.steps[n] = ids, captured(self.step, state, (model.config, n), **limits)
 
     def step(self, ids: Tensor, start: Variable, last: Variable) -> None:
         """ids (batch, time) at the positions from `start` on; leaves the logits after the one with
@@ -54,19 +57,19 @@ class Generator:
     def _next(self, window: np.ndarray, n_cached: int) -> np.ndarray:
         """Brings the cache up to the window's end; the logits after it."""
         if window.shape[1] - n_cached == 1:
-            return self._run(self.extend, window[:, n_cached:], n_cached, 0)
+            return self._run(window[:, n_cached:], n_cached, 0)
         for start in range(n_cached, window.shape[1], self.chunk):
             start = min(start, self.context_length - self.chunk)
             piece = window[:, start : start + self.chunk]
             padded = np.pad(piece, ((0, 0), (0, self.chunk - piece.shape[1])))
-            logits = self._run(self.read, padded, start, piece.shape[1] - 1)
+            logits = self._run(padded, start, piece.shape[1] - 1)
         return logits
 
-    def _run(self, step: Callable, ids: np.ndarray, start: int, last: int) -> np.ndarray:
-        start = Variable("start", 0, max(1, self.context_length - 1)).bind(start)
-        last = Variable("last", 0, max(1, self.chunk - 1)).bind(last)
-        step(Tensor(ids.astype(np.int32)).realize(), start, last)
-        return self.logits.numpy()
+    def _run(self, ids: np.ndarray, start: int, last: int) -> np.ndarray:
+        buffer, step = self.steps[ids.shape[1]]
+        put(buffer, ids.astype(np.int32, copy=False))
+        step(buffer, start=start, last=last)
+        return get(self.logits)
 
 
 def sample(

@@ -12,8 +12,8 @@ from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
 from cpu import einsum  # its import also prepares the CPU backend
-from flat import zeros
 from lookup import look_up
+from memory import zeros
 
 
 @dataclass(frozen=True)
@@ -257,9 +257,7 @@ class AdamW:
         self.parameters = parameters
         self.beta_1, self.beta_2 = beta_1, beta_2
         self.epsilon, self.weight_decay = epsilon, weight_decay
-        self.moments_1, self.moments_2 = (
-            [zeros(*p.shape) for p in parameters] for _ in range(2)
-        )
+        self.moments_1, self.moments_2 = ([zeros(*p.shape) for p in parameters] for _ in range(2))
 
     def rates(self, learning_rate: float, number: int) -> list[float]:
         """What `step` needs for the update with this number, counted from 1."""

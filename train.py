@@ -27,7 +27,6 @@ import resume
 import tokenizers
 from capture import captured
 from command_line import bold, number
-from flat import Flat
 from generation import Generator, sample
 from gpt_tiny import (
     GPT,
@@ -36,6 +35,7 @@ from gpt_tiny import (
     GPTConfig,
     initial_weights,
 )
+from memory import Flat, get, put, zeros
 
 BATCHES_PER_STEP = 100
 MAX_MEGA_BYTES = 999
@@ -128,9 +128,8 @@ def main() -> int:
     optimizer = AdamW(parameters.whole, weight_decay=arguments.weight_decay)
     if resumed:
         write_moments(optimizer, parameters, resumed.moments)
-    losses = np.zeros(BATCHES_PER_STEP, np.float32)
-    losses[: state["batch"]] = state["losses"]
-    losses = Tensor(losses).realize()
+    losses = zeros(BATCHES_PER_STEP)
+    put(losses, np.pad(np.float32(state["losses"]), (0, BATCHES_PER_STEP - state["batch"])))
     training_ids, validation_ids = np.split(ids, [len(ids) * 9 // 10])
     train_batch = capture_training(model, optimizer, parameters, training_ids, losses, arguments)
     validation_loss = capture_validation(model, validation_ids, arguments)
@@ -144,7 +143,7 @@ def main() -> int:
             checkpoint.save(folder, config, arrays, tokenizer, arguments.format)
             return
         state["seconds"] = time.time() - started
-        state["losses"] = losses.numpy()[: state["batch"]].tolist()
+        state["losses"] = get(losses)[: state["batch"]].tolist()
         moments = read_moments(optimizer, parameters, list(arrays))
         resume.save(folder, config, arrays, tokenizer, state, moments)
         if latest:
@@ -166,7 +165,7 @@ def main() -> int:
 
             step_started, first = time.time(), state["batch"]
             for batch in progress(range(first, BATCHES_PER_STEP), step, arguments, losses):
-                train_batch(*plan, Variable("batch", 0, BATCHES_PER_STEP - 1).bind(batch))
+                train_batch(*plan, batch=batch)
                 state["batch"] = batch + 1
                 if interrupt.signal:
                     if not arguments.no_save:
@@ -174,7 +173,7 @@ def main() -> int:
                         print(f"{bold('interrupted; to go on:')} python train.py --resume {latest}")
                     return 128 + interrupt.signal
 
-            train_loss = float(losses.numpy().mean())
+            train_loss = float(get(losses).mean())
             if not math.isfinite(train_loss):
                 raise ValueError(diverged(latest))
             elapsed = time.time() - started
@@ -371,17 +370,19 @@ def flat_parameters(model: GPT) -> Flat:
 def read_moments(optimizer: AdamW, parameters: Flat, names: list[str]) -> dict[str, np.ndarray]:
     arrays = []
     for moments in (optimizer.moments_1, optimizer.moments_2):
-        arrays += parameters.split([moment.numpy() for moment in moments])
+        arrays += parameters.split([get(moment) for moment in moments])
     return dict(zip(resume.moment_names(names), arrays, strict=True))
 
 
 def write_moments(optimizer: AdamW, parameters: Flat, saved: dict[str, np.ndarray]) -> None:
     arrays = list(saved.values())
-    n_parts = len(parameters.parts)
-    for number, moments in enumerate((optimizer.moments_1, optimizer.moments_2)):
-        whole = parameters.join(arrays[number * n_parts : (number + 1) * n_parts])
-        for moment, array in zip(moments, whole, strict=True):
-            moment.replace(Tensor(array).realize())
+    half = len(arrays) // 2
+    for moments, of_kind in (
+        (optimizer.moments_1, arrays[:half]),
+        (optimizer.moments_2, arrays[half:]),
+    ):
+        for moment, array in zip(moments, parameters.join(of_kind), strict=True):
+            put(moment, array)
 
 
 def learning_rate(arguments: argparse.Namespace, number: int) -> float:
@@ -458,7 +459,7 @@ def capture_training(
         state += [*parameters.whole, *gradients.whole]
     state += [*optimizer.moments_1, *optimizer.moments_2]
     options = (n_parts, part_size, arguments.weight_decay, arguments.grad_clip)
-    return captured(train_batch, state, (model.config, options))
+    return captured(train_batch, state, (model.config, options), batch=BATCHES_PER_STEP - 1)
 
 
 def clipped(gradients: list[Tensor], longest: float) -> list[Tensor]:
@@ -473,23 +474,24 @@ def capture_validation(model: GPT, ids: np.ndarray, arguments: argparse.Namespac
     ids = Tensor(ids).realize()
     limit = arguments.batch_size // arguments.accumulate  # no more memory than training takes
     size = cpu.largest_divisor(arguments.validation_size, limit)
-
-    loss = Tensor([0.0]).realize()
+    row, loss = Tensor(np.zeros(size, np.int32)).realize(), zeros(1)
 
     def validate(starts: Tensor) -> None:
         loss.assign(
             model.loss(*windows(ids, starts, arguments.context_length)).reshape(1)
         ).realize()
 
-    validate = captured(validate, [*model.parameters().values(), ids, loss], (model.config, size))
+    state = [*model.parameters().values(), ids, loss]
+    validate = captured(validate, state, (model.config, size))
 
     def validation_loss(rng: np.random.Generator) -> float:
         n_starts = ids.shape[0] - arguments.context_length
         starts = rng.integers(n_starts, size=(arguments.validation_size // size, size))
         losses = []
-        for row in starts:
-            validate(Tensor(row.astype(np.int32)).realize())
-            losses.append(loss.item())
+        for numbers in starts.astype(np.int32):
+            put(row, numbers)
+            validate(row)
+            losses.append(get(loss))
         return float(np.mean(losses))
 
     return validation_loss
@@ -513,7 +515,7 @@ def progress(batches: range, step: int, arguments: argparse.Namespace, losses: T
         if not bar.disable and (now := time.time()) > shown + 0.5:  # a look at the loss waits
             shown, n_batches = now, batch + 1 - batches.start
             rate = n_batches * arguments.batch_size * arguments.context_length / (now - started)
-            loss = losses.numpy()[batch]
+            loss = get(losses)[batch]
             bar.set_postfix_str(f"loss {loss:.4f} {rate:,.0f} tokens/s", refresh=False)
 
 

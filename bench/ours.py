@@ -3,13 +3,14 @@
 from importlib.metadata import version
 
 import numpy as np
-from tinygrad import Device, Tensor, Variable
+from tinygrad import Device
 from tinygrad.helpers import GlobalCounters
 from worker import peak_memory, serve
 
 import train as training
 from generation import Generator
 from gpt_tiny import GPT, AdamW, GPTConfig, initial_weights
+from memory import get, zeros
 
 N_BATCHES = training.BATCHES_PER_STEP
 
@@ -24,14 +25,14 @@ def train(config: GPTConfig, n: int, batch_size: int):
     optimizer = AdamW(parameters.whole)
     rng = np.random.default_rng(0)
     ids = rng.integers(config.vocab_size, size=500_000).astype(np.uint8)
-    losses = Tensor.zeros(N_BATCHES).contiguous().realize()
+    losses = zeros(N_BATCHES)
     train_batch = training.capture_training(model, optimizer, parameters, ids, losses, arguments)
     plan = training.make_plan(arguments, optimizer, 0, len(ids), rng)
 
     def work() -> None:
         for number in range(n):
-            train_batch(*plan, Variable("batch", 0, N_BATCHES - 1).bind(number % N_BATCHES))
-        losses.numpy()  # waits for the last one
+            train_batch(*plan, batch=number % N_BATCHES)
+        get(losses)  # waits for the last one
 
     return work
 

@@ -86,6 +86,13 @@ def test_gradients_flow_through_one_product_into_another():
 # --- all cores ---
 
 
+@pytest.mark.parametrize("n_columns", [1, 6, 17])
+def test_columns_of_any_number_are_summed(n_columns):
+    rows = np.random.default_rng(0).standard_normal((2000, n_columns), np.float32)
+    sums = Tensor(rows).realize().sum(0).numpy()
+    np.testing.assert_allclose(sums, rows.sum(0, dtype=np.float64), atol=1e-3)
+
+
 def test_a_captured_jit_on_all_cores_gives_what_plain_calls_give():
     rng = np.random.default_rng(0)
     table = Tensor(rng.standard_normal((16, 64, 128), np.float32)).realize()

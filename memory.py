@@ -1,4 +1,4 @@
-"""Tensors side by side in one piece of memory: one kernel, or one message, serves them all."""
+"""Memory: zeros, copies, and tensors side by side, which one kernel or one message serves all."""
 
 import math
 from collections.abc import Sequence
@@ -23,6 +23,20 @@ def aligned_zeros(n: int) -> np.ndarray:
     padded = np.zeros(n + ALIGNMENT, np.float32)
     offset = -padded.ctypes.data // padded.itemsize % ALIGNMENT
     return padded[offset : offset + n]
+
+
+def put(tensor: Tensor, array: np.ndarray) -> None:
+    """Copies an array into a realised tensor of its size, without tinygrad's scheduler, which takes
+    longer than a token of a small model."""
+    buffer = tensor.uop.base.buffer
+    buffer.allocator._copyin(buffer._buf, memoryview(np.ascontiguousarray(array)).cast("B"))
+
+
+def get(tensor: Tensor) -> np.ndarray:
+    """A copy of a realised tensor's numbers (float32)."""
+    array, buffer = np.empty(tensor.shape, np.float32), tensor.uop.base.buffer
+    buffer.allocator._copyout(memoryview(array).cast("B"), buffer._buf)
+    return array
 
 
 class Flat:
@@ -67,12 +81,8 @@ class Flat:
 
     def read(self) -> list[np.ndarray]:
         """The values of the parts; on the CPU not a copy."""
-        return self.split([self.array] if self.is_one else [part.numpy() for part in self.parts])
+        return self.split([self.array] if self.is_one else [get(part) for part in self.parts])
 
     def write(self, parts: Sequence[np.ndarray]) -> None:
-        if self.is_one:
-            for place, part in zip(self.read(), parts, strict=True):
-                place[...] = part
-        else:
-            for place, part in zip(self.parts, parts, strict=True):
-                place.assign(Tensor(part)).realize()
+        for place, part in zip(self.parts, parts, strict=True):
+            put(place, part.astype(np.float32, copy=False))
