@@ -10,6 +10,7 @@ from tinygrad import Device
 
 import cpu  # noqa: F401 - it has to know of the CPU device before that opens
 
+USER_ERRORS = (OSError, ValueError, MemoryError)  # what a user can get wrong, or a machine
 BACKENDS = ("CPU", "CUDA", "NV", "METAL", "AMD", "CL", "WEBGPU")
 
 
@@ -92,13 +93,17 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(main())
     except BrokenPipeError:  # python run.py ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"error: {where}{error.strerror or error}")
-    except (ValueError, MemoryError) as error:
-        sys.exit(f"error: {' '.join(str(error).split()) or 'out of memory'}")
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def error_line(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    return " ".join(str(error).split()) or "out of memory"
 
 
 def bold(text: str) -> str:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import checkpoint
 import command_line
 import cpu
+import distributed
 import resume
 import tokenizers
 from capture import captured
@@ -67,6 +68,7 @@ def parse_arguments(words: list[str], settings: argparse.Namespace | None = None
     add("--dropout", type=number(float, 0, 1), help="share of values dropped (default: 0.2)")
     add("--validation-size", type=size, default=128, help="windows for the validation loss")
     add("-s", "--seed", type=number(int, 0, 2**63), default=0, help="of all random numbers")
+    add("--workers", type=workers, metavar="N", help="processes that share a batch, or auto")
     add = parser.add_argument_group("files").add_argument
     add("-t", "--text-corpus", type=Path, default=CORPUS, help="text to train on, in UTF-8")
     add("-m", "--n-mega-bytes", type=size, help="use only the first N MiB of the text")
@@ -82,6 +84,10 @@ def parse_arguments(words: list[str], settings: argparse.Namespace | None = None
     return arguments
 
 
+def workers(text: str) -> int:
+    return number(int, 1, 2**16)(str(distributed.count_workers(text)))
+
+
 def flag(arguments: argparse.Namespace, name: str) -> str:
     return f"--{name.replace('_', '-')} {vars(arguments)[name]}"
 
@@ -89,12 +95,22 @@ def flag(arguments: argparse.Namespace, name: str) -> str:
 def main() -> int:
     arguments = parse_arguments(sys.argv[1:])
     command_line.check_backend()
+    world = distributed.World()
+    if (arguments.workers or 1) > 1 and not world.is_under_mpi:
+        return distributed.launch(arguments.workers, sys.argv)
+    with world:
+        return train(arguments, world)
+
+
+def train(arguments: argparse.Namespace, world: distributed.World) -> int:
     resumed = source = tokenizer = None
     if arguments.resume:
-        resumed = resume.load(arguments.resume)
+        resumed = world.from_first(resume.load(arguments.resume) if world.rank == 0 else None)
         tokenizer = resumed.tokenizer
         arguments = resumed_arguments(resumed.state["arguments"])
-    elif arguments.output_path and not arguments.no_save:
+    if world.rank > 0:
+        arguments.no_save = True
+    elif arguments.output_path and not arguments.no_save and not resumed:
         checkpoint.check_destination(arguments.output_path)
     if arguments.init_from and not resumed:
         source, tokenizer = checkpoint.load(arguments.init_from)
@@ -108,6 +124,8 @@ def main() -> int:
     arguments.context_length = model_config.context_length
     config = make_config(arguments, model_config, tokenizer)
     check_sizes(arguments, model_config, ids)
+    world.share(arguments.batch_size, "--batch-size", arguments.accumulate)
+    world.check_same(code=distributed.code(), corpus=checksum(ids), command=sys.argv[1:])
     if resumed:
         resume.check(resumed, config, checksum(ids))
         state, weights, latest = resumed.state, resumed.weights, resumed.folder
@@ -118,6 +136,8 @@ def main() -> int:
         if not arguments.no_save:
             state["output_path"] = str(output_folder(arguments, model_config))
     state["arguments"] = [*state["arguments"], *sys.argv[1:]]
+    if world.rank > 0:
+        state["output_path"] = ""
     metrics = state["output_path"] and Metrics(Path(state["output_path"]), state["step"])
     print(bold("start training"), "- parameters:", model_config.n_parameters)
     print(json.dumps(config, indent=2), flush=True)
@@ -128,11 +148,15 @@ def main() -> int:
     optimizer = AdamW(parameters.whole, weight_decay=arguments.weight_decay)
     if resumed:
         write_moments(optimizer, parameters, resumed.moments)
-    losses = zeros(BATCHES_PER_STEP)
-    put(losses, np.pad(np.float32(state["losses"]), (0, BATCHES_PER_STEP - state["batch"])))
+    world.copy_first([*parameters.whole, *optimizer.moments_1, *optimizer.moments_2])
+    losses = zeros(BATCHES_PER_STEP)  # this rank's shares of them
+    if world.rank == 0:
+        put(losses, np.pad(np.float32(state["losses"]), (0, BATCHES_PER_STEP - state["batch"])))
     training_ids, validation_ids = np.split(ids, [len(ids) * 9 // 10])
-    train_batch = capture_training(model, optimizer, parameters, training_ids, losses, arguments)
-    validation_loss = capture_validation(model, validation_ids, arguments)
+    train_batch = capture_training(
+        model, optimizer, parameters, training_ids, losses, arguments, world
+    )
+    validation_loss = capture_validation(model, validation_ids, arguments, world)
 
     def save(folder: Path, resumable: bool = False) -> None:
         nonlocal latest
@@ -143,7 +167,6 @@ def main() -> int:
             checkpoint.save(folder, config, arrays, tokenizer, arguments.format)
             return
         state["seconds"] = time.time() - started
-        state["losses"] = get(losses)[: state["batch"]].tolist()
         moments = read_moments(optimizer, parameters, list(arrays))
         resume.save(folder, config, arrays, tokenizer, state, moments)
         if latest:
@@ -151,11 +174,11 @@ def main() -> int:
         latest = folder
 
     started = time.time() - state["seconds"]
-    with Interrupt() as interrupt:
+    with Interrupt(world) as interrupt:
         for step in range(state["step"], arguments.n_steps):
             # All random numbers come from the seed and the step: they have no state to be kept.
             rng = np.random.default_rng([arguments.seed, step])
-            plan = make_plan(arguments, optimizer, step, len(training_ids), rng)
+            plan = make_plan(arguments, optimizer, step, len(training_ids), rng, world)
             if state["batch"] == 0:
                 state["validation_loss"] = validation_loss(rng)
                 is_best = step > 0 and not state["validation_loss"] >= state["best_loss"]
@@ -164,16 +187,17 @@ def main() -> int:
                     save(Path(state["output_path"]) / "best")
 
             step_started, first = time.time(), state["batch"]
-            for batch in progress(range(first, BATCHES_PER_STEP), step, arguments, losses):
+            for batch in progress(range(first, BATCHES_PER_STEP), step, arguments, losses, world):
                 train_batch(*plan, batch=batch)
                 state["batch"] = batch + 1
-                if interrupt.signal:
+                if signal_number := world.any(interrupt.signal):
+                    state["losses"] = world.sum(get(losses))[: state["batch"]].tolist()
                     if not arguments.no_save:
                         save(resume.new_folder(step), resumable=True)
                         print(f"{bold('interrupted; to go on:')} python train.py --resume {latest}")
-                    return 128 + interrupt.signal
+                    return 128 + signal_number
 
-            train_loss = float(get(losses).mean())
+            train_loss = float(world.sum(get(losses)).mean())
             if not math.isfinite(train_loss):
                 raise ValueError(diverged(latest))
             elapsed = time.time() - started
@@ -198,7 +222,7 @@ def main() -> int:
                     / (time.time() - step_started),
                     seconds=elapsed,
                 )
-            state.update(step=step + 1, batch=0)
+            state.update(step=step + 1, batch=0, losses=[])
             if (step + 6) % arguments.checkpoint_every == 0 and not arguments.no_save:
                 folder = resume.new_folder(step)
                 print(bold(f"store checkpoint model to: {folder}"), flush=True)
@@ -209,7 +233,8 @@ def main() -> int:
         save(Path(state["output_path"]))
         metrics.plot()
     print(bold("generate example text"), flush=True)
-    print_example(model, tokenizer, arguments.seed)
+    if world.rank == 0:
+        print_example(model, tokenizer, arguments.seed)
     return 0
 
 
@@ -218,7 +243,7 @@ def resumed_arguments(words: list[str]) -> argparse.Namespace:
     began = parse_arguments(words)
     merged = parse_arguments(sys.argv[1:], began)
     for name, value in vars(merged).items():
-        if name not in ("resume", "n_steps") and value != vars(began)[name]:
+        if name not in ("resume", "n_steps", "workers") and value != vars(began)[name]:
             raise ValueError(
                 f"{flag(merged, name)} contradicts the training to go on with: "
                 f"it has {flag(began, name)}"
@@ -398,17 +423,21 @@ def learning_rate(arguments: argparse.Namespace, number: int) -> float:
     return lowest + (rate - lowest) * (1 + math.cos(math.pi * share)) / 2
 
 
-def make_plan(arguments, optimizer: AdamW, step: int, n_ids: int, rng) -> list[Tensor]:
-    """A row for each batch of a step: starts of windows, a key for dropout a part, and rates."""
+def make_plan(arguments, optimizer: AdamW, step: int, n_ids: int, rng, world) -> list[Tensor]:
+    """A row for each batch of a step: this rank's starts of windows and, for each part of the
+    batch, a key for dropout; and rates."""
     first = step * BATCHES_PER_STEP + 1
     shape = (BATCHES_PER_STEP, arguments.batch_size)
     starts = rng.integers(n_ids - arguments.context_length, size=shape, dtype=np.int32)
-    keys = rng.integers(2**32, size=(BATCHES_PER_STEP, arguments.accumulate), dtype=np.uint32)
+    shape = (BATCHES_PER_STEP, arguments.accumulate * world.size)
+    # their number must not change what `rng` gives next
+    keys = np.random.default_rng([arguments.seed, step, 1]).integers(2**32, size=shape)
     rates = [
         optimizer.rates(learning_rate(arguments, number), number)
         for number in range(first, first + BATCHES_PER_STEP)
     ]
-    return [Tensor(array).realize() for array in (starts, keys, np.array(rates, np.float32))]
+    plan = (world.part(starts), world.part(keys).astype(np.uint32), np.array(rates, np.float32))
+    return [Tensor(np.ascontiguousarray(array)).realize() for array in plan]
 
 
 def windows(ids: Tensor, starts: Tensor, context_length: int) -> tuple[Tensor, Tensor]:
@@ -426,40 +455,57 @@ def capture_training(
     ids: np.ndarray,
     losses: Tensor,
     arguments: argparse.Namespace,
+    world: distributed.World,
 ) -> Callable:
-    """One batch as one captured jit: it takes the row `batch` of each part of the plan, updates the
-    parameters and the moments, and leaves its loss in `losses`."""
+    """One batch as captured jits: it takes the row `batch` of each part of the plan, updates the
+    parameters and the moments, and leaves its loss, of all a share, in `losses`."""
     ids = Tensor(ids).realize()
     gradients = Flat(parameters.shapes)
     n_parts = arguments.accumulate
-    part_size = arguments.batch_size // n_parts
+    part_size = world.share(arguments.batch_size, "--batch-size", n_parts) // n_parts
 
-    def train_batch(starts: Tensor, keys: Tensor, rates: Tensor, batch: Variable) -> None:
-        starts, keys, rates = (plan[batch].contiguous() for plan in (starts, keys, rates))
+    def compute(starts: Tensor, keys: Tensor, batch: Variable) -> None:
+        starts, keys = starts[batch].contiguous(), keys[batch].contiguous()
         total = None
         for part in range(n_parts):
             part_starts = starts[part * part_size : (part + 1) * part_size]
             inputs, targets = windows(ids, part_starts, arguments.context_length)
             dropout = Dropout(model.config.dropout, keys[part : part + 1])
-            loss = model.loss(inputs, targets, dropout) / n_parts
+            loss = model.loss(inputs, targets, dropout) / (n_parts * world.size)
             of_part = loss.gradient(*parameters.parts)
             for gradient, more in zip(gradients.parts, of_part, strict=True):
                 gradient.assign(gradient + more if part else more)
             total = total + loss if part else loss
             # before the update changes what they depend on, and the next part takes the memory
             Tensor.realize(total, *gradients.parts)
+        losses[batch].assign(total).realize()
+
+    def update(rates: Tensor, batch: Variable) -> None:
         whole = gradients.whole
         if arguments.grad_clip is not None:
             whole = clipped(whole, arguments.grad_clip)
-        optimizer.step(whole, rates)
-        losses[batch].assign(total).realize()
+        optimizer.step(whole, rates[batch].contiguous())
+
+    def compute_and_update(starts: Tensor, keys: Tensor, rates: Tensor, batch: Variable) -> None:
+        compute(starts, keys, batch)
+        update(rates, batch)
 
     state = [*parameters.parts, *gradients.parts, ids, losses]
     if parameters.is_one:
         state += [*parameters.whole, *gradients.whole]
     state += [*optimizer.moments_1, *optimizer.moments_2]
-    options = (n_parts, part_size, arguments.weight_decay, arguments.grad_clip)
-    return captured(train_batch, state, (model.config, options), batch=BATCHES_PER_STEP - 1)
+    options = (n_parts, part_size, world.size, arguments.weight_decay, arguments.grad_clip)
+    key, limit = (model.config, options), BATCHES_PER_STEP - 1
+    if world.size == 1:
+        return captured(compute_and_update, state, key, batch=limit)
+    compute, update = (captured(step, state, key, batch=limit) for step in (compute, update))
+
+    def train_batch(starts: Tensor, keys: Tensor, rates: Tensor, batch: int) -> None:
+        compute(starts, keys, batch=batch)
+        world.sum_parts(gradients)
+        update(rates, batch=batch)
+
+    return train_batch
 
 
 def clipped(gradients: list[Tensor], longest: float) -> list[Tensor]:
@@ -469,10 +515,13 @@ def clipped(gradients: list[Tensor], longest: float) -> list[Tensor]:
     return [gradient * scale for gradient in gradients]
 
 
-def capture_validation(model: GPT, ids: np.ndarray, arguments: argparse.Namespace):
+def capture_validation(
+    model: GPT, ids: np.ndarray, arguments: argparse.Namespace, world: distributed.World
+) -> Callable[[np.random.Generator], float]:
     """A function that draws windows with a random generator and returns their mean loss."""
     ids = Tensor(ids).realize()
-    limit = arguments.batch_size // arguments.accumulate  # no more memory than training takes
+    # no more memory than training takes
+    limit = arguments.batch_size // arguments.accumulate // world.size
     size = cpu.largest_divisor(arguments.validation_size, limit)
     row, loss = Tensor(np.zeros(size, np.int32)).realize(), zeros(1)
 
@@ -487,26 +536,28 @@ def capture_validation(model: GPT, ids: np.ndarray, arguments: argparse.Namespac
     def validation_loss(rng: np.random.Generator) -> float:
         n_starts = ids.shape[0] - arguments.context_length
         starts = rng.integers(n_starts, size=(arguments.validation_size // size, size))
-        losses = []
-        for numbers in starts.astype(np.int32):
-            put(row, numbers)
+        losses = np.zeros(len(starts))
+        for i in range(world.rank, len(starts), world.size):
+            put(row, starts[i].astype(np.int32))
             validate(row)
-            losses.append(get(loss))
-        return float(np.mean(losses))
+            losses[i] = get(loss).item()
+        return float(world.sum(losses).mean())
 
     return validation_loss
 
 
-def progress(batches: range, step: int, arguments: argparse.Namespace, losses: Tensor):
+def progress(batches: range, step: int, arguments: argparse.Namespace, losses: Tensor, world):
     """The batches, with a bar on a terminal."""
+    is_shown = world.rank == 0 and (sys.stderr.isatty() or world.columns)
     bar = tqdm(
         batches,
         f"step {step + 1}/{arguments.n_steps}",
         total=BATCHES_PER_STEP,
         initial=batches.start,
-        disable=not sys.stderr.isatty(),
+        disable=not is_shown,
         leave=False,
-        dynamic_ncols=True,
+        ncols=world.columns,
+        dynamic_ncols=not world.columns,
         bar_format="{desc} {bar} {n_fmt}/{total_fmt} {postfix}",
     )
     started = shown = time.time()
@@ -515,7 +566,7 @@ def progress(batches: range, step: int, arguments: argparse.Namespace, losses: T
         if not bar.disable and (now := time.time()) > shown + 0.5:  # a look at the loss waits
             shown, n_batches = now, batch + 1 - batches.start
             rate = n_batches * arguments.batch_size * arguments.context_length / (now - started)
-            loss = get(losses)[batch]
+            loss = get(losses)[batch] * world.size  # of this rank's share
             bar.set_postfix_str(f"loss {loss:.4f} {rate:,.0f} tokens/s", refresh=False)
 
 
@@ -553,7 +604,11 @@ class Metrics:
 
 
 class Interrupt:
-    """Notes Ctrl-C and SIGTERM, for the batch in flight to end first; a second one ends at once."""
+    """Notes Ctrl-C and SIGTERM, for the batch in flight to end first; a second one ends at once,
+    but for workers, whom only all together can end."""
+
+    def __init__(self, world: distributed.World):
+        self.world = world
 
     def __enter__(self):
         self.signal = 0
@@ -562,7 +617,8 @@ class Interrupt:
 
     def note(self, number: int, frame) -> None:
         self.signal = number
-        self.__exit__()
+        if self.world.size == 1:
+            self.__exit__()
 
     def __exit__(self, *exception) -> None:
         for interrupt, handler in self.previous.items():

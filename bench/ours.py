@@ -8,6 +8,7 @@ from tinygrad.helpers import GlobalCounters
 from worker import peak_memory, serve
 
 import train as training
+from distributed import World
 from generation import Generator
 from gpt_tiny import GPT, AdamW, GPTConfig, initial_weights
 from memory import get, zeros
@@ -25,9 +26,11 @@ def train(config: GPTConfig, n: int, batch_size: int):
     optimizer = AdamW(parameters.whole)
     rng = np.random.default_rng(0)
     ids = rng.integers(config.vocab_size, size=500_000).astype(np.uint8)
-    losses = zeros(N_BATCHES)
-    train_batch = training.capture_training(model, optimizer, parameters, ids, losses, arguments)
-    plan = training.make_plan(arguments, optimizer, 0, len(ids), rng)
+    losses, world = zeros(N_BATCHES), World()
+    train_batch = training.capture_training(
+        model, optimizer, parameters, ids, losses, arguments, world
+    )
+    plan = training.make_plan(arguments, optimizer, 0, len(ids), rng, world)
 
     def work() -> None:
         for number in range(n):

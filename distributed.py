@@ -1,0 +1,207 @@
+"""Data-parallel training over MPI: the ranks of a world, which divide each batch among themselves.
+
+A rank computes the gradients of its share; one Allreduce sums them, and every rank makes the same
+update. Without MPI there is a world of one, through the same code.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from importlib.metadata import version
+from pathlib import Path
+from traceback import print_exception
+
+import numpy as np
+from tinygrad import Device
+from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, Target
+
+from command_line import USER_ERRORS, error_line
+from memory import Flat, get, put
+
+# what the launchers of MPICH, Intel MPI, Open MPI and Slurm tell a rank
+UNDER_MPI = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+COLUMNS = "GPT_TINY_COLUMNS"  # the width of the terminal that a launcher's output goes to
+BANNER = b"\n" + 40 * b"="  # begins what mpiexec tells of a rank that was killed
+
+
+class World:
+    """All ranks, and which one this is. As a context it ends them all with the one that fails."""
+
+    rank, size = 0, 1
+
+    def __init__(self):
+        self.columns = int(os.environ.get(COLUMNS, 0)) or None
+        self.is_under_mpi = any(name in os.environ for name in UNDER_MPI)
+        if not self.is_under_mpi:
+            return
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise ValueError("training with mpiexec needs: pip install '.[mpi]'") from error
+        self.mpi, self.ranks = MPI, MPI.COMM_WORLD
+        self.rank, self.size = self.ranks.rank, self.ranks.size
+        if self.size > 1:
+            self.take_device(self.ranks.Split_type(MPI.COMM_TYPE_SHARED))
+
+    def take_device(self, of_machine) -> None:
+        """A device of its own for each rank of a machine, and its share of the machine's cores."""
+        backend = Device.DEFAULT.split(":")[0]
+        DEV.value = [Target(f"{backend}:{of_machine.rank}"), *DEV.value]
+        cores = set().union(*of_machine.allgather(usable_cores()))
+        NUM_CPU_THREADS.value = PARALLEL.value = max(1, len(cores) // of_machine.size)
+
+    def check_same(self, **facts: object) -> None:
+        """ValueError, with its name, if one of the facts is not the same on every rank."""
+        if self.size == 1:
+            return
+        for rank, (host, others) in enumerate(self.ranks.allgather((socket.gethostname(), facts))):
+            for name, fact in self.ranks.bcast(facts).items():
+                if others[name] != fact:
+                    raise ValueError(
+                        f"rank {rank} on {host} has another {name.replace('_', ' ')} than rank 0"
+                    )
+
+    def share(self, n: int, name: str, parts: int = 1) -> int:
+        """What each rank gets of n, in so many parts; ValueError if it does not come out even."""
+        unit = self.size * parts
+        if n % unit:
+            fitting = " or ".join(str(m) for m in (n // unit * unit, (n // unit + 1) * unit) if m)
+            raise ValueError(f"{name} {n} can't be shared by {self.size} workers: try {fitting}")
+        return n // self.size
+
+    def part(self, rows: np.ndarray) -> np.ndarray:
+        """This rank's share of the columns."""
+        width = rows.shape[1] // self.size
+        return rows[:, self.rank * width : (self.rank + 1) * width]
+
+    def sum(self, array: np.ndarray) -> np.ndarray:
+        """The sum over all ranks, the same bits on each, in place of the array."""
+        if self.size > 1:
+            self.ranks.Allreduce(self.mpi.IN_PLACE, array)
+        return array
+
+    def sum_parts(self, flat: Flat) -> None:
+        """`sum` of tensors: one message, on the CPU from and to their own memory."""
+        if self.size == 1:
+            return
+        if flat.is_one:
+            self.sum(flat.array)
+        else:
+            message = self.sum(np.concatenate([part.ravel() for part in flat.read()]))
+            ends = np.cumsum([part.numel() for part in flat.parts])
+            flat.write(np.split(message, ends[:-1]))
+
+    def any(self, number: int) -> int:
+        """The greatest of the ranks' numbers."""
+        return self.ranks.allreduce(number, self.mpi.MAX) if self.size > 1 else number
+
+    def from_first(self, thing: object) -> object:
+        """Rank 0's, on every rank."""
+        return self.ranks.bcast(thing) if self.size > 1 else thing
+
+    def copy_first(self, tensors: list) -> None:
+        """Gives every rank the bits that rank 0 has in its tensors."""
+        for tensor in tensors if self.size > 1 else ():
+            array = get(tensor)
+            self.ranks.Bcast(array)
+            put(tensor, array)
+
+    def __enter__(self):
+        if self.rank > 0:
+            sys.stdout = open(os.devnull, "w")
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None or self.size == 1 or isinstance(error, SystemExit):
+            return
+        if self.rank > 0:  # rank 0 has most errors, too, and the first say
+            threading.Event().wait(2)
+        where = f"rank {self.rank} on {socket.gethostname()}: " if self.rank else ""
+        if isinstance(error, USER_ERRORS):
+            print(f"error: {where}{error_line(error)}", file=sys.stderr, flush=True)
+        else:
+            print_exception(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would say more
+        self.ranks.Abort(1)
+
+
+def code() -> str:
+    """A hash of the project, and of the versions under it."""
+    files = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    versions = [version(name) for name in ("tinygrad", "numpy")]
+    return hashlib.sha256(repr((files, versions)).encode()).hexdigest()
+
+
+def usable_cores() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def count_workers(text: str) -> int:
+    """The number that --workers names; `auto` is one for each device or physical core."""
+    if text != "auto":
+        return int(text)
+    backend = Device.DEFAULT.split(":")[0]
+    if backend == "CPU":
+        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+        with contextlib.suppress(OSError):
+            return len({Path(siblings.format(core)).read_text() for core in usable_cores()})
+        return len(usable_cores())
+    number = 0
+    with contextlib.suppress(Exception):  # whatever a driver raises past the last one
+        while True:
+            Device[f"{backend}:{number}"]
+            number += 1
+    return max(1, number)
+
+
+def launch(n_workers: int, words: list[str]) -> int:
+    """Runs the command under mpiexec, with one clear line if a rank is killed; its exit status."""
+    beside = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
+    mpiexec = beside or shutil.which("mpiexec")
+    try:
+        import mpi4py  # noqa: F401
+    except ImportError:
+        mpiexec = None
+    if mpiexec is None:
+        raise ValueError(f"--workers {n_workers} needs MPI: pip install '.[mpi]'")
+    environment = dict(os.environ)
+    if sys.stderr.isatty():
+        environment[COLUMNS] = str(shutil.get_terminal_size().columns)
+    # a session of its own: Ctrl-C reaches the ranks once, from here
+    process = subprocess.Popen(
+        [mpiexec, "-n", str(n_workers), sys.executable, *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    signals = []
+
+    def forward(number: int, frame) -> None:
+        signals.append(number)
+        process.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    was_killed = False
+    while chunk := os.read(process.stdout.fileno(), 1 << 16):
+        text, banner, _ = chunk.partition(BANNER)
+        sys.stdout.buffer.write(b"" if was_killed else text)
+        sys.stdout.buffer.flush()
+        was_killed = was_killed or bool(banner)
+    status = process.wait()
+    if signals:
+        return 128 + signals[0]
+    if was_killed:
+        raise ValueError(
+            "a worker was killed, and with it the training; "
+            "to go on: python train.py --resume .data/checkpoints"
+        )
+    return status
