@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -67,8 +68,12 @@ class Worker:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         # peers.py must not find the project's tokenizers.py, which would hide Hugging Face's
         path = {"PYTHONPATH": str(ROOT) if script == "ours.py" else ""}
+        command = [python, str(HERE / script), json.dumps(job)]
+        if workers := job.get("workers"):
+            mpiexec = shutil.which("mpiexec", path=str(Path(python).parent)) or "mpiexec"
+            command = [mpiexec, "-n", str(workers), *command]
         self.process = subprocess.Popen(
-            [python, str(HERE / script), json.dumps(job)],
+            command,
             env=os.environ | path | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -142,6 +147,15 @@ def all_rows(small: bool, peer_python: str) -> Iterator[Row]:
             "torch.compile": ("peers.py", job | {"compile": True}, {}),
         }
         yield Row(f"train-{name}", f"training, {name}, batches/s", contestants, n)
+        for workers in (2, 4, 8, 16):
+            if workers <= max(2, os.cpu_count() or 1):
+                contestants = {
+                    f"gpt-tiny, {workers} workers": ("ours.py", job | {"workers": workers}, {}),
+                    "gpt-tiny": ("ours.py", job, {}),
+                    "PyTorch eager": ("peers.py", job, {}),
+                }
+                title = f"training with {workers} workers, {name}, batches/s"
+                yield Row(f"workers-{workers}-{name}", title, contestants, n)
 
         flags = ["train.py", "--no-save", "--n-steps", "1", "--batch-size", str(batch_size)]
         for key in ("context_length", "d_model", "n_layers", "n_heads"):

@@ -1,5 +1,8 @@
 """The worker for gpt-tiny; bench.py starts it, with the project's folder on its path."""
 
+import json
+import sys
+import time
 from importlib.metadata import version
 
 import numpy as np
@@ -13,6 +16,7 @@ from generation import Generator
 from gpt_tiny import GPT, AdamW, GPTConfig, initial_weights
 from memory import get, zeros
 
+WORLD = World()
 N_BATCHES = training.BATCHES_PER_STEP
 
 
@@ -26,11 +30,11 @@ def train(config: GPTConfig, n: int, batch_size: int):
     optimizer = AdamW(parameters.whole)
     rng = np.random.default_rng(0)
     ids = rng.integers(config.vocab_size, size=500_000).astype(np.uint8)
-    losses, world = zeros(N_BATCHES), World()
+    losses = zeros(N_BATCHES)
     train_batch = training.capture_training(
-        model, optimizer, parameters, ids, losses, arguments, world
+        model, optimizer, parameters, ids, losses, arguments, WORLD
     )
-    plan = training.make_plan(arguments, optimizer, 0, len(ids), rng, world)
+    plan = training.make_plan(arguments, optimizer, 0, len(ids), rng, WORLD)
 
     def work() -> None:
         for number in range(n):
@@ -54,17 +58,39 @@ def generate(config: GPTConfig, n: int, n_prompt: int, stride: int = 1, half: bo
     return work
 
 
-def prepare(work: str, config: dict, **job):
+def prepare(work: str, config: dict, workers: int = 1, **job):
     versions = {name: version(name) for name in ("tinygrad", "numpy")}
     work = {"train": train, "generate": generate}[work](GPTConfig(**config), **job)
     work()  # captures it
-    return work, {**versions, "tinygrad's device": Device.DEFAULT}
+
+    def work_of_all() -> None:
+        for rank in range(1, workers):
+            WORLD.ranks.send("work", rank)
+        work()
+
+    return work_of_all, {**versions, "tinygrad's device": Device.DEFAULT}
+
+
+def follow() -> None:
+    """Does what rank 0 does, and waits for that without taking a core."""
+    work, _ = prepare(**json.loads(sys.argv[1]) | {"workers": 1})
+    while True:
+        while not WORLD.ranks.iprobe():
+            time.sleep(0.001)
+        if WORLD.ranks.recv() == "end":
+            return
+        work()
 
 
 def memory() -> int:
     """Of the process on a CPU, of the device elsewhere; a captured step keeps all that it needs."""
-    return peak_memory() if Device.DEFAULT == "CPU" else GlobalCounters.mem_used
+    return peak_memory() if Device.DEFAULT.startswith("CPU") else GlobalCounters.mem_used
 
 
 if __name__ == "__main__":
-    serve(prepare, memory)
+    if WORLD.rank == 0:
+        serve(prepare, memory)
+        for rank in range(1, WORLD.size):
+            WORLD.ranks.send("end", rank)
+    else:
+        follow()
