@@ -113,8 +113,8 @@ class World:
             put(tensor, array)
 
     def __enter__(self):
-        if self.rank > 0:
-            sys.stdout = open(os.devnull, "w")
+        if self.rank > 0:  # rank 0 speaks for all
+            sys.stdout = sys.stderr = open(os.devnull, "w")
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -124,9 +124,9 @@ class World:
             threading.Event().wait(2)
         where = f"rank {self.rank} on {socket.gethostname()}: " if self.rank else ""
         if isinstance(error, USER_ERRORS):
-            print(f"error: {where}{error_line(error)}", file=sys.stderr, flush=True)
+            print(f"error: {where}{error_line(error)}", file=sys.__stderr__, flush=True)
         else:
-            print_exception(error)
+            print_exception(error, file=sys.__stderr__)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would say more
         self.ranks.Abort(1)
 

@@ -201,6 +201,25 @@ def all_rows(small: bool, peer_python: str) -> Iterator[Row]:
     }
     yield Row("first-token", f"the first token after {context - 1}, s", contestants)
 
+    gpt2 = config(context_length=1024, d_model=768, n_layers=12, n_heads=12)
+    if small:
+        gpt2 = config(context_length=16, d_model=16, n_layers=1, n_heads=2)
+    gpt2 |= {"vocab_size": 50257, "dropout": 0.1, "gpt2": True}
+    n = 8 if small else 100
+    job = {"work": "generate", "config": gpt2, "n": n, "n_prompt": 1}
+    contestants = {
+        "gpt-tiny": ("ours.py", job, {}),
+        "Hugging Face, cached": ("peers.py", job, {}),
+    }
+    yield Row("gpt2-generate", "generation, GPT-2 124M, tokens/s", contestants, n)
+    job = {"work": "train", "config": gpt2 | {"context_length": 8 if small else 256}}
+    job |= {"batch_size": 4, "n": 1}
+    contestants = {
+        "gpt-tiny": ("ours.py", job, {}),
+        "Hugging Face": ("peers.py", job | {"work": "finetune"}, {}),
+    }
+    yield Row("gpt2-finetune", "fine-tuning, GPT-2 124M, batches/s", contestants, 1)
+
     n_tokens = "8" if small else "200"
     model = ROOT / "tests/data/gpt_burn_114k"
     ours = launched([sys.executable, str(ROOT / "run.py"), str(model), "-n", n_tokens])

@@ -29,7 +29,7 @@ def train(config: GPTConfig, n: int, batch_size: int):
     parameters.write(list(initial_weights(config, 0).values()))
     optimizer = AdamW(parameters.whole)
     rng = np.random.default_rng(0)
-    ids = rng.integers(config.vocab_size, size=500_000).astype(np.uint8)
+    ids = rng.integers(config.vocab_size, size=500_000).astype(np.uint16)
     losses = zeros(N_BATCHES)
     train_batch = training.capture_training(
         model, optimizer, parameters, ids, losses, arguments, WORLD

@@ -90,8 +90,8 @@ def forward(config, n):
     return work
 
 
-def generate(config, n, n_prompt):
-    """Hugging Face's GPT-2 of the same size, with its cache."""
+def hugging_face(config):
+    """Hugging Face's GPT-2 of the same size."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {
@@ -101,7 +101,13 @@ def generate(config, n, n_prompt):
         "n_layer": config["n_layers"],
         "n_head": config["n_heads"],
     }
-    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config["dropout"])
+    return GPT2LMHeadModel(GPT2Config(**sizes, **rates, bos_token_id=None, eos_token_id=None))
+
+
+def generate(config, n, n_prompt):
+    """With its cache."""
+    model = hugging_face(config).eval()
     ids = torch.zeros((1, n_prompt), dtype=torch.long)
     options = {"max_new_tokens": n, "do_sample": False, "use_cache": True, "pad_token_id": 0}
 
@@ -112,12 +118,29 @@ def generate(config, n, n_prompt):
     return work
 
 
+def finetune(config, n, batch_size):
+    model = hugging_face(config).train()
+    options = {"lr": 3e-5, "eps": 1e-5, "weight_decay": 1e-4, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    shape = (batch_size, config["context_length"])
+
+    def work():
+        for _ in range(n):
+            ids = torch.randint(config["vocab_size"], shape)
+            optimizer.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+
+    return work
+
+
 def prepare(work, config, **job):
     torch.manual_seed(0)
     versions = {"torch": version("torch")}
-    if work == "generate":
+    if work in ("generate", "finetune"):
         versions["transformers"] = version("transformers")
-    work = {"train": train, "forward": forward, "generate": generate}[work](config, **job)
+    works = {"train": train, "forward": forward, "generate": generate, "finetune": finetune}
+    work = works[work](config, **job)
     work()
     return work, versions
 

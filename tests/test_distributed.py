@@ -1,0 +1,216 @@
+"""Training with several workers: the losses of one, the same bits in all, and one clear end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import checkpoint
+import distributed
+import train
+
+pytest.importorskip("mpi4py", reason="training with workers needs the extra mpi")
+
+ROOT = Path(__file__).parent.parent
+MPIEXEC = str(Path(sys.executable).with_name("mpiexec"))
+TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "8", "--validation-size", "16"]
+
+
+def start(folder: Path, *words: str, script: str = "train.py", **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, ROOT / script, *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"DEV": "CPU"},
+        **options,
+    )
+
+
+def ranks(folder: Path, n_workers: int, *words: str, launcher: list[str] | None = None) -> list:
+    """What each rank of tests/ranks.py noted."""
+    launcher = launcher or [MPIEXEC, "-n", str(n_workers)]
+    command = [*launcher, sys.executable, ROOT / "tests/ranks.py", *TINY, "-x", "-n", "1", *words]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr + run.stdout
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(n_workers)]
+
+
+@pytest.fixture(scope="module")
+def of_one(tmp_path_factory) -> list[float]:
+    """The losses of one worker's 50 batches, without dropout."""
+    return ranks(tmp_path_factory.mktemp("one"), 1, "--dropout", "0")[0]["losses"]
+
+
+@pytest.mark.parametrize("n_workers", [2, 4])
+def test_workers_give_the_losses_of_one_and_hold_the_same_bits(tmp_path, of_one, n_workers):
+    records = ranks(tmp_path, n_workers, "--dropout", "0")
+    assert len(of_one) == 50
+    for rank, record in enumerate(records):
+        np.testing.assert_allclose(record["losses"], of_one, rtol=0, atol=1e-5)
+        assert record["device"] == ("CPU" if rank == 0 else f"CPU:{rank}")
+    assert len({record["checksum"] for record in records}) == 1
+
+
+def test_dropout_differs_between_workers(tmp_path, of_one):
+    with_dropout = ranks(tmp_path, 2, "--dropout", "0.2", "--accumulate", "2")
+    assert np.abs(np.subtract(with_dropout[0]["losses"], of_one)).max() > 1e-3
+    assert with_dropout[0]["checksum"] == with_dropout[1]["checksum"]
+
+
+def in_namespaces() -> list[str] | None:
+    """Two network namespaces as hosts with a link between them; None where that is not allowed."""
+    commands = """
+        ip netns add tiny_a
+        ip netns add tiny_b
+        ip link add tiny_a netns tiny_a type veth peer name tiny_b netns tiny_b
+        ip -n tiny_a addr add 10.77.0.1/24 dev tiny_a
+        ip -n tiny_b addr add 10.77.0.2/24 dev tiny_b
+        ip -n tiny_a link set tiny_a up
+        ip -n tiny_b link set tiny_b up
+        ip -n tiny_a link set lo up
+        ip -n tiny_b link set lo up"""
+    for command in commands.strip().splitlines():
+        if subprocess.run(command.split(), capture_output=True).returncode:
+            return None
+    for name in ("tiny_a", "tiny_b"):  # a new address is not used before it is known to be unique
+        while (
+            "tentative"
+            in subprocess.run(
+                ["ip", "-n", name, "addr"], capture_output=True, text=True, check=True
+            ).stdout
+        ):
+            pass
+    return ["ip", "netns", "exec", "tiny_a"]
+
+
+@pytest.fixture
+def namespaces():
+    """The command that enters the first host."""
+    try:
+        enter = in_namespaces()
+        if enter is None:
+            pytest.skip("network namespaces need root and iproute2")
+        yield enter
+    except FileNotFoundError:
+        pytest.skip("network namespaces need iproute2")
+    finally:
+        for name in ("tiny_a", "tiny_b"):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def received(enter: list[str]) -> int:
+    """Bytes that came over the link so far."""
+    statistics = ["cat", "/sys/class/net/tiny_a/statistics/rx_bytes"]
+    return int(subprocess.run([*enter, *statistics], capture_output=True, check=True).stdout)
+
+
+def test_two_machines_give_the_losses_of_one(tmp_path, of_one, namespaces):
+    shell = tmp_path / "shell"  # for ssh: enters the namespace of the host
+    shell.write_text(
+        "#!/bin/sh\n"
+        'while [ "$1" != 10.77.0.1 ] && [ "$1" != 10.77.0.2 ]; do shift; done\n'
+        "case $1 in *.1) name=tiny_a;; *) name=tiny_b;; esac; shift\n"
+        'exec ip netns exec $name sh -c "$*"\n'
+    )
+    shell.chmod(0o755)
+    hosts = ["-hosts", "10.77.0.1,10.77.0.2", "-ppn", "1", "-launcher", "ssh"]
+    launcher = [*namespaces, MPIEXEC, "-n", "2", *hosts, "-launcher-exec", str(shell)]
+    launcher += ["-genv", "UCX_TLS", "tcp,self"]  # nothing else is shared by two machines
+    before = received(namespaces)
+    records = ranks(tmp_path, 2, "--dropout", "0", launcher=launcher)
+    for record in records:
+        np.testing.assert_allclose(record["losses"], of_one, rtol=0, atol=1e-5)
+    n_bytes = 50 * 4 * train.GPTConfig(8, 104, 1, 2, 8, 32).n_parameters
+    assert received(namespaces) - before > n_bytes / 2
+
+
+def test_an_uneven_share_is_refused_with_the_sizes_that_fit(monkeypatch):
+    world = distributed.World()
+    world.size = 3
+    assert world.share(12, "--batch-size", 2) == 4
+    with pytest.raises(ValueError, match="--batch-size 32 can't be shared by 3 workers: try 30 or"):
+        world.share(32, "--batch-size")
+
+
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ValueError, match=r"--workers 2 needs MPI: pip install '\.\[mpi\]'"):
+        distributed.launch(2, ["train.py"])
+
+
+def test_without_the_flag_mpi_is_not_imported():
+    code = "import sys, train; train.distributed.World(); print('mpi4py' in sys.modules)"
+    run = [sys.executable, "-c", code]
+    assert subprocess.run(run, cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+
+
+def wait_for(training: subprocess.Popen, text: str) -> str:
+    while text not in (line := training.stdout.readline()):
+        assert line, training.stderr.read()
+    return line
+
+
+def workers_of(training: subprocess.Popen) -> list[int]:
+    """The processes of the ranks: what mpiexec started, and what these started."""
+    table = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout
+    parents = dict(map(int, line.split()) for line in table.splitlines())
+    found = [training.pid]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found[1:]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_path):
+    words = [*TINY, "-n", "1000", "--checkpoint-every", "1"]
+    training = start(tmp_path, *words, "--workers", "2")
+    wait_for(training, "step   1/")
+    processes = workers_of(training)
+    training.send_signal(signal.SIGINT)
+    out, err = training.communicate(timeout=30)
+    assert training.returncode == 130 and "Traceback" not in err
+    assert out.count("interrupted; to go on") == 1
+    assert not any(map(is_running, processes))
+
+    resumed = start(tmp_path, "--resume", ".data/checkpoints", "--workers", "4")
+    first = int(re.search(r"step +(\d+)/", wait_for(resumed, "step ")).group(1))
+    wait_for(resumed, "store checkpoint")
+    processes = workers_of(resumed)
+    ranks = [p for p in processes if "train.py" in Path(f"/proc/{p}/cmdline").read_text()]
+    os.kill(ranks[-1], signal.SIGKILL)
+    out, err = resumed.communicate(timeout=10)
+    warning, error = err.splitlines()
+    assert resumed.returncode == 1 and "using the text of Python's own help" in warning
+    assert error.startswith("error: a worker was killed")
+    assert not any(map(is_running, processes))
+
+    alone = start(tmp_path, "--resume", ".data/checkpoints")
+    assert int(re.search(r"step +(\d+)/", wait_for(alone, "step ")).group(1)) > first
+    alone.kill()
+    alone.communicate()
+    checkpoint.load(sorted((tmp_path / ".data/checkpoints").iterdir())[-1])
+
+
+def test_a_corpus_that_differs_between_workers_is_noticed(tmp_path):
+    (tmp_path / "0").write_text("abc " * 500)
+    (tmp_path / "1").write_text("abd " * 500)
+    script = f"exec {sys.executable} {ROOT / 'train.py'} {' '.join(TINY)} -x -t $PMI_RANK"
+    command = [MPIEXEC, "-n", "2", "sh", "-c", script]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1 and not run.stdout
+    assert re.fullmatch(r"error: rank 1 on \S+ has another corpus than rank 0\n", run.stderr)
