@@ -60,12 +60,11 @@ class World:
         """ValueError, with its name, if one of the facts is not the same on every rank."""
         if self.size == 1:
             return
-        for rank, (host, others) in enumerate(self.ranks.allgather((socket.gethostname(), facts))):
-            for name, fact in self.ranks.bcast(facts).items():
+        gathered = self.ranks.allgather((socket.gethostname(), facts))
+        for rank, (host, others) in enumerate(gathered):
+            for name, fact in gathered[0][1].items():
                 if others[name] != fact:
-                    raise ValueError(
-                        f"rank {rank} on {host} has another {name.replace('_', ' ')} than rank 0"
-                    )
+                    raise ValueError(f"rank {rank} on {host} has another {name} than rank 0")
 
     def share(self, n: int, name: str, parts: int = 1) -> int:
         """What each rank gets of n, in so many parts; ValueError if it does not come out even."""

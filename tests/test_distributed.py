@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import pytest
 import checkpoint
 import distributed
 import train
+from memory import Flat
 
 pytest.importorskip("mpi4py", reason="training with workers needs the extra mpi")
 
@@ -132,6 +134,25 @@ def test_two_machines_give_the_losses_of_one(tmp_path, of_one, namespaces):
     assert received(namespaces) - before > n_bytes / 2
 
 
+def test_gradients_outside_the_cpus_memory_are_summed_in_one_message():
+    class Ranks:
+        messages = 0
+
+        def Allreduce(self, in_place, array):
+            self.messages += 1
+            array *= 2
+
+    world, flat = distributed.World(), Flat([(2, 3), (5,)])
+    world.size, world.ranks, world.mpi = 2, Ranks(), SimpleNamespace(IN_PLACE=None)
+    flat.write([np.ones((2, 3), np.float32), np.arange(5, dtype=np.float32)])
+    flat.is_one, flat.whole = False, flat.parts  # as on a GPU
+    world.sum_parts(flat)
+    ones, numbers = flat.read()
+    assert np.all(ones == 2) and ones.shape == (2, 3)
+    np.testing.assert_array_equal(numbers, 2 * np.arange(5))
+    assert world.ranks.messages == 1
+
+
 def test_an_uneven_share_is_refused_with_the_sizes_that_fit(monkeypatch):
     world = distributed.World()
     world.size = 3
@@ -158,21 +179,26 @@ def wait_for(training: subprocess.Popen, text: str) -> str:
     return line
 
 
+def status_of(pid: int | str) -> tuple[str, int] | None:
+    """A process's state and its parent; None if there is no such process."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+        return state, int(parent)
+    except OSError:
+        return None
+
+
 def workers_of(training: subprocess.Popen) -> list[int]:
-    """The processes of the ranks: what mpiexec started, and what these started."""
-    table = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout
-    parents = dict(map(int, line.split()) for line in table.splitlines())
+    """What it started, and what these started: mpiexec and the ranks."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
     found = [training.pid]
     for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
+        found += [p for p in pids if (status := status_of(p)) and status[1] == pid]
     return found[1:]
 
 
 def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return (status := status_of(pid)) is not None and status[0] != "Z"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
