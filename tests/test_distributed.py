@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import checkpoint
 import distributed
+import resume
 import train
 from memory import Flat
 
@@ -229,7 +229,7 @@ def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_pa
     assert int(re.search(r"step +(\d+)/", wait_for(alone, "step ")).group(1)) > first
     alone.kill()
     alone.communicate()
-    checkpoint.load(sorted((tmp_path / ".data/checkpoints").iterdir())[-1])
+    resume.load(tmp_path / ".data/checkpoints")
 
 
 def test_a_corpus_that_differs_between_workers_is_noticed(tmp_path):
