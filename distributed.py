@@ -174,9 +174,12 @@ def launch(n_workers: int, words: list[str]) -> int:
     environment = dict(os.environ)
     if sys.stderr.isatty():
         environment[COLUMNS] = str(shutil.get_terminal_size().columns)
+    command = [mpiexec, "-n", str(n_workers), sys.executable, *words]
+    if n_workers == len(usable_cores()) and Device.DEFAULT.startswith("CPU"):
+        command[1:1] = ["-bind-to", "core"]
     # a session of its own: Ctrl-C reaches the ranks once, from here
     process = subprocess.Popen(
-        [mpiexec, "-n", str(n_workers), sys.executable, *words],
+        command,
         env=environment,
         stdout=subprocess.PIPE,
         start_new_session=True,

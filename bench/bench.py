@@ -71,7 +71,8 @@ class Worker:
         command = [python, str(HERE / script), json.dumps(job)]
         if workers := job.get("workers"):
             mpiexec = shutil.which("mpiexec", path=str(Path(python).parent)) or "mpiexec"
-            command = [mpiexec, "-n", str(workers), *command]
+            binding = ["-bind-to", "core"] if workers == os.cpu_count() else []  # as --workers
+            command = [mpiexec, *binding, "-n", str(workers), *command]
         self.process = subprocess.Popen(
             command,
             env=os.environ | path | environment,
