@@ -105,7 +105,10 @@ def main() -> int:
 def train(arguments: argparse.Namespace, world: distributed.World) -> int:
     resumed = source = tokenizer = None
     if arguments.resume:
-        resumed = world.from_first(resume.load(arguments.resume) if world.rank == 0 else None)
+        resumed = resume.load(arguments.resume) if world.rank == 0 else None
+        # but for the tensors, which `copy_first` hands on
+        light = world.from_first(resumed and replace(resumed, weights={}, moments={}))
+        resumed = resumed or light
         tokenizer = resumed.tokenizer
         arguments = resumed_arguments(resumed.state["arguments"])
     if world.rank > 0:
@@ -125,14 +128,14 @@ def train(arguments: argparse.Namespace, world: distributed.World) -> int:
     config = make_config(arguments, model_config, tokenizer)
     check_sizes(arguments, model_config, ids)
     world.share(arguments.batch_size, "--batch-size", arguments.accumulate)
-    world.check_same(code=distributed.code(), corpus=checksum(ids), command=sys.argv[1:])
+    corpus = checksum(ids)
+    world.check_same(code=distributed.code(), corpus=corpus, command=sys.argv[1:])
     if resumed:
-        resume.check(resumed, config, checksum(ids))
+        resume.check(resumed, config, corpus)
         state, weights, latest = resumed.state, resumed.weights, resumed.folder
     else:
-        state, latest = first_state(checksum(ids)), None
-        weights = first_weights(model_config, source, arguments.seed)
-        source = None  # its memory is needed
+        state, latest = first_state(corpus), None
+        weights = first_weights(model_config, source, arguments.seed) if world.rank == 0 else {}
         if not arguments.no_save:
             state["output_path"] = str(output_folder(arguments, model_config))
     state["arguments"] = [*state["arguments"], *sys.argv[1:]]
@@ -144,10 +147,12 @@ def train(arguments: argparse.Namespace, world: distributed.World) -> int:
 
     model = GPT(model_config)
     parameters = flat_parameters(model)
-    parameters.write([weights[name] for name in model.parameters()])
     optimizer = AdamW(parameters.whole, weight_decay=arguments.weight_decay)
-    if resumed:
-        write_moments(optimizer, parameters, resumed.moments)
+    if world.rank == 0:
+        parameters.write([weights[name] for name in model.parameters()])
+        if resumed:
+            write_moments(optimizer, parameters, resumed.moments)
+    source = weights = resumed = None  # their memory is needed
     world.copy_first([*parameters.whole, *optimizer.moments_1, *optimizer.moments_2])
     losses = zeros(BATCHES_PER_STEP)  # this rank's shares of them
     if world.rank == 0:
@@ -160,7 +165,7 @@ def train(arguments: argparse.Namespace, world: distributed.World) -> int:
 
     def save(folder: Path, resumable: bool = False) -> None:
         nonlocal latest
-        arrays = {name: parameter.numpy() for name, parameter in model.parameters().items()}
+        arrays = dict(zip(model.parameters(), parameters.read(), strict=True))
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise ValueError(diverged(latest))
         if not resumable:
