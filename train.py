@@ -12,33 +12,29 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-from tinygrad import Context, Tensor, Variable
+from tinygrad import Tensor
 from tqdm import tqdm
 
 import checkpoint
 import command_line
-import cpu
 import distributed
 import resume
+import steps
 import tokenizers
-from capture import captured
 from command_line import bold, number
 from generation import Generator, sample
 from gpt_tiny import (
     GPT,
     AdamW,
-    Dropout,
     GPTConfig,
     initial_weights,
 )
-from memory import Flat, get, put, zeros
+from memory import get, put, zeros
 
-BATCHES_PER_STEP = 100
 MAX_MEGA_BYTES = 999
 CORPUS = Path(".data/corpus.txt")
 
@@ -56,7 +52,7 @@ def parse_arguments(words: list[str], settings: argparse.Namespace | None = None
     add("--vocab-size", type=size, default=2000, help="tokens of the vowel tokenizer")
     add("--init-from", type=Path, metavar="PATH", help="model to start from, and its tokenizer")
     add = parser.add_argument_group("training").add_argument
-    add("-n", "--n-steps", type=size, default=50, help=f"steps of {BATCHES_PER_STEP} batches")
+    add("-n", "--n-steps", type=size, default=50, help=f"steps of {steps.BATCHES_PER_STEP} batches")
     add("-b", "--batch-size", type=size, default=32, help="windows in a batch")
     add("--accumulate", type=size, default=1, help="parts to compute a batch in, to save memory")
     add("-r", "--learning-rate", type=rate, default=0.003, help="of AdamW")
@@ -146,22 +142,23 @@ def train(arguments: argparse.Namespace, world: distributed.World) -> int:
     print(json.dumps(config, indent=2), flush=True)
 
     model = GPT(model_config)
-    parameters = flat_parameters(model)
+    parameters = steps.flat_parameters(model)
     optimizer = AdamW(parameters.whole, weight_decay=arguments.weight_decay)
     if world.rank == 0:
         parameters.write([weights[name] for name in model.parameters()])
         if resumed:
-            write_moments(optimizer, parameters, resumed.moments)
+            steps.write_moments(optimizer, parameters, resumed.moments)
     source = weights = resumed = None  # their memory is needed
     world.copy_first([*parameters.whole, *optimizer.moments_1, *optimizer.moments_2])
-    losses = zeros(BATCHES_PER_STEP)  # this rank's shares of them
+    n_batches = steps.BATCHES_PER_STEP
+    losses = zeros(n_batches)  # this rank's shares of them
     if world.rank == 0:
-        put(losses, np.pad(np.float32(state["losses"]), (0, BATCHES_PER_STEP - state["batch"])))
+        put(losses, np.pad(np.float32(state["losses"]), (0, n_batches - state["batch"])))
     training_ids, validation_ids = np.split(ids, [len(ids) * 9 // 10])
-    train_batch = capture_training(
+    train_batch = steps.capture_training(
         model, optimizer, parameters, training_ids, losses, arguments, world
     )
-    validation_loss = capture_validation(model, validation_ids, arguments, world)
+    validation_loss = steps.capture_validation(model, validation_ids, arguments, world)
 
     def save(folder: Path, resumable: bool = False) -> None:
         nonlocal latest
@@ -172,7 +169,7 @@ def train(arguments: argparse.Namespace, world: distributed.World) -> int:
             checkpoint.save(folder, config, arrays, tokenizer, arguments.format)
             return
         state["seconds"] = time.time() - started
-        moments = read_moments(optimizer, parameters, list(arrays))
+        moments = steps.read_moments(optimizer, parameters, list(arrays))
         resume.save(folder, config, arrays, tokenizer, state, moments)
         if latest:
             resume.forget(latest)  # the newest one alone keeps what it takes to go on
@@ -183,7 +180,7 @@ def train(arguments: argparse.Namespace, world: distributed.World) -> int:
         for step in range(state["step"], arguments.n_steps):
             # All random numbers come from the seed and the step: they have no state to be kept.
             rng = np.random.default_rng([arguments.seed, step])
-            plan = make_plan(arguments, optimizer, step, len(training_ids), rng, world)
+            plan = steps.make_plan(arguments, optimizer, step, len(training_ids), rng, world)
             if state["batch"] == 0:
                 state["validation_loss"] = validation_loss(rng)
                 is_best = step > 0 and not state["validation_loss"] >= state["best_loss"]
@@ -192,7 +189,7 @@ def train(arguments: argparse.Namespace, world: distributed.World) -> int:
                     save(Path(state["output_path"]) / "best")
 
             step_started, first = time.time(), state["batch"]
-            for batch in progress(range(first, BATCHES_PER_STEP), step, arguments, losses, world):
+            for batch in progress(range(first, n_batches), step, arguments, losses, world):
                 train_batch(*plan, batch=batch)
                 state["batch"] = batch + 1
                 if signal_number := world.any(interrupt.signal):
@@ -212,19 +209,17 @@ def train(arguments: argparse.Namespace, world: distributed.World) -> int:
                 f"val loss: {state['validation_loss']:.4f} ({clock(elapsed)}/{clock(total)})",
                 flush=True,
             )
-            tokens_per_batch = arguments.batch_size * arguments.context_length
-            n_batches = (step + 1) * BATCHES_PER_STEP
             if metrics:
+                tokens_per_batch = arguments.batch_size * arguments.context_length
+                n_tokens, last = (n_batches - first) * tokens_per_batch, (step + 1) * n_batches
                 metrics.append(
                     step=step + 1,
-                    batch=n_batches,
-                    tokens=n_batches * tokens_per_batch,
+                    batch=last,
+                    tokens=last * tokens_per_batch,
                     train_loss=train_loss,
                     validation_loss=state["validation_loss"],
-                    learning_rate=learning_rate(arguments, n_batches),
-                    tokens_per_second=(BATCHES_PER_STEP - first)
-                    * tokens_per_batch
-                    / (time.time() - step_started),
+                    learning_rate=steps.learning_rate(arguments, last),
+                    tokens_per_second=n_tokens / (time.time() - step_started),
                     seconds=elapsed,
                 )
             state.update(step=step + 1, batch=0, losses=[])
@@ -327,7 +322,7 @@ def make_config(arguments: argparse.Namespace, model: GPTConfig, tokenizer) -> d
         "n_steps": arguments.n_steps,
         "batch_size": arguments.batch_size,
         "learning_rate": arguments.learning_rate,
-        "batches_per_step": BATCHES_PER_STEP,
+        "batches_per_step": steps.BATCHES_PER_STEP,
         "validation_size": arguments.validation_size,
         "seed": arguments.seed,
         "model": {key: value for key, value in asdict(model).items() if value is not False},
@@ -388,176 +383,13 @@ def output_folder(arguments: argparse.Namespace, config: GPTConfig) -> Path:
     return resume.claim(Path(".data") / name)
 
 
-def flat_parameters(model: GPT) -> Flat:
-    """Memory for the parameters, in which the model has them from now on."""
-    tensors = list(model.parameters().values())
-    parameters = Flat([tensor.shape for tensor in tensors])
-    for tensor, part in zip(tensors, parameters.parts, strict=True):
-        tensor.replace(part)
-    return parameters
-
-
-def read_moments(optimizer: AdamW, parameters: Flat, names: list[str]) -> dict[str, np.ndarray]:
-    arrays = []
-    for moments in (optimizer.moments_1, optimizer.moments_2):
-        arrays += parameters.split([get(moment) for moment in moments])
-    return dict(zip(resume.moment_names(names), arrays, strict=True))
-
-
-def write_moments(optimizer: AdamW, parameters: Flat, saved: dict[str, np.ndarray]) -> None:
-    arrays = list(saved.values())
-    half = len(arrays) // 2
-    for moments, of_kind in (
-        (optimizer.moments_1, arrays[:half]),
-        (optimizer.moments_2, arrays[half:]),
-    ):
-        for moment, array in zip(moments, parameters.join(of_kind), strict=True):
-            put(moment, array)
-
-
-def learning_rate(arguments: argparse.Namespace, number: int) -> float:
-    """The rate of the update with this number, counted from 1: a linear rise, then the decay."""
-    rate = arguments.learning_rate
-    if number <= arguments.warmup:
-        return rate * number / arguments.warmup
-    if arguments.decay == "none":
-        return rate
-    n_updates = arguments.n_steps * BATCHES_PER_STEP - arguments.warmup
-    share = min(1, (number - arguments.warmup) / n_updates)
-    lowest = arguments.min_learning_rate
-    return lowest + (rate - lowest) * (1 + math.cos(math.pi * share)) / 2
-
-
-def make_plan(arguments, optimizer: AdamW, step: int, n_ids: int, rng, world) -> list[Tensor]:
-    """A row for each batch of a step: this rank's starts of windows and, for each part of the
-    batch, a key for dropout; and rates."""
-    first = step * BATCHES_PER_STEP + 1
-    shape = (BATCHES_PER_STEP, arguments.batch_size)
-    starts = rng.integers(n_ids - arguments.context_length, size=shape, dtype=np.int32)
-    shape = (BATCHES_PER_STEP, arguments.accumulate * world.size)
-    # their number must not change what `rng` gives next
-    keys = np.random.default_rng([arguments.seed, step, 1]).integers(2**32, size=shape)
-    rates = [
-        optimizer.rates(learning_rate(arguments, number), number)
-        for number in range(first, first + BATCHES_PER_STEP)
-    ]
-    plan = (world.part(starts), world.part(keys).astype(np.uint32), np.array(rates, np.float32))
-    return [Tensor(np.ascontiguousarray(array)).realize() for array in plan]
-
-
-def windows(ids: Tensor, starts: Tensor, context_length: int) -> tuple[Tensor, Tensor]:
-    """Windows of the ids from each start on, and the same one token later: (batch, time) each."""
-    positions = starts.unsqueeze(-1) + Tensor.arange(context_length + 1)
-    with Context(SPLIT_REDUCEOP=0):  # else tinygrad looks an id up by a sum over all of them
-        cut = ids[positions].realize()
-    return cut[:, :-1], cut[:, 1:]
-
-
-def capture_training(
-    model: GPT,
-    optimizer: AdamW,
-    parameters: Flat,
-    ids: np.ndarray,
-    losses: Tensor,
-    arguments: argparse.Namespace,
-    world: distributed.World,
-) -> Callable:
-    """One batch as captured jits: it takes the row `batch` of each part of the plan, updates the
-    parameters and the moments, and leaves its loss, of all a share, in `losses`."""
-    ids = Tensor(ids).realize()
-    gradients = Flat(parameters.shapes)
-    n_parts = arguments.accumulate
-    part_size = world.share(arguments.batch_size, "--batch-size", n_parts) // n_parts
-
-    def compute(starts: Tensor, keys: Tensor, batch: Variable) -> None:
-        starts, keys = starts[batch].contiguous(), keys[batch].contiguous()
-        total = None
-        for part in range(n_parts):
-            part_starts = starts[part * part_size : (part + 1) * part_size]
-            inputs, targets = windows(ids, part_starts, arguments.context_length)
-            dropout = Dropout(model.config.dropout, keys[part : part + 1])
-            loss = model.loss(inputs, targets, dropout) / (n_parts * world.size)
-            of_part = loss.gradient(*parameters.parts)
-            for gradient, more in zip(gradients.parts, of_part, strict=True):
-                gradient.assign(gradient + more if part else more)
-            total = total + loss if part else loss
-            # before the update changes what they depend on, and the next part takes the memory
-            Tensor.realize(total, *gradients.parts)
-        losses[batch].assign(total).realize()
-
-    def update(rates: Tensor, batch: Variable) -> None:
-        whole = gradients.whole
-        if arguments.grad_clip is not None:
-            whole = clipped(whole, arguments.grad_clip)
-        optimizer.step(whole, rates[batch].contiguous())
-
-    def compute_and_update(starts: Tensor, keys: Tensor, rates: Tensor, batch: Variable) -> None:
-        compute(starts, keys, batch)
-        update(rates, batch)
-
-    state = [*parameters.parts, *gradients.parts, ids, losses]
-    if parameters.is_one:
-        state += [*parameters.whole, *gradients.whole]
-    state += [*optimizer.moments_1, *optimizer.moments_2]
-    options = (n_parts, part_size, world.size, arguments.weight_decay, arguments.grad_clip)
-    key, limit = (model.config, options), BATCHES_PER_STEP - 1
-    if world.size == 1:
-        return captured(compute_and_update, state, key, batch=limit)
-    compute, update = (captured(step, state, key, batch=limit) for step in (compute, update))
-
-    def train_batch(starts: Tensor, keys: Tensor, rates: Tensor, batch: int) -> None:
-        compute(starts, keys, batch=batch)
-        world.sum_parts(gradients)
-        update(rates, batch=batch)
-
-    return train_batch
-
-
-def clipped(gradients: list[Tensor], longest: float) -> list[Tensor]:
-    """The gradients, shortened as one vector to `longest`, as torch.nn.utils.clip_grad_norm_."""
-    length = sum(gradient.square().sum() for gradient in gradients).sqrt()
-    scale = (longest / (length + 1e-6)).minimum(1).contiguous()
-    return [gradient * scale for gradient in gradients]
-
-
-def capture_validation(
-    model: GPT, ids: np.ndarray, arguments: argparse.Namespace, world: distributed.World
-) -> Callable[[np.random.Generator], float]:
-    """A function that draws windows with a random generator and returns their mean loss."""
-    ids = Tensor(ids).realize()
-    # no more memory than training takes
-    limit = arguments.batch_size // arguments.accumulate // world.size
-    size = cpu.largest_divisor(arguments.validation_size, limit)
-    row, loss = Tensor(np.zeros(size, np.int32)).realize(), zeros(1)
-
-    def validate(starts: Tensor) -> None:
-        loss.assign(
-            model.loss(*windows(ids, starts, arguments.context_length)).reshape(1)
-        ).realize()
-
-    state = [*model.parameters().values(), ids, loss]
-    validate = captured(validate, state, (model.config, size))
-
-    def validation_loss(rng: np.random.Generator) -> float:
-        n_starts = ids.shape[0] - arguments.context_length
-        starts = rng.integers(n_starts, size=(arguments.validation_size // size, size))
-        losses = np.zeros(len(starts))
-        for i in range(world.rank, len(starts), world.size):
-            put(row, starts[i].astype(np.int32))
-            validate(row)
-            losses[i] = get(loss).item()
-        return float(world.sum(losses).mean())
-
-    return validation_loss
-
-
 def progress(batches: range, step: int, arguments: argparse.Namespace, losses: Tensor, world):
     """The batches, with a bar on a terminal."""
     is_shown = world.rank == 0 and (sys.stderr.isatty() or world.columns)
     bar = tqdm(
         batches,
         f"step {step + 1}/{arguments.n_steps}",
-        total=BATCHES_PER_STEP,
+        total=steps.BATCHES_PER_STEP,
         initial=batches.start,
         disable=not is_shown,
         leave=False,

@@ -10,31 +10,32 @@ from tinygrad import Device
 from tinygrad.helpers import GlobalCounters
 from worker import peak_memory, serve
 
-import train as training
+import steps
 from distributed import World
 from generation import Generator
 from gpt_tiny import GPT, AdamW, GPTConfig, initial_weights
 from memory import get, zeros
+from train import parse_arguments
 
 WORLD = World()
-N_BATCHES = training.BATCHES_PER_STEP
+N_BATCHES = steps.BATCHES_PER_STEP
 
 
 def train(config: GPTConfig, n: int, batch_size: int):
     """train.py's batches on made-up ids."""
     words = ["--batch-size", str(batch_size), "--context-length", str(config.context_length)]
-    arguments = training.parse_arguments([*words, "--dropout", str(config.dropout)])
+    arguments = parse_arguments([*words, "--dropout", str(config.dropout)])
     model = GPT(config)
-    parameters = training.flat_parameters(model)
+    parameters = steps.flat_parameters(model)
     parameters.write(list(initial_weights(config, 0).values()))
     optimizer = AdamW(parameters.whole)
     rng = np.random.default_rng(0)
     ids = rng.integers(config.vocab_size, size=500_000).astype(np.uint16)
     losses = zeros(N_BATCHES)
-    train_batch = training.capture_training(
+    train_batch = steps.capture_training(
         model, optimizer, parameters, ids, losses, arguments, WORLD
     )
-    plan = training.make_plan(arguments, optimizer, 0, len(ids), rng, WORLD)
+    plan = steps.make_plan(arguments, optimizer, 0, len(ids), rng, WORLD)
 
     def work() -> None:
         for number in range(n):

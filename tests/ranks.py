@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import command_line
 import distributed
+import steps
 import train
 from memory import zeros
 
@@ -31,8 +32,8 @@ def flat_parameters(model):
 
 
 distributed_sum, distributed.World.sum = distributed.World.sum, sum_and_note
-flat_of, train.flat_parameters = train.flat_parameters, flat_parameters
-train.BATCHES_PER_STEP = N_BATCHES
+flat_of, steps.flat_parameters = steps.flat_parameters, flat_parameters
+steps.BATCHES_PER_STEP = N_BATCHES
 train.print_example = lambda *_: None
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import DATA, greedy
 from tinygrad import Device, Tensor, TinyJit
 
+import steps
 import train
 from generation import Generator
 
@@ -30,7 +31,7 @@ def test_the_backend_is_the_one_asked_for(reference):
 
 
 def test_twenty_training_batches_give_the_losses_of_the_cpu(call, folder, monkeypatch):
-    monkeypatch.setattr(train, "BATCHES_PER_STEP", 2)
+    monkeypatch.setattr(steps, "BATCHES_PER_STEP", 2)
     monkeypatch.setattr(train, "print_example", lambda *_: None)  # generation is tested below
     (folder / "corpus.txt").write_text(corpus())
     result = call(train.main, *OPTIONS, "-t", "corpus.txt", "--validation-size", "16")

@@ -11,6 +11,7 @@ from tinygrad import Tensor
 
 import checkpoint
 import run
+import steps
 import train
 from generation import sample
 from gpt_tiny import AdamW
@@ -24,20 +25,20 @@ def test_warmup_and_cosine_decay_equal_pytorchs_schedulers():
     arguments = train.parse_arguments(
         ["-n", "2", "--warmup", "8", "--decay", "cosine", "--min-learning-rate", "0.0003"]
     )
-    rates = [train.learning_rate(arguments, n) for n in range(1, figures["n_updates"] + 1)]
+    rates = [steps.learning_rate(arguments, n) for n in range(1, figures["n_updates"] + 1)]
     np.testing.assert_allclose(rates, figures["rates"], rtol=1e-9)
 
 
 def test_without_options_the_learning_rate_is_constant():
     arguments = train.parse_arguments(["-r", "0.5"])
-    assert {train.learning_rate(arguments, n) for n in (1, 50, 5000)} == {0.5}
+    assert {steps.learning_rate(arguments, n) for n in (1, 50, 5000)} == {0.5}
 
 
 def test_gradients_are_clipped_as_by_pytorch():
     figures = FIGURES["grad_clip"]
     gradients = [Tensor(gradient) for gradient in figures["gradients"]]
     for clipped, expected in zip(
-        train.clipped(gradients, figures["longest"]), figures["clipped"], strict=True
+        steps.clipped(gradients, figures["longest"]), figures["clipped"], strict=True
     ):
         np.testing.assert_allclose(clipped.numpy(), expected, rtol=1e-5)
 

@@ -16,6 +16,7 @@ from conftest import Result
 
 import checkpoint
 import run
+import steps
 import tokenizers
 import train
 from gpt_tiny import GPTConfig
@@ -117,7 +118,7 @@ def test_what_is_written_loads(trained, folder, place):
 
 
 def test_checkpoints_are_stored_every_ten_steps_from_the_fifth_on(call, corpus, monkeypatch):
-    monkeypatch.setattr(train, "BATCHES_PER_STEP", 2)
+    monkeypatch.setattr(steps, "BATCHES_PER_STEP", 2)
     out = call(train.main, *TINY, "-n", "15", "-t", corpus, "-o", "model_15").out
     assert re.findall(r"checkpoint model to: \S+_(\d+)\n", out) == ["4", "14"]
 
