@@ -31,7 +31,7 @@ from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.device import TinyELF
 from tinygrad.dtype import DType
 from tinygrad.engine.jit import GraphRunner
-from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, getenv
+from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, ContextVar, getenv
 from tinygrad.renderer import cstyle
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 from tinygrad.runtime.support.hcq2 import HCQ2Compiled
@@ -40,21 +40,30 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 # ---- matrix products, by BLAS ----
 
 
+PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")
+
+
 def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     """`Tensor.einsum` for two tensors, by BLAS (in float32) where they are on the CPU.
 
-    The environment variable BLAS=0 leaves the CPU's products to tinygrad, too.
+    Another PRODUCT_DTYPE, "bfloat16", is what operands are rounded to, in the gradients as well;
+    sums stay in float32. The environment variable BLAS=0 leaves the CPU's products to tinygrad.
     """
-    if not a.device.startswith("CPU") or blas() is None:
-        return Tensor.einsum(spec, a, b)
+    if PRODUCT_DTYPE.value != "float32":
+        a, b = (x.cast(PRODUCT_DTYPE.value) for x in (a, b))
+    calls_blas = a.device.startswith("CPU") and blas() is not None
+    if calls_blas:
+        a, b = (x.cast(dtypes.float32) for x in (a, b))
     operands, letters_c = spec.split("->")
     letters_a, letters_b = operands.split(",")
     sizes = dict(zip(letters_a + letters_b, a.shape + b.shape, strict=True))
     n_rows = math.prod(sizes[x] for x in letters_c if x not in letters_b)
     if n_rows == 1:  # no more than reading b once, which a plain loop does best, also in float16
-        return Tensor.einsum(spec, a, b)
+        return Tensor.einsum(spec, a, b, dtype=dtypes.float32)
+    a, b = a.contiguous(), b.contiguous()  # stored: a product reads an operand again and again
+    if not calls_blas:
+        return Tensor.einsum(spec, a, b, dtype=dtypes.float32).contiguous_backward()
     c = Tensor.empty(*[sizes[letter] for letter in letters_c], device=a.device)
-    a, b = (x.cast(dtypes.float32).contiguous() for x in (a, b))
     address = blas_address(a.device)
     return Tensor(_product(c.uop, a.uop, b.uop, address.uop, (letters_a, letters_b, letters_c)))
 

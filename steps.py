@@ -71,8 +71,9 @@ def capture_training(
             part_starts = starts[part * part_size : (part + 1) * part_size]
             inputs, targets = windows(ids, part_starts, arguments.context_length)
             dropout = Dropout(model.config.dropout, keys[part : part + 1])
-            loss = model.loss(inputs, targets, dropout) / (n_parts * world.size)
-            of_part = loss.gradient(*parameters.parts)
+            with Context(PRODUCT_DTYPE=arguments.dtype):
+                loss = model.loss(inputs, targets, dropout) / (n_parts * world.size)
+                of_part = loss.gradient(*parameters.parts)
             for gradient, more in zip(gradients.parts, of_part, strict=True):
                 gradient.assign(gradient + more if part else more)
             total = total + loss if part else loss
@@ -95,7 +96,7 @@ def capture_training(
         state += [*parameters.whole, *gradients.whole]
     state += [*optimizer.moments_1, *optimizer.moments_2]
     options = (n_parts, part_size, world.size, arguments.weight_decay, arguments.grad_clip)
-    key, limit = (model.config, options), BATCHES_PER_STEP - 1
+    key, limit = (model.config, options, arguments.dtype), BATCHES_PER_STEP - 1
     if world.size == 1:
         return captured(compute_and_update, state, key, batch=limit)
     compute, update = (captured(step, state, key, batch=limit) for step in (compute, update))
@@ -126,12 +127,12 @@ def capture_validation(
     row, loss = Tensor(np.zeros(size, np.int32)).realize(), zeros(1)
 
     def validate(starts: Tensor) -> None:
-        loss.assign(
-            model.loss(*windows(ids, starts, arguments.context_length)).reshape(1)
-        ).realize()
+        inputs, targets = windows(ids, starts, arguments.context_length)
+        with Context(PRODUCT_DTYPE=arguments.dtype):
+            loss.assign(model.loss(inputs, targets).reshape(1)).realize()
 
     state = [*model.parameters().values(), ids, loss]
-    validate = captured(validate, state, (model.config, size))
+    validate = captured(validate, state, (model.config, size, arguments.dtype))
 
     def validation_loss(rng: np.random.Generator) -> float:
         n_starts = ids.shape[0] - arguments.context_length

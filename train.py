@@ -62,6 +62,7 @@ def parse_arguments(words: list[str], settings: argparse.Namespace | None = None
     add("--weight-decay", type=rate, default=1e-4, help="of AdamW")
     add("--grad-clip", type=rate, help="the longest that a gradient may be (default: any length)")
     add("--dropout", type=number(float, 0, 1), help="share of values dropped (default: 0.2)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
     add("--validation-size", type=size, default=128, help="windows for the validation loss")
     add("-s", "--seed", type=number(int, 0, 2**63), default=0, help="of all random numbers")
     add("--workers", type=workers, metavar="N", help="processes that share a batch, or auto")

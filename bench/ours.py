@@ -21,10 +21,11 @@ WORLD = World()
 N_BATCHES = steps.BATCHES_PER_STEP
 
 
-def train(config: GPTConfig, n: int, batch_size: int):
+def train(config: GPTConfig, n: int, batch_size: int, dtype: str = "float32"):
     """train.py's batches on made-up ids."""
     words = ["--batch-size", str(batch_size), "--context-length", str(config.context_length)]
-    arguments = parse_arguments([*words, "--dropout", str(config.dropout)])
+    words += ["--dropout", str(config.dropout), "--dtype", dtype]
+    arguments = parse_arguments(words)
     model = GPT(config)
     parameters = steps.flat_parameters(model)
     parameters.write(list(initial_weights(config, 0).values()))

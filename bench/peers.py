@@ -58,7 +58,7 @@ class GPT(nn.Module):
         return F.cross_entropy(self(ids).flatten(0, 1), targets.flatten())
 
 
-def train(config, n, batch_size, compile=False, device="cpu"):
+def train(config, n, batch_size, compile=False, device="cpu", dtype="float32"):
     model = GPT(**config).to(device)
     loss_of = torch.compile(model.loss) if compile else model.loss
     options = {"lr": 0.003, "eps": 1e-5, "weight_decay": 1e-4, "fused": True}
@@ -69,7 +69,8 @@ def train(config, n, batch_size, compile=False, device="cpu"):
     def work():
         for _ in range(n):
             at = torch.randint(490_000, (batch_size, 1), device=device) + positions
-            loss = loss_of(ids[at], ids[at + 1])
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = loss_of(ids[at], ids[at + 1])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

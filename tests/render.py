@@ -1,6 +1,6 @@
 """Renders every kernel of a training and of a generation for a backend that need not be there.
 
-    python tests/render.py CUDA|METAL|AMD FOLDER
+    python tests/render.py CUDA|METAL|AMD FOLDER [OPTION OF TRAIN.PY ...]
 
 tinygrad's device NULL runs nothing and takes the renderer of any backend; the compilers that only
 the backend's own machines have give back the source they get. The kernels go to FOLDER: NAME.txt
@@ -9,6 +9,7 @@ as source and NAME.bin as compiled.
 
 import os
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,22 +18,23 @@ TARGETS = {"CUDA": "NULL:CUDA:sm_80", "METAL": "NULL:METAL:Apple7", "AMD": "NULL
 LARGEST = ["-c", "64", "-d", "64", "-h", "2", "-l", "1", "-b", "32", "-n", "1"]
 
 
-def find_nvrtc() -> str | None:
-    """NVIDIA's compiler as packages from PyPI bring it, or one that the environment names."""
+def find_nvidias(variable: str, pattern: str) -> None:
+    """Sets the variable to what NVIDIA's packages from PyPI bring, unless it is set."""
     spec = find_spec("nvidia")
     folders = map(Path, spec.submodule_search_locations if spec else [])
-    found = [path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))]
-    return os.environ.get("NVRTC_PATH") or (str(found[0]) if found else None)
+    for path in [path for folder in folders for path in sorted(folder.glob(pattern))][:1]:
+        os.environ.setdefault(variable, str(path))
 
 
-def render(backend: str, folder: Path) -> None:
+def render(backend: str, folder: Path, options: list[str]) -> None:
     os.environ["DEV"] = TARGETS[backend]
     os.environ["PARALLEL"] = "0"  # the changes below are in this process alone
     if backend == "METAL":
         os.environ["MAX_KERNEL_BUFFERS"] = "31"  # tinygrad's limit, which NULL does not have
-    if nvrtc := find_nvrtc():
-        os.environ["NVRTC_PATH"] = nvrtc
+    find_nvidias("NVRTC_PATH", "*/lib/libnvrtc.so.*")
+    find_nvidias("CUDA_PATH", "cuda_runtime")  # cuda_bf16.h
 
+    from tinygrad import Device
     from tinygrad.device import Compiler
     from tinygrad.runtime.ops_null import NullAllocator
     from tinygrad.runtime.support import compiler_amd, compiler_cuda
@@ -43,7 +45,7 @@ def render(backend: str, folder: Path) -> None:
     NullAllocator._copyout = copy_out
     sys.modules["tinygrad.runtime.ops_metal"] = SimpleNamespace(MetalCompiler=Compiler)
     compiler_amd.HIPCompiler = lambda arch: Compiler()
-    if not nvrtc:
+    if "NVRTC_PATH" not in os.environ:
         compiler_cuda.NVRTCCompiler = lambda arch, ptx, cache_key: Compiler()
 
     from tinygrad.codegen import to_program_cache
@@ -52,8 +54,12 @@ def render(backend: str, folder: Path) -> None:
     import run
     import train
 
+    renderer = Device[Device.DEFAULT].renderer  # tinygrad keeps products of CUDA's off TF32
+    renderer.target = replace(renderer.target, device=backend)
+
     model = str(folder / "model")
-    for main, arguments in ((train.main, [*LARGEST, "-o", model]), (run.main, [model, "-n", "2"])):
+    training = [*LARGEST, *options, "-o", model]
+    for main, arguments in ((train.main, training), (run.main, [model, "-n", "2"])):
         sys.argv = [f"{main.__module__}.py", *arguments]
         main()
     for number, program in enumerate(to_program_cache.values()):
@@ -63,4 +69,4 @@ def render(backend: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    render(sys.argv[1], Path(sys.argv[2]))
+    render(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -15,6 +15,7 @@ BENCH = Path(__file__).parent.parent / "bench"
 def test_the_small_bench_measures_every_row(tmp_path):
     commands = [
         [BENCH / "bench.py", "--small", "--json", "start*warm"],
+        [BENCH / "accelerator.py", "--small", "--json"],
         [BENCH / "bench.py", "--small", "--json", "train*", "generate*", "first-token", "run"],
     ]
     environment = os.environ | {"DEV": "CPU"}
@@ -28,6 +29,10 @@ def test_the_small_bench_measures_every_row(tmp_path):
     lines = [line for result in results for line in result["lines"]]
     assert {line["row"] for line in lines} == {
         "train-small",
+        "float32-plain",
+        "float32-beam",
+        "bfloat16-plain",
+        "bfloat16-beam",
         "start-small-warm",
         "generate-float32",
         "generate-half",
@@ -41,4 +46,4 @@ def test_the_small_bench_measures_every_row(tmp_path):
         assert line["ours"]["memory"] > 0, line
         if line["peer"]:  # has no figure where PyTorch isn't installed
             assert line["peer"]["figure"] or line["peer"]["note"], line
-    assert results[1]["versions"]["tinygrad"]
+    assert results[2]["versions"]["tinygrad"]

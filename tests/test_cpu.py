@@ -21,23 +21,33 @@ ZIGLANG = "ziglang"
 # --- products ---
 
 
-def assert_product(spec: str, shape_a: tuple[int, ...], shape_b: tuple[int, ...]) -> None:
+def rounded_to_bfloat16(x: np.ndarray) -> np.ndarray:
+    bits = x.view(np.uint32)
+    return (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).view(np.float32)
+
+
+def assert_product(spec: str, shape_a, shape_b, dtype: str = "float32") -> None:
     """The product and both gradients equal numpy's, in double precision."""
     rng = np.random.default_rng(0)
     operands, letters_c = spec.split("->")
     letters_a, letters_b = operands.split(",")
     a, b = (rng.standard_normal(shape, np.float32) for shape in (shape_a, shape_b))
+    tensor_a, tensor_b = (Tensor(x).realize() for x in (a, b))
+    if dtype == "bfloat16":
+        a, b = rounded_to_bfloat16(a), rounded_to_bfloat16(b)
     expected = np.einsum(spec, a, b, dtype=np.float64)
     of_c = rng.standard_normal(expected.shape, np.float32)
     of_a = np.einsum(f"{letters_c},{letters_b}->{letters_a}", of_c, b, dtype=np.float64)
     of_b = np.einsum(f"{letters_c},{letters_a}->{letters_b}", of_c, a, dtype=np.float64)
 
-    tensor_a, tensor_b, tensor_of_c = (Tensor(x).realize() for x in (a, b, of_c))
-    c = cpu.einsum(spec, tensor_a, tensor_b)
-    gradients = c.gradient(tensor_a, tensor_b, gradient=tensor_of_c)
+    with Context(PRODUCT_DTYPE=dtype):
+        c = cpu.einsum(spec, tensor_a, tensor_b)
+        gradients = c.gradient(tensor_a, tensor_b, gradient=Tensor(of_c).realize())
     Tensor.realize(c, *gradients)
-    for ours, theirs in zip((c, *gradients), (expected, of_a, of_b), strict=True):
-        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(c.numpy(), expected, rtol=1e-4, atol=1e-4)
+    error = 2**-8 if dtype == "bfloat16" else 1e-4  # gradients are rounded, too
+    for ours, theirs in zip(gradients, (of_a, of_b), strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=error, atol=1e-4)
 
 
 SPECS = [
@@ -68,6 +78,11 @@ def test_blas_gives_the_product_and_its_gradients(spec, shape_a, shape_b):
 def test_without_blas_tinygrad_gives_the_same(monkeypatch, spec, shape_a, shape_b):
     monkeypatch.setattr(cpu, "blas", lambda: None)
     assert_product(spec, shape_a, shape_b)
+
+
+@pytest.mark.parametrize(("spec", "shape_a", "shape_b"), [SPECS[0], ONE_TOKEN[0]])
+def test_products_of_bfloat16_are_those_of_rounded_operands(spec, shape_a, shape_b):
+    assert_product(spec, shape_a, shape_b, "bfloat16")
 
 
 def test_blas_0_turns_it_off(monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 
 import numpy as np
@@ -62,6 +63,15 @@ def test_accumulation_gives_the_model_of_whole_batches(call, folder):
         models.append({name: p.numpy() for name, p in model.parameters().items()})
     for name, whole in models[0].items():
         np.testing.assert_allclose(models[1][name], whole, atol=1e-4, err_msg=name)
+
+
+def test_products_of_bfloat16_train_almost_as_those_of_float32(call, folder):
+    lines = [
+        call(train.main, *TINY, "-x", "--dtype", dtype).out for dtype in ("float32", "bfloat16")
+    ]
+    losses = [[float(x) for x in re.findall(r"loss: (\S+?),? ", line)] for line in lines]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=3e-3)
 
 
 def test_validation_size_and_checkpoint_every(call, folder):

@@ -1,7 +1,7 @@
 """The kernels for backends that are not here: as source and, for CUDA, compiled.
 
 It takes 40 s a backend, so the variable GPT_TINY_RENDER=METAL,CUDA,AMD has to ask for it. CUDA
-needs NVRTC: pip install nvidia-cuda-nvrtc-cu12.
+needs its compiler: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12.
 """
 
 import os
@@ -25,8 +25,9 @@ def only_if_asked(backend: str):
 @pytest.fixture
 def kernels(request, tmp_path) -> list[tuple[str, bytes]]:
     """Every kernel of a training and of a generation, as source and as compiled."""
+    backend, *options = request.param.split()
     process = subprocess.run(
-        [sys.executable, Path(__file__).with_name("render.py"), request.param, tmp_path],
+        [sys.executable, Path(__file__).with_name("render.py"), backend, tmp_path, *options],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -51,12 +52,14 @@ def test_every_kernel_is_rendered_for_metal_within_its_limits(kernels):
 
 
 @only_if_asked("CUDA")
-@pytest.mark.parametrize("kernels", ["CUDA"], indirect=True)
-def test_every_kernel_compiles_for_cuda(kernels):
+@pytest.mark.parametrize("kernels", ["CUDA", "CUDA --dtype bfloat16"], indirect=True)
+def test_every_kernel_compiles_for_cuda(kernels, request):
     for source, binary in kernels:
         name = re.search(r"__launch_bounds__\(\d+\) (\w+)\(", source)[1]
         assert binary.startswith(b"\x7fELF"), "NVRTC is not installed"
         assert f".text.{name}".encode() in binary
+    use_tensor_cores = any("mma.sync" in source for source, _ in kernels)
+    assert use_tensor_cores == ("bfloat16" in request.node.name)  # float32 is exact
 
 
 @only_if_asked("AMD")
