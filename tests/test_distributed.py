@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ pytest.importorskip("mpi4py", reason="training with workers needs the extra mpi"
 
 ROOT = Path(__file__).parent.parent
 MPIEXEC = str(Path(sys.executable).with_name("mpiexec"))
+HANGS = 120  # seconds after which something does
 TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "8", "--validation-size", "16"]
 
 
@@ -40,13 +42,23 @@ def ranks(folder: Path, n_workers: int, *words: str, launcher: list[str] | None 
     """What each rank of tests/ranks.py noted."""
     launcher = launcher or [MPIEXEC, "-n", str(n_workers)]
     command = [*launcher, sys.executable, ROOT / "tests/ranks.py", *TINY, "-x", "-n", "1", *words]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANGS)
     assert run.returncode == 0, run.stderr + run.stdout
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(n_workers)]
 
 
 @pytest.fixture(scope="module")
-def of_one(tmp_path_factory) -> list[float]:
+def mpi() -> None:
+    """Skips where MPI can't start processes: in some sandboxes, or with a host's name unknown."""
+    code = "from mpi4py import MPI; MPI.COMM_WORLD.Barrier()"
+    command = [MPIEXEC, "-n", "2", sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
+    if run.returncode:
+        pytest.skip(f"MPI does not work on this machine: {run.stderr}")
+
+
+@pytest.fixture(scope="module")
+def of_one(mpi, tmp_path_factory) -> list[float]:
     """The losses of one worker's 50 batches, without dropout."""
     return ranks(tmp_path_factory.mktemp("one"), 1, "--dropout", "0")[0]["losses"]
 
@@ -197,21 +209,24 @@ def workers_of(training: subprocess.Popen) -> list[int]:
     return found[1:]
 
 
-def is_running(pid: int) -> bool:
-    return (status := status_of(pid)) is not None and status[0] != "Z"
+def wait_for_end(processes: list[int]) -> None:
+    """Fails if one of them goes on; the last ones may take a moment more than their launcher."""
+    last = time.monotonic() + 10
+    while any((status := status_of(pid)) and status[0] != "Z" for pid in processes):
+        assert time.monotonic() < last, processes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_path):
+def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_path, mpi):
     words = [*TINY, "-n", "1000", "--checkpoint-every", "1"]
     training = start(tmp_path, *words, "--workers", "2")
     wait_for(training, "step   1/")
     processes = workers_of(training)
     training.send_signal(signal.SIGINT)
-    out, err = training.communicate(timeout=30)
+    out, err = training.communicate(timeout=HANGS)
     assert training.returncode == 130 and "Traceback" not in err
     assert out.count("interrupted; to go on") == 1
-    assert not any(map(is_running, processes))
+    wait_for_end(processes)
 
     resumed = start(tmp_path, "--resume", ".data/checkpoints", "--workers", "4")
     first = int(re.search(r"step +(\d+)/", wait_for(resumed, "step ")).group(1))
@@ -219,11 +234,10 @@ def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_pa
     processes = workers_of(resumed)
     ranks = [p for p in processes if "train.py" in Path(f"/proc/{p}/cmdline").read_text()]
     os.kill(ranks[-1], signal.SIGKILL)
-    out, err = resumed.communicate(timeout=10)
-    warning, error = err.splitlines()
-    assert resumed.returncode == 1 and "using the text of Python's own help" in warning
-    assert error.startswith("error: a worker was killed")
-    assert not any(map(is_running, processes))
+    out, err = resumed.communicate(timeout=HANGS)
+    assert resumed.returncode == 1
+    assert err.splitlines()[-1].startswith("error: a worker was killed") and "Trace" not in err
+    wait_for_end(processes)
 
     alone = start(tmp_path, "--resume", ".data/checkpoints")
     assert int(re.search(r"step +(\d+)/", wait_for(alone, "step ")).group(1)) > first
@@ -232,11 +246,11 @@ def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_pa
     resume.load(tmp_path / ".data/checkpoints")
 
 
-def test_a_corpus_that_differs_between_workers_is_noticed(tmp_path):
+def test_a_corpus_that_differs_between_workers_is_noticed(tmp_path, mpi):
     (tmp_path / "0").write_text("abc " * 500)
     (tmp_path / "1").write_text("abd " * 500)
     script = f"exec {sys.executable} {ROOT / 'train.py'} {' '.join(TINY)} -x -t $PMI_RANK"
     command = [MPIEXEC, "-n", "2", "sh", "-c", script]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS)
     assert run.returncode == 1 and not run.stdout
-    assert re.fullmatch(r"error: rank 1 on \S+ has another corpus than rank 0\n", run.stderr)
+    assert re.search(r"^error: rank 1 on \S+ has another corpus than rank 0$", run.stderr, re.M)
