@@ -189,16 +189,18 @@ def train(arguments: argparse.Namespace, world: distributed.World) -> int:
                     state["best_loss"] = state["validation_loss"]
                     save(Path(state["output_path"]) / "best")
 
-            step_started, first = time.time(), state["batch"]
+            step_started, first, signal_number = time.time(), state["batch"], 0
             for batch in progress(range(first, n_batches), step, arguments, losses, world):
                 train_batch(*plan, batch=batch)
                 state["batch"] = batch + 1
                 if signal_number := world.any(interrupt.signal):
-                    state["losses"] = world.sum(get(losses))[: state["batch"]].tolist()
-                    if not arguments.no_save:
-                        save(resume.new_folder(step), resumable=True)
-                        print(f"{bold('interrupted; to go on:')} python train.py --resume {latest}")
-                    return 128 + signal_number
+                    break
+            if signal_number:
+                state["losses"] = world.sum(get(losses))[: state["batch"]].tolist()
+                if not arguments.no_save:
+                    save(resume.new_folder(step), resumable=True)
+                    print(f"{bold('interrupted; to go on:')} python train.py --resume {latest}")
+                return 128 + signal_number
 
             train_loss = float(world.sum(get(losses)).mean())
             if not math.isfinite(train_loss):
@@ -396,7 +398,7 @@ def progress(batches: range, step: int, arguments: argparse.Namespace, losses: T
         leave=False,
         ncols=world.columns,
         dynamic_ncols=not world.columns,
-        bar_format="{desc} {bar} {n_fmt}/{total_fmt} {postfix}",
+        bar_format="{desc} {bar} {n_fmt}/{total_fmt}{postfix}",
     )
     started = shown = time.time()
     for batch in bar:
