@@ -86,11 +86,13 @@ def _product(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str]
 
 
 def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str]) -> UOp:
-    """Calls BLAS once for each batch; the cores share the batches or, in one batch, its rows."""
+    """Calls BLAS once for each batch; the cores share the batches or, in one batch, the rows or the
+    columns, whichever are more: BLAS repacks the other operand on each core."""
     letters_a, letters_b, letters_c = letters
     sizes = dict(zip(letters_a + letters_b, a.shape + b.shape, strict=True))
     strides_a, strides_b, strides_c = map(_strides, letters, (a.shape, b.shape, c.shape))
     batches = [x for x in letters_c if x in letters_a and x in letters_b]
+    batches.sort(key=lambda x: -largest_divisor(sizes[x], NUM_CPU_THREADS.value))  # 1 text: heads
     rows = [x for x in letters_c if x not in letters_b]
     columns = [x for x in letters_c if x not in letters_a]
     summed = [x for x in letters_a if x in letters_b and x not in letters_c]
@@ -101,7 +103,7 @@ def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str,
     _, step_c = _layout(strides_c, rows, columns)
     m, n, k = (math.prod(sizes[x] for x in group) for group in (rows, columns, summed))
 
-    n_cores = largest_divisor(sizes[batches[0]] if batches else m, NUM_CPU_THREADS.value)
+    n_cores = largest_divisor(sizes[batches[0]] if batches else max(m, n), NUM_CPU_THREADS.value)
     if m * n * k * math.prod(sizes[x] for x in batches) < MIN_SHARED_WORK:
         n_cores = 1
     core = UOp.range(n_cores, 0, AxisType.THREAD)
@@ -115,10 +117,14 @@ def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str,
         offset_a += index * strides_a[letter]
         offset_b += index * strides_b[letter]
         offset_c += index * strides_c[letter]
-    if not batches:
+    if not batches and m >= n:
         m //= n_cores
         offset_a += core * m * (1 if is_transposed_a else step_a)
         offset_c += core * m * step_c
+    elif not batches:
+        n //= n_cores
+        offset_b += core * n * (step_b if is_transposed_b else 1)
+        offset_c += core * n
 
     integer = blas().integer
     row_major, flag_a, flag_b = (

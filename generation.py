@@ -22,9 +22,8 @@ class Generator:
     def __init__(self, model: GPT, batch: int = 1, stride: int = 1):
         self.model, self.stride = model, stride
         self.context_length = model.config.context_length
-        # tokens of a prompt that are read at once: past the window, what a stride leaves, shared
-        # evenly by the cores
-        left = (self.context_length - stride) // 8 * 8 + 8
+        # tokens of a prompt that are read at once: past the window, what a stride leaves
+        left = self.context_length - stride + 1
         self.chunk = min(self.context_length, 128, max(32, left))
         self.cache = [KeyValueCache(model.config, batch) for _ in model.blocks]
         self.logits = Tensor.empty(batch, model.config.vocab_size).realize()
