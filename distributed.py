@@ -161,22 +161,26 @@ def count_workers(text: str) -> int:
     return max(1, number)
 
 
-def launch(n_workers: int, words: list[str]) -> int:
-    """Runs the command under mpiexec, with one clear line if a rank is killed; its exit status."""
+def mpiexec(n_workers: int) -> list[str]:
+    """What starts so many ranks, bound to cores if there are as many; ValueError without MPI."""
     beside = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
-    mpiexec = beside or shutil.which("mpiexec")
+    program = beside or shutil.which("mpiexec")
     try:
         import mpi4py  # noqa: F401
     except ImportError:
-        mpiexec = None
-    if mpiexec is None:
+        program = None
+    if program is None:
         raise ValueError(f"--workers {n_workers} needs MPI: pip install '.[mpi]'")
+    is_full = n_workers == len(usable_cores()) and Device.DEFAULT.startswith("CPU")
+    return [program, *(["-bind-to", "core"] if is_full else []), "-n", str(n_workers)]
+
+
+def launch(n_workers: int, words: list[str]) -> int:
+    """Runs the command under mpiexec, with one clear line if a rank is killed; its exit status."""
+    command = [*mpiexec(n_workers), sys.executable, *words]
     environment = dict(os.environ)
     if sys.stderr.isatty():
         environment[COLUMNS] = str(shutil.get_terminal_size().columns)
-    command = [mpiexec, "-n", str(n_workers), sys.executable, *words]
-    if n_workers == len(usable_cores()) and Device.DEFAULT.startswith("CPU"):
-        command[1:1] = ["-bind-to", "core"]
     # a session of its own: Ctrl-C reaches the ranks once, from here
     process = subprocess.Popen(
         command,

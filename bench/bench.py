@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import signal
 import statistics
 import subprocess
@@ -70,9 +69,10 @@ class Worker:
         path = {"PYTHONPATH": str(ROOT) if script == "ours.py" else ""}
         command = [python, str(HERE / script), json.dumps(job)]
         if workers := job.get("workers"):
-            mpiexec = shutil.which("mpiexec", path=str(Path(python).parent)) or "mpiexec"
-            binding = ["-bind-to", "core"] if workers == os.cpu_count() else []  # as --workers
-            command = [mpiexec, *binding, "-n", str(workers), *command]
+            sys.path.append(str(ROOT))
+            from distributed import mpiexec  # as --workers starts them
+
+            command = [*mpiexec(workers), *command]
         self.process = subprocess.Popen(
             command,
             env=os.environ | path | environment,
