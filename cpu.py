@@ -71,6 +71,9 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
 def _product(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str]) -> UOp:
     """c, holding the product of a and b. The gradients are two more such products."""
     letters_a, letters_b, letters_c = letters
+    if 1 in _sizes(letters, a, b)[1:]:
+        # what is normalised over one value is a constant, and for that tinygrad takes no memory
+        a, b = a.clone(), b.clone()
 
     def gradient(of_c: UOp, call: UOp) -> tuple:
         # The address is the one among the call's own sources: within a traced function a captured
@@ -85,73 +88,95 @@ def _product(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str]
     return UOp.custom_kernel(c, a, b, address, fxn=kernel, grad_fxn=gradient)[0]
 
 
+def _groups(letters: tuple[str, str, str]) -> tuple[list[str], ...]:
+    """The letters of the batches, of c's rows and columns, and of the sums."""
+    letters_a, letters_b, letters_c = letters
+    return (
+        [x for x in letters_c if x in letters_a and x in letters_b],
+        [x for x in letters_c if x not in letters_b],
+        [x for x in letters_c if x not in letters_a],
+        [x for x in letters_a if x in letters_b and x not in letters_c],
+    )
+
+
+def _sizes(letters: tuple[str, str, str], a: UOp, b: UOp) -> tuple[int, ...]:
+    """The numbers of batches, of c's rows and columns, and of the terms of a sum."""
+    sizes = dict(zip(letters[0] + letters[1], a.shape + b.shape, strict=True))
+    return tuple(math.prod(sizes[x] for x in group) for group in _groups(letters))
+
+
+class _Matrix:
+    """The matrices of a tensor as BLAS sees them, each stored row by row or, transposed, column by
+    column, with a step from one of these to the next; `offset` is where one begins."""
+
+    def __init__(self, tensor: UOp, letters: str, rows: list[str], columns: list[str]):
+        self.numbers, self.offset = tensor.flatten(), UOp.const(0, dtypes.weakint)
+        self.strides = {x: math.prod(tensor.shape[i + 1 :]) for i, x in enumerate(letters)}
+        # the letters of a group lie beside one another in memory, so that the last stands for all
+        self.is_transposed = self.strides[columns[-1]] != 1
+        stored, along = (columns, rows) if self.is_transposed else (rows, columns)
+        length = math.prod(tensor.shape[letters.index(x)] for x in along)
+        self.step = max(self.strides[stored[-1]], length)  # a single row may have any stride
+
+    def skip_rows(self, n: UOp) -> None:
+        self.offset += n * (1 if self.is_transposed else self.step)
+
+    def skip_columns(self, n: UOp) -> None:
+        self.offset += n * (self.step if self.is_transposed else 1)
+
+
 def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str]) -> UOp:
     """Calls BLAS once for each batch; the cores share the batches or, in one batch, the rows or the
     columns, whichever are more: BLAS repacks the other operand on each core."""
     letters_a, letters_b, letters_c = letters
-    sizes = dict(zip(letters_a + letters_b, a.shape + b.shape, strict=True))
-    strides_a, strides_b, strides_c = map(_strides, letters, (a.shape, b.shape, c.shape))
-    batches = [x for x in letters_c if x in letters_a and x in letters_b]
+    batches, rows, columns, summed = _groups(letters)
+    n_batches, m, n, k = _sizes(letters, a, b)
+    if letters_c[-1] in rows:  # BLAS writes along rows: (a b)' = b' a'
+        a, b, letters_a, letters_b = b, a, letters_b, letters_a
+        rows, columns, m, n = columns, rows, n, m
+    sizes = dict(zip(letters_c, c.shape, strict=True))
     batches.sort(key=lambda x: -largest_divisor(sizes[x], NUM_CPU_THREADS.value))  # 1 text: heads
-    rows = [x for x in letters_c if x not in letters_b]
-    columns = [x for x in letters_c if x not in letters_a]
-    summed = [x for x in letters_a if x in letters_b and x not in letters_c]
-    if strides_c[columns[-1]] != 1:  # BLAS writes along rows: (a b)' = b' a'
-        a, b, strides_a, strides_b, rows, columns = b, a, strides_b, strides_a, columns, rows
-    is_transposed_a, step_a = _layout(strides_a, rows, summed)
-    is_transposed_b, step_b = _layout(strides_b, summed, columns)
-    _, step_c = _layout(strides_c, rows, columns)
-    m, n, k = (math.prod(sizes[x] for x in group) for group in (rows, columns, summed))
-
-    n_cores = largest_divisor(sizes[batches[0]] if batches else max(m, n), NUM_CPU_THREADS.value)
-    if m * n * k * math.prod(sizes[x] for x in batches) < MIN_SHARED_WORK:
+    shared = sizes[batches[0]] if batches else max(m, n)
+    n_cores = largest_divisor(shared, NUM_CPU_THREADS.value)
+    if n_batches * m * n * k < MIN_SHARED_WORK:
         n_cores = 1
-    core = UOp.range(n_cores, 0, AxisType.THREAD)
-    ranges = [core]
-    offset_a = offset_b = offset_c = UOp.const(0, dtypes.weakint)
+
+    a = _Matrix(a, letters_a, rows, summed)
+    b = _Matrix(b, letters_b, summed, columns)
+    c = _Matrix(c, letters_c, rows, columns)
+    ranges = [core := UOp.range(n_cores, 0, AxisType.THREAD)]
     for number, letter in enumerate(batches, 1):
-        index = UOp.range(sizes[letter] // (n_cores if number == 1 else 1), number)
-        ranges.append(index)
+        n_indices = sizes[letter] // (n_cores if number == 1 else 1)
+        ranges.append(index := UOp.range(n_indices, number))
         if number == 1:
-            index = core * (sizes[letter] // n_cores) + index
-        offset_a += index * strides_a[letter]
-        offset_b += index * strides_b[letter]
-        offset_c += index * strides_c[letter]
+            index = core * n_indices + index
+        for matrix in (a, b, c):
+            matrix.offset += index * matrix.strides[letter]
     if not batches and m >= n:
         m //= n_cores
-        offset_a += core * m * (1 if is_transposed_a else step_a)
-        offset_c += core * m * step_c
+        a.skip_rows(core * m)
+        c.skip_rows(core * m)
     elif not batches:
         n //= n_cores
-        offset_b += core * n * (step_b if is_transposed_b else 1)
-        offset_c += core * n
-
-    integer = blas().integer
-    row_major, flag_a, flag_b = (
-        UOp.const(x, dtypes.int32) for x in (101, 111 + is_transposed_a, 111 + is_transposed_b)
-    )
-    m, n, k, step_a, step_b, step_c = (
-        UOp.const(x, integer) for x in (m, n, k, step_a, step_b, step_c)
-    )
-    alpha, beta = (UOp.const(x, dtypes.float32) for x in (1.0, 0.0))
-    a, b, c = a.flatten()[offset_a], b.flatten()[offset_b], c.flatten()[offset_c]
-    arguments = (row_major, flag_a, flag_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c)
-    call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
+        b.skip_columns(core * n)
+        c.skip_columns(core * n)
+    call = _call_sgemm(address, (m, n, k), a, b, c)
     name = "sgemm_" + "_".join(letters)
     return call.end(*ranges).sink(arg=KernelInfo(name=name, opts_to_apply=()))
 
 
-def _strides(letters: str, shape: tuple[int, ...]) -> dict[str, int]:
-    return {letter: math.prod(shape[i + 1 :]) for i, letter in enumerate(letters)}
-
-
-def _layout(strides: dict[str, int], rows: list[str], columns: list[str]) -> tuple[bool, int]:
-    """Whether the matrix is stored as its transpose, and the step from one stored row to the next.
-
-    The letters of a group lie beside one another in memory, so that the last one stands for all.
-    """
-    is_transposed = strides[columns[-1]] != 1
-    return is_transposed, strides[(columns if is_transposed else rows)[-1]]
+def _call_sgemm(address: UOp, sizes: tuple[int, int, int], a: _Matrix, b: _Matrix, c: _Matrix):
+    """cblas_sgemm: c = 1 a b + 0 c, of row-major matrices (101), transposed (112) or not (111)."""
+    m, n, k, *steps = (UOp.const(x, blas().integer) for x in (*sizes, a.step, b.step, c.step))
+    order, flag_a, flag_b = (
+        UOp.const(x, dtypes.int32) for x in (101, 111 + a.is_transposed, 111 + b.is_transposed)
+    )
+    alpha, beta = (UOp.const(x, dtypes.float32) for x in (1.0, 0.0))
+    (at_a, step_a), (at_b, step_b), (at_c, step_c) = (
+        (x.numbers[x.offset], step) for x, step in zip((a, b, c), steps, strict=True)
+    )
+    arguments = (order, flag_a, flag_b, m, n, k, alpha, at_a, step_a, at_b, step_b, beta)
+    return address[0].load().call(*arguments, at_c, step_c, ret_dtype=dtypes.void)
 
 
 class Blas:

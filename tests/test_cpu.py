@@ -62,13 +62,20 @@ ONE_TOKEN = [
     ("bhqk,bkhd->bqhd", (1, 3, 1, 11), (1, 11, 3, 7)),
     ("btv,vd->btd", (1, 1, 11), (11, 7)),
 ]
+OF_SIZE_1 = [  # a stride can't tell a single row from a single column
+    ("bti,oi->bto", (2, 5, 1), (4, 1)),
+    ("bti,oi->bto", (2, 5, 4), (1, 4)),
+    ("bqhd,bkhd->bhqk", (2, 1, 3, 4), (2, 1, 3, 4)),
+    ("bhqk,bkhd->bqhd", (2, 3, 1, 1), (2, 1, 3, 4)),
+    ("btv,vd->btd", (2, 5, 3), (3, 1)),
+]
 SHARED = [  # large enough for the cores to share the work
     ("bti,oi->bto", (4, 33, 64), (65, 64)),
     ("bqhd,bkhd->bhqk", (4, 33, 2, 32), (4, 33, 2, 32)),
 ]
 
 
-@pytest.mark.parametrize(("spec", "shape_a", "shape_b"), [*SPECS, *ONE_TOKEN, *SHARED])
+@pytest.mark.parametrize(("spec", "shape_a", "shape_b"), [*SPECS, *ONE_TOKEN, *OF_SIZE_1, *SHARED])
 def test_blas_gives_the_product_and_its_gradients(spec, shape_a, shape_b):
     assert cpu.blas() is not None
     assert_product(spec, shape_a, shape_b)
