@@ -55,31 +55,32 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     if calls_blas:
         a, b = (x.cast(dtypes.float32) for x in (a, b))
     operands, letters_c = spec.split("->")
-    letters_a, letters_b = operands.split(",")
-    sizes = dict(zip(letters_a + letters_b, a.shape + b.shape, strict=True))
-    n_rows = math.prod(sizes[x] for x in letters_c if x not in letters_b)
-    if n_rows == 1:  # no more than reading b once, which a plain loop does best, also in float16
+    letters = (*operands.split(","), letters_c)
+    _, *sides = _sizes(letters, a, b)
+    if sides[0] == 1 and sides.count(1) == 1:
+        # no more than reading b once, which a plain loop does best, also in float16
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32)
     a, b = a.contiguous(), b.contiguous()  # stored: a product reads an operand again and again
     if not calls_blas:
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32).contiguous_backward()
+    sizes = dict(zip(operands.replace(",", ""), a.shape + b.shape, strict=True))
     c = Tensor.empty(*[sizes[letter] for letter in letters_c], device=a.device)
     address = blas_address(a.device)
-    return Tensor(_product(c.uop, a.uop, b.uop, address.uop, (letters_a, letters_b, letters_c)))
+    return Tensor(_product(c.uop, a.uop, b.uop, address.uop, letters))
 
 
 def _product(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str]) -> UOp:
     """c, holding the product of a and b. The gradients are two more such products."""
     letters_a, letters_b, letters_c = letters
-    if 1 in _sizes(letters, a, b)[1:]:
-        # what is normalised over one value is a constant, and for that tinygrad takes no memory
-        a, b = a.clone(), b.clone()
+    _, *sides = _sizes(letters, a, b)
 
     def gradient(of_c: UOp, call: UOp) -> tuple:
         # The address is the one among the call's own sources: within a traced function a captured
         # one would be another, empty buffer.
         _, _, a, b, address = call.src
         of_a, of_b = (UOp.new_buffer(x.device, x.numel(), x.dtype).reshape(x.shape) for x in (a, b))
+        if 1 in sides:  # behind a norm over one value it is a constant, which has no memory
+            of_c = of_c.contiguous()
         of_a = _product(of_a, of_c, b, address, (letters_c, letters_b, letters_a))
         of_b = _product(of_b, of_c, a, address, (letters_c, letters_a, letters_b))
         return None, of_a, of_b, None

@@ -148,10 +148,11 @@ class PositionWiseFeedForward:
 
 
 class LayerNorm:
-    """Layer norm (Ba et al., 2016): GPT-2 adds epsilon to the variance, Burn to its root."""
+    """Layer norm (Ba et al., 2016): GPT-2 adds epsilon to the variance, Burn to its root, which has
+    no gradient where the variance is 0, as in a row that dropout has emptied: hence 1e-30."""
 
     def __init__(self, config: GPTConfig):
-        self.epsilons = (1e-5, 0) if config.gpt2 else (0, 1e-5)
+        self.epsilons = (1e-5, 0) if config.gpt2 else (1e-30, 1e-5)
         self.gamma = Tensor.empty(config.d_model)
         self.beta = Tensor.empty(config.d_model)
 

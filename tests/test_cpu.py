@@ -105,6 +105,13 @@ def test_gradients_flow_through_one_product_into_another():
     assert gradient.numpy().tolist() == [[[24, 24], [24, 24]]]
 
 
+def test_a_gradient_that_is_a_constant_has_memory():
+    x, weight = (Tensor(np.ones(shape, np.float32)).realize() for shape in ((2, 5, 3), (1, 3)))
+    y = cpu.einsum("bti,oi->bto", x, weight)
+    gradients = (y - y.mean(-1, keepdim=True)).square().sum().gradient(x, weight)  # of zeros
+    assert not any(gradient.numpy().any() for gradient in gradients)
+
+
 # --- all cores ---
 
 

@@ -210,3 +210,11 @@ def test_rows_of_a_large_table_and_their_gradient_are_those_of_numpy():
     np.add.at(expected, ids, of_rows)
     np.testing.assert_array_equal(rows.numpy(), table[ids])
     np.testing.assert_allclose(of_table.numpy(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_gradient_that_is_a_constant_reaches_a_large_table():
+    embedding, ids = Embedding(5000, 1), Tensor(np.array([[0, 1]], np.uint16))
+    embedding.weight = Tensor(np.ones((5000, 1), np.float32)).realize()
+    rows = embedding(ids)
+    [of_table] = (rows - rows.mean(-1, keepdim=True)).square().sum().gradient(embedding.weight)
+    assert not of_table.numpy().any()

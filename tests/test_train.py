@@ -141,6 +141,24 @@ def test_without_a_place_the_model_goes_to_the_data_folder(call, folder, corpus)
     checkpoint.load(folder / place)
 
 
+@pytest.mark.parametrize("sizes", [["-c", "1"], ["-d", "1", "-h", "1"]])
+def test_the_smallest_models_train_and_speak(call, folder, corpus, sizes):
+    """A model that sees one token is a bigram model; one of width 1 knows how frequent each is."""
+    name = f"smallest{sizes[0]}"
+    options = [*TINY, *sizes, "-n", "2", "-t", corpus, "-o", name]
+    result = call(train.main, *options)
+    assert result.status == 0, result.err
+    (_, before), (_, after) = losses(result.out)
+    assert float(after) < float(before) - 0.3
+    assert call(run.main, folder / name, "-n", "20").status == 0
+
+
+def test_a_row_that_dropout_empties_leaves_the_gradients_finite(call, corpus):
+    options = ["-c", "3", "-d", "3", "-l", "1", "-h", "1", "-b", "2", "--dropout", "0.1"]
+    result = call(train.main, *options, "-r", "0", "-n", "1", "-t", corpus, "-x")
+    assert result.status == 0, result.err
+
+
 def test_vowel_tokenizer_trains_is_saved_and_generates(call, folder, corpus):
     options = ["--tokenizer", "vowel", "--vocab-size", "104", "-t", corpus, "-o", "vowel"]
     result = call(train.main, *TINY, "-n", "1", *options)
