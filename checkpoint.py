@@ -92,7 +92,7 @@ def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping
 
     They come from `model.safetensors` or, where there is none, from `model.mpk`. Half precision
     stays float16, all else is float32. The arrays of a safetensors file are read one by one, each
-    whenever it is asked for.
+    whenever it is asked for, and only then is it looked through for what is not finite.
     """
     path = weights_file(Path(folder))
     if path.name == "model.mpk":
@@ -101,7 +101,10 @@ def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping
         arrays = read_safetensors(path)
         if "wte.weight" in arrays or "transformer.wte.weight" in arrays:
             n_layers = sum(name.endswith(".norm_1.gamma") for name in shapes)
-            arrays = LazyArrays(gpt2.weights_to_ours(arrays, n_layers))
+            try:
+                arrays = LazyArrays(gpt2.weights_to_ours(arrays, n_layers))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
     for name, shape in shapes.items():
         if name not in arrays:
             raise ValueError(f"{path} lacks the tensor {name} {shape} that config.json asks for")
@@ -115,14 +118,19 @@ def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping
         raise ValueError(
             f"{path}: config.json does not ask for the tensor {name!r:.80} {arrays[name].shape}"
         )
-    return LazyArrays({name: partial(at_most_float32, arrays, name) for name in shapes})
+    return LazyArrays({name: partial(take_finite, arrays, name, path) for name in shapes})
 
 
-def at_most_float32(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    if arrays[name].dtype != np.float64:
-        return arrays[name]
-    with np.errstate(over="ignore"):  # beyond float32 is infinite, as everywhere
-        return arrays[name].astype(np.float32)
+def take_finite(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarray:
+    """An array in at most float32; ValueError if it holds NaN or what is infinite there."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = arrays[name]
+        if array.dtype == np.float64:
+            array = array.astype(np.float32)
+        # the sum, which is quick, is finite unless a number is not, or all together are too large
+        if not np.isfinite(array.sum(dtype=np.float32)) and not np.isfinite(array).all():
+            raise ValueError(f"{path}: the tensor {name} holds numbers that are not finite")
+    return array
 
 
 def save(

@@ -17,11 +17,14 @@ class Generator:
     While the context has room, a token costs one row through the model; the rest is in the cache.
     Then every new token shifts all positions, which are learned and absolute, and the window is
     computed anew: for each token, or with `stride` N once for N, the N oldest dropped at a time.
+    ValueError for a stride beyond the model's context.
     """
 
     def __init__(self, model: GPT, batch: int = 1, stride: int = 1):
         self.model, self.stride = model, stride
         self.context_length = model.config.context_length
+        if stride > self.context_length:
+            raise ValueError(f"a stride of {stride} is beyond the context of {self.context_length}")
         # tokens of a prompt that are read at once: past the window, what a stride leaves
         left = self.context_length - stride + 1
         self.chunk = min(self.context_length, 128, max(32, left))

@@ -104,8 +104,8 @@ def weights_to_ours(
     for name in tensors:
         short = name.removeprefix("transformer.")
         if short == "lm_head.weight":
-            embedding = name.removesuffix("lm_head.weight") + "wte.weight"
-            if not np.array_equal(tensors[name], tensors.get(embedding, 0)):
+            embedding = "wte.weight" if "wte.weight" in tensors else "transformer.wte.weight"
+            if not np.array_equal(tensors[name], tensors[embedding]):
                 raise ValueError("its head lm_head.weight is not the token embedding")
         elif short in table:
             ours = table[short]

@@ -106,6 +106,12 @@ def test_names_without_prefix_masks_and_a_tied_head_are_read(tmp_path, model_and
     assert_same_weights(copied(tmp_path, tensors), model_and_tokenizer[0])
 
 
+def test_a_tied_head_beside_names_with_the_prefix_is_read(tmp_path, model_and_tokenizer):
+    tensors = dict(checkpoint.read_safetensors(FOLDER / "model.safetensors"))
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    assert_same_weights(copied(tmp_path, tensors), model_and_tokenizer[0])
+
+
 def test_half_precision_stays(tmp_path, model_and_tokenizer):
     theirs = checkpoint.read_safetensors(FOLDER / "model.safetensors")
     tensors = {name: array.astype(np.float16) for name, array in theirs.items()}
@@ -115,7 +121,8 @@ def test_half_precision_stays(tmp_path, model_and_tokenizer):
 
 def test_a_head_of_its_own_and_a_strange_tensor_are_refused(tmp_path):
     tensors = dict(checkpoint.read_safetensors(FOLDER / "model.safetensors"))
-    with pytest.raises(ValueError, match=r"lm_head\.weight is not the token embedding"):
+    error = r"model\.safetensors: its head lm_head\.weight is not the token embedding"
+    with pytest.raises(ValueError, match=error):
         head = {"lm_head.weight": tensors["transformer.wte.weight"] + 1}
         checkpoint.load(copied(tmp_path / "head", tensors | head))
     with pytest.raises(ValueError, match=r"no tensor 'transformer\.h\.2\.ln_1\.bias'"):

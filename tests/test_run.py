@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import DATA
 from test_train import ROOT, assert_error
 
+import checkpoint
+import gpt_burn
 import run
 
 REFERENCE = DATA / "gpt_burn_114k"
@@ -65,6 +68,12 @@ def change_config(path: Path, **settings) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
+def make_a_weight_infinite(path: Path) -> None:
+    weights = gpt_burn.read_record(path / "model.mpk")
+    weights["norm.beta"][5] = np.inf
+    checkpoint.write_safetensors(path / "model.safetensors", weights)
+
+
 def truncate(path: Path) -> None:
     data = (path / "model.mpk").read_bytes()
     (path / "model.mpk").write_bytes(data[: len(data) // 2])
@@ -97,6 +106,7 @@ def claim_a_million_million_elements(path: Path) -> None:
         (lambda path: change_config(path, n_heads=0), ["config.json", "n_heads"]),
         (lambda path: change_config(path, d_model=10**6, n_heads=1), ["config.json", "model.mpk"]),
         (lambda path: change_config(path, context_length=10**12), ["config.json", "model.mpk"]),
+        (make_a_weight_infinite, ["model.safetensors", "norm.beta", "not finite"]),
         (claim_a_million_million_elements, ["model.safetensors is truncated or corrupt"]),
     ],
 )
@@ -119,6 +129,7 @@ def test_a_model_that_cannot_be_read_is_one_line_that_says_why(call, tmp_path, d
         ([REFERENCE, "--temperature", "-1"], 2, ["--temperature", "'-1'"]),
         ([REFERENCE, "--temperature", "nan"], 2, ["--temperature", "'nan'"]),
         ([REFERENCE, "--stride", "0"], 2, ["--stride", "'0'"]),
+        ([REFERENCE, "--stride", "65"], 1, ["a stride of 65 is beyond the context of 64"]),
         ([REFERENCE, "-s", "-1"], 2, ["-s/--seed", "'-1'"]),
         ([REFERENCE, "-h"], 2, ["-h"]),
         ([REFERENCE, "other"], 2, ["other"]),
