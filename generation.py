@@ -48,13 +48,16 @@ class Generator:
     ) -> Iterator[np.ndarray]:
         """Yields the new ids (batch,) one by one; ids (batch, time) are the prompts.
 
-        `choose` takes logits (batch, vocab_size) and returns ids (batch,).
+        `choose` takes logits (batch, vocab_size) and returns ids (batch,). ValueError where
+        logits are not finite.
         """
         window, n_cached = ids[:, -self.context_length :], 0
         for _ in range(n_new_tokens):
             if window.shape[1] > self.context_length:
                 window, n_cached = window[:, self.stride :], 0
             logits, n_cached = self._next(window, n_cached), window.shape[1]
+            if not np.isfinite(logits).all():
+                raise ValueError("the model's logits are not finite: its weights are far too large")
             new = choose(logits)
             yield new
             window = np.concatenate([window, new[:, None]], axis=1)

@@ -235,6 +235,12 @@ def test_two_texts_with_the_cache_equal_those_without(sharp_model, whole_window,
     assert np.array_equal(list(new), expected)
 
 
+def test_weights_too_large_for_finite_logits_are_refused(sharp_model):
+    weights = {name: 1e30 * p.numpy() for name, p in sharp_model.parameters().items()}
+    with pytest.raises(ValueError, match="logits are not finite"):
+        next(Generator(GPT(TINY, weights))(np.zeros((1, 1), np.int32), 1, lambda _: 0))
+
+
 # --- sampling ---
 
 
