@@ -3,15 +3,13 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from tinygrad import Device
-
-import cpu  # noqa: F401 - it has to know of the CPU device before that opens
+from backend import devices
 
 USER_ERRORS = (OSError, ValueError, MemoryError)  # what a user can get wrong, or a machine
-BACKENDS = ("CPU", "CUDA", "NV", "METAL", "AMD", "CL", "WEBGPU")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -40,11 +38,11 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument("--help", action="help", help="show this help")
 
     def format_help(self) -> str:
-        usable = [name for name in BACKENDS if open_error(name) is None]
-        others = [name for name in BACKENDS if name not in usable]
+        usable = devices.usable()
+        others = [name for name in devices.BACKENDS if name not in usable]
         self.epilog = (
             f"The environment variable DEV chooses the backend. These open here: "
-            f"{', '.join(usable)}; these do not: {', '.join(others)}. Now: {Device.DEFAULT}."
+            f"{', '.join(usable)}; these do not: {', '.join(others)}. Now: {devices.in_use()}."
         )
         return super().format_help()
 
@@ -69,24 +67,6 @@ def number(kind: type, lowest: float, below: float = float("inf")) -> Callable:
     return parse
 
 
-def open_error(backend: str) -> str | None:
-    """Why the backend does not open; None if it does."""
-    try:
-        Device[backend]
-    except Exception as error:  # whatever the driver's loader raises
-        return " ".join(str(error).split())[:100] or type(error).__name__
-    return None
-
-
-def check_backend() -> None:
-    """ValueError if the backend that DEV names does not open."""
-    if reason := open_error(Device.DEFAULT):
-        usable = [name for name in BACKENDS if open_error(name) is None]
-        raise ValueError(
-            f"DEV={Device.DEFAULT} does not open here ({reason}); these do: {', '.join(usable)}"
-        )
-
-
 def run(main: Callable[[], int | None]) -> None:
     """Ends the process with what `main` returns; what a user can get wrong is a line on stderr."""
     try:
@@ -94,12 +74,15 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # python run.py ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except USER_ERRORS as error:
-        sys.exit(f"error: {error_line(error)}")
+        sys.exit(f"error: {explain(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def error_line(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
+    """One line, or for what is a fault of ours the whole traceback."""
+    if not isinstance(error, USER_ERRORS):
+        return "".join(traceback.format_exception(error))
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}"

@@ -6,9 +6,9 @@ import numpy as np
 from tinygrad import Tensor, Variable
 from tinygrad.nn.state import get_parameters
 
-from capture import captured
+from backend.capture import captured
+from backend.memory import get, put
 from gpt_tiny import GPT, KeyValueCache
-from memory import get, put
 
 
 class Generator:

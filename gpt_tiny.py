@@ -1,4 +1,4 @@
-"""A GPT, whole: the model, its loss, its optimizer, and what it remembers while it generates text.
+"""A GPT, whole: the model, its loss, and what it remembers while it generates text.
 
 Read it from the top: the GPT first, its parts after.
 """
@@ -11,9 +11,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from cpu import einsum  # its import also prepares the CPU backend
-from lookup import look_up
-from memory import zeros
+from backend import einsum, look_up, zeros
 
 
 @dataclass(frozen=True)
@@ -242,43 +240,6 @@ def initial_weights(config: GPTConfig, seed: int) -> dict[str, np.ndarray]:
         normal = rng.standard_normal(parameter.shape, np.float32)
         weights[name] = np.multiply(normal, deviation, out=normal)
     return weights
-
-
-class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2017), on every parameter alike."""
-
-    def __init__(
-        self,
-        parameters: list[Tensor],
-        beta_1: float = 0.9,
-        beta_2: float = 0.999,
-        epsilon: float = 1e-5,
-        weight_decay: float = 1e-4,
-    ):
-        self.parameters = parameters
-        self.beta_1, self.beta_2 = beta_1, beta_2
-        self.epsilon, self.weight_decay = epsilon, weight_decay
-        self.moments_1, self.moments_2 = ([zeros(*p.shape) for p in parameters] for _ in range(2))
-
-    def rates(self, learning_rate: float, number: int) -> list[float]:
-        """What `step` needs for the update with this number, counted from 1."""
-        return [
-            learning_rate,
-            1 / (1 - self.beta_1**number),  # the moments start at 0: these undo the bias of that
-            1 / (1 - self.beta_2**number),
-        ]
-
-    def step(self, gradients: list[Tensor], rates: Tensor) -> None:
-        """Updates the parameters in place; `rates` (3,) holds the numbers of the method above."""
-        learning_rate, unbias_1, unbias_2 = rates.split(1)
-        for p, m, v, g in zip(
-            self.parameters, self.moments_1, self.moments_2, gradients, strict=True
-        ):
-            m.assign(self.beta_1 * m + (1 - self.beta_1) * g)
-            v.assign(self.beta_2 * v + (1 - self.beta_2) * g.square())
-            update = m * unbias_1 / ((v * unbias_2).sqrt() + self.epsilon)
-            p.assign(p - learning_rate * (update + self.weight_decay * p))
-        Tensor.realize(*self.parameters, *self.moments_1, *self.moments_2)
 
 
 class KeyValueCache:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoint
 import command_line
+from backend import devices
 from command_line import bold, number
 from generation import Generator, sample
+from models import checkpoint
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,7 +47,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    command_line.check_backend()
+    devices.check()
+    if sys.stderr.isatty():
+        print(f"device: {devices.in_use()}", file=sys.stderr)
     model, tokenizer = checkpoint.load(arguments.model_path)
     generator = Generator(model, arguments.n_samples, arguments.stride)
     rng = np.random.default_rng(arguments.seed)

@@ -4,12 +4,12 @@ import json
 import math
 from dataclasses import replace
 
+import gpt_burn
 import numpy as np
 import pytest
 from conftest import DATA, greedy
 from tinygrad import Tensor, TinyJit, dtypes
 
-import gpt_burn
 from generation import Generator, sample
 from gpt_tiny import GPT, AdamW, Dropout, GPTConfig, hash_32, initial_weights
 

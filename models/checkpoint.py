@@ -20,11 +20,16 @@ from pathlib import Path
 
 import numpy as np
 
-import gpt2
-import gpt_burn
 import tokenizers
-from arrays import MAX_JSON_BYTES, LazyArrays, parse_json, read_safetensors, write_safetensors
 from gpt_tiny import GPT, GPTConfig
+from models import gpt2, gpt_burn
+from models.safetensors import (
+    MAX_JSON_BYTES,
+    LazyArrays,
+    parse_json,
+    read_safetensors,
+    write_safetensors,
+)
 
 WEIGHT_FILES = ("model.safetensors", "model.mpk")
 MODEL_FILES = ("config.json", *WEIGHT_FILES, "training.json", "optimizer.safetensors")
@@ -123,14 +128,19 @@ def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping
 
 def take_finite(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarray:
     """An array in at most float32; ValueError if it holds NaN or what is infinite there."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        array = arrays[name]
-        if array.dtype == np.float64:
+    array = arrays[name]
+    if array.dtype == np.float64:
+        with np.errstate(over="ignore"):
             array = array.astype(np.float32)
-        # the sum, which is quick, is finite unless a number is not, or all together are too large
-        if not np.isfinite(array.sum(dtype=np.float32)) and not np.isfinite(array).all():
-            raise ValueError(f"{path}: the tensor {name} holds numbers that are not finite")
+    if not is_finite(array):
+        raise ValueError(f"{path}: the tensor {name} holds numbers that are not finite")
     return array
+
+
+def is_finite(array: np.ndarray) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        # the sum, which is quick, is finite unless a number is not, or all together are too large
+        return bool(np.isfinite(array.sum(dtype=np.float32)) or np.isfinite(array).all())
 
 
 def save(

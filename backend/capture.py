@@ -21,7 +21,8 @@ from tinygrad.engine.realize import get_call_arg_uops, get_call_outs_ins
 from tinygrad.helpers import ContextVar
 from tinygrad.uop.ops import Ops
 
-import cpu
+from backend.blas import blas, blas_addresses
+from backend.compiler import processor
 
 N_KEPT = 32  # files of a few MB each
 FIRST_PLACE = 10_000  # numbers of the places of the state's buffers: those of arguments are small
@@ -41,7 +42,7 @@ def captured(
     device = state[0].device
     path = None
     if device.startswith("CPU"):  # where it is tested
-        state = [tensor.uop.base for tensor in (*state, *cpu.blas_addresses(device))]
+        state = [tensor.uop.base for tensor in (*state, *blas_addresses(device))]
         shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in state]
         path = cache_folder() / fingerprint(function.__qualname__, key, limits, shapes)
         with contextlib.suppress(Exception):  # to begin with: there is none
@@ -110,16 +111,23 @@ def read_first(linear: UOp) -> Iterator[UOp]:
             written.update(arguments[i] for i in outs)
 
 
+def sources() -> list[bytes]:
+    """The program's: the modules beside this package, and those in the packages there."""
+    root = Path(__file__).parents[1]
+    folders = [root, *(path.parent for path in root.glob("*/__init__.py"))]
+    return [path.read_bytes() for folder in sorted(folders) for path in sorted(folder.glob("*.py"))]
+
+
 def fingerprint(*parts: object) -> str:
     """A hash of the parts and of all else that a captured jit depends on."""
-    sources = sorted(Path(tinygrad.__file__).parent.rglob("*.py"))
+    tinygrads = sorted(Path(tinygrad.__file__).parent.rglob("*.py"))
     parts += (
-        [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))],
-        [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sources],
+        sources(),
+        [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in tinygrads],
         [(name, repr(variable.value)) for name, variable in sorted(ContextVar._cache.items())],
         Device["CPU"].renderer.compiler.cachekey,
-        cpu.blas() and cpu.blas().integer,  # another numpy, another BLAS
-        (sys.version, platform.platform(), cpu.processor()),
+        blas() and blas().integer,  # another numpy, another BLAS
+        (sys.version, platform.platform(), processor()),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

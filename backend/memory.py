@@ -1,7 +1,7 @@
 """Memory: zeros, copies, and tensors side by side, which one kernel or one message serves all."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from tinygrad import Device, Tensor
@@ -44,45 +44,30 @@ class Flat:
 
     On the CPU `whole` is one tensor (n,) over the memory of the parts; elsewhere, where not every
     backend has parts of a buffer, it is the parts. tinygrad does not know that they are the same:
-    realise what is written to one before the other is read.
+    realise what is written to one before the other is read. `tensors` are those of both.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]):
         self.shapes = list(shapes)
-        sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in self.shapes]
-        self.starts = [0, *np.cumsum(sizes).tolist()]
         self.is_one = Device.DEFAULT.startswith("CPU")
-        if self.is_one:
-            self.array = aligned_zeros(self.starts[-1])
-            self.parts = [
-                Tensor.from_blob(part.ctypes.data, part.shape) for part in self.split([self.array])
-            ]
-            self.whole = [Tensor.from_blob(self.array.ctypes.data, self.array.shape)]
-        else:
-            self.whole = self.parts = [zeros(*shape) for shape in self.shapes]
-
-    def split(self, whole: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The arrays of the parts, from arrays laid out as `whole`."""
         if not self.is_one:
-            return list(whole)
-        return [
-            whole[0][start : start + math.prod(shape)].reshape(shape)
-            for start, shape in zip(self.starts, self.shapes, strict=False)
+            self.tensors = self.whole = self.parts = [zeros(*shape) for shape in self.shapes]
+            return
+        sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in self.shapes]
+        self.array = aligned_zeros(sum(sizes))
+        ends = np.cumsum(sizes).tolist()
+        self.arrays = [
+            part[: math.prod(shape)].reshape(shape)
+            for part, shape in zip(np.split(self.array, ends[:-1]), self.shapes, strict=True)
         ]
-
-    def join(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Arrays laid out as `whole`, from those of the parts."""
-        if not self.is_one:
-            return list(parts)
-        whole = np.zeros(self.starts[-1], np.float32)
-        for place, part in zip(self.split([whole]), parts, strict=True):
-            place[...] = part
-        return [whole]
+        self.parts = [Tensor.from_blob(part.ctypes.data, part.shape) for part in self.arrays]
+        self.whole = [Tensor.from_blob(self.array.ctypes.data, self.array.shape)]
+        self.tensors = [*self.parts, *self.whole]
 
     def read(self) -> list[np.ndarray]:
         """The values of the parts; on the CPU not a copy."""
-        return self.split([self.array] if self.is_one else [get(part) for part in self.parts])
+        return self.arrays if self.is_one else [get(part) for part in self.parts]
 
-    def write(self, parts: Sequence[np.ndarray]) -> None:
+    def write(self, parts: Iterable[np.ndarray]) -> None:
         for place, part in zip(self.parts, parts, strict=True):
             put(place, part.astype(np.float32, copy=False))

@@ -13,16 +13,17 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from traceback import print_exception
 
 import numpy as np
 from tinygrad import Device
 from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, Target
 
-from command_line import USER_ERRORS, error_line
-from memory import Flat, get, put
+from backend import devices
+from backend.capture import sources
+from backend.memory import Flat, get, put
 
 # what the launchers of MPICH, Intel MPI, Open MPI and Slurm tell a rank
 UNDER_MPI = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
@@ -35,7 +36,9 @@ class World:
 
     rank, size = 0, 1
 
-    def __init__(self):
+    def __init__(self, explain: Callable[[BaseException], str] = str):
+        """`explain` says in words what an error of this rank is."""
+        self.explain = explain
         self.columns = int(os.environ.get(COLUMNS, 0)) or None
         self.is_under_mpi = any(name in os.environ for name in UNDER_MPI)
         if not self.is_under_mpi:
@@ -51,8 +54,7 @@ class World:
 
     def take_device(self, of_machine) -> None:
         """A device of its own for each rank of a machine, and its share of the machine's cores."""
-        backend = Device.DEFAULT.split(":")[0]
-        DEV.value = [Target(f"{backend}:{of_machine.rank}"), *DEV.value]
+        DEV.value = [Target(f"{devices.in_use()}:{of_machine.rank}"), *DEV.value]
         cores = set().union(*of_machine.allgather(usable_cores()))
         NUM_CPU_THREADS.value = PARALLEL.value = max(1, len(cores) // of_machine.size)
 
@@ -122,19 +124,15 @@ class World:
         if self.rank > 0:  # rank 0 has most errors, too, and the first say
             threading.Event().wait(2)
         where = f"rank {self.rank} on {socket.gethostname()}: " if self.rank else ""
-        if isinstance(error, USER_ERRORS):
-            print(f"error: {where}{error_line(error)}", file=sys.__stderr__, flush=True)
-        else:
-            print_exception(error, file=sys.__stderr__)
+        print(f"error: {where}{self.explain(error)}", file=sys.__stderr__, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would say more
         self.ranks.Abort(1)
 
 
 def code() -> str:
     """A hash of the project, and of the versions under it."""
-    files = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     versions = [version(name) for name in ("tinygrad", "numpy")]
-    return hashlib.sha256(repr((files, versions)).encode()).hexdigest()
+    return hashlib.sha256(repr((sources(), versions)).encode()).hexdigest()
 
 
 def usable_cores() -> set[int]:
@@ -147,7 +145,7 @@ def count_workers(text: str) -> int:
     """The number that --workers names; `auto` is one for each device or physical core."""
     if text != "auto":
         return int(text)
-    backend = Device.DEFAULT.split(":")[0]
+    backend = devices.in_use()
     if backend == "CPU":
         siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
         with contextlib.suppress(OSError):
@@ -171,7 +169,7 @@ def mpiexec(n_workers: int) -> list[str]:
         program = None
     if program is None:
         raise ValueError(f"--workers {n_workers} needs MPI: pip install '.[mpi]'")
-    is_full = n_workers == len(usable_cores()) and Device.DEFAULT.startswith("CPU")
+    is_full = n_workers == len(usable_cores()) and devices.in_use() == "CPU"
     return [program, *(["-bind-to", "core"] if is_full else []), "-n", str(n_workers)]
 
 

@@ -1,0 +1,15 @@
+"""What tinygrad lacks, for any program: importing this package is enough to have it.
+
+Read `devices` (which backend), `blas` (matrix products), `cores`, `compiler` and `cpu` (the CPU as
+a device), then `capture` (jits kept for the next start), `memory` and `lookup`. Nothing here knows
+of a GPT.
+"""
+
+from backend import cpu, devices
+from backend.blas import einsum
+from backend.lookup import look_up
+from backend.memory import zeros
+
+__all__ = ["cpu", "devices", "einsum", "look_up", "zeros"]
+
+devices.choose()

@@ -1,0 +1,192 @@
+"""Matrix products: `einsum`, on every backend; on the CPU by the BLAS that numpy brings."""
+
+import ctypes
+import functools
+import math
+import os
+
+from tinygrad import Tensor, UOp, dtypes
+from tinygrad.dtype import DType
+from tinygrad.helpers import NUM_CPU_THREADS, ContextVar
+from tinygrad.uop.ops import AxisType, KernelInfo
+
+from backend.cores import MIN_SHARED_WORK, largest_divisor
+
+PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")
+
+
+def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
+    """`Tensor.einsum` for two tensors, by BLAS (in float32) where they are on the CPU.
+
+    Another PRODUCT_DTYPE, "bfloat16", is what operands are rounded to, in the gradients as well;
+    sums stay in float32. The environment variable BLAS=0 leaves the CPU's products to tinygrad.
+    """
+    if PRODUCT_DTYPE.value != "float32":
+        a, b = (x.cast(PRODUCT_DTYPE.value) for x in (a, b))
+    calls_blas = a.device.startswith("CPU") and blas() is not None
+    if calls_blas:
+        a, b = (x.cast(dtypes.float32) for x in (a, b))
+    operands, letters_c = spec.split("->")
+    letters = (*operands.split(","), letters_c)
+    _, *sides = _sizes(letters, a, b)
+    if sides[0] == 1 and sides.count(1) == 1:
+        # no more than reading b once, which a plain loop does best, also in float16
+        return Tensor.einsum(spec, a, b, dtype=dtypes.float32)
+    a, b = a.contiguous(), b.contiguous()  # stored: a product reads an operand again and again
+    if not calls_blas:
+        return Tensor.einsum(spec, a, b, dtype=dtypes.float32).contiguous_backward()
+    sizes = dict(zip(operands.replace(",", ""), a.shape + b.shape, strict=True))
+    c = Tensor.empty(*[sizes[letter] for letter in letters_c], device=a.device)
+    address = blas_address(a.device)
+    return Tensor(_product(c.uop, a.uop, b.uop, address.uop, letters))
+
+
+def _product(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str]) -> UOp:
+    """c, holding the product of a and b. The gradients are two more such products."""
+    letters_a, letters_b, letters_c = letters
+    _, *sides = _sizes(letters, a, b)
+
+    def gradient(of_c: UOp, call: UOp) -> tuple:
+        # The address is the one among the call's own sources: within a traced function a captured
+        # one would be another, empty buffer.
+        _, _, a, b, address = call.src
+        of_a, of_b = (UOp.new_buffer(x.device, x.numel(), x.dtype).reshape(x.shape) for x in (a, b))
+        if 1 in sides:  # behind a norm over one value it is a constant, which has no memory
+            of_c = of_c.contiguous()
+        of_a = _product(of_a, of_c, b, address, (letters_c, letters_b, letters_a))
+        of_b = _product(of_b, of_c, a, address, (letters_c, letters_a, letters_b))
+        return None, of_a, of_b, None
+
+    kernel = functools.partial(_sgemm_kernel, letters=letters)
+    return UOp.custom_kernel(c, a, b, address, fxn=kernel, grad_fxn=gradient)[0]
+
+
+def _groups(letters: tuple[str, str, str]) -> tuple[list[str], ...]:
+    """The letters of the batches, of c's rows and columns, and of the sums."""
+    letters_a, letters_b, letters_c = letters
+    return (
+        [x for x in letters_c if x in letters_a and x in letters_b],
+        [x for x in letters_c if x not in letters_b],
+        [x for x in letters_c if x not in letters_a],
+        [x for x in letters_a if x in letters_b and x not in letters_c],
+    )
+
+
+def _sizes(letters: tuple[str, str, str], a: UOp, b: UOp) -> tuple[int, ...]:
+    """The numbers of batches, of c's rows and columns, and of the terms of a sum."""
+    sizes = dict(zip(letters[0] + letters[1], a.shape + b.shape, strict=True))
+    return tuple(math.prod(sizes[x] for x in group) for group in _groups(letters))
+
+
+class _Matrix:
+    """The matrices of a tensor as BLAS sees them, each stored row by row or, transposed, column by
+    column, with a step from one of these to the next; `offset` is where one begins."""
+
+    def __init__(self, tensor: UOp, letters: str, rows: list[str], columns: list[str]):
+        self.numbers, self.offset = tensor.flatten(), UOp.const(0, dtypes.weakint)
+        self.strides = {x: math.prod(tensor.shape[i + 1 :]) for i, x in enumerate(letters)}
+        # the letters of a group lie beside one another in memory, so that the last stands for all
+        self.is_transposed = self.strides[columns[-1]] != 1
+        stored, along = (columns, rows) if self.is_transposed else (rows, columns)
+        length = math.prod(tensor.shape[letters.index(x)] for x in along)
+        self.step = max(self.strides[stored[-1]], length)  # a single row may have any stride
+
+    def skip_rows(self, n: UOp) -> None:
+        self.offset += n * (1 if self.is_transposed else self.step)
+
+    def skip_columns(self, n: UOp) -> None:
+        self.offset += n * (self.step if self.is_transposed else 1)
+
+
+def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str]) -> UOp:
+    """Calls BLAS once for each batch; the cores share the batches or, in one batch, the rows or the
+    columns, whichever are more: BLAS repacks the other operand on each core."""
+    letters_a, letters_b, letters_c = letters
+    batches, rows, columns, summed = _groups(letters)
+    n_batches, m, n, k = _sizes(letters, a, b)
+    if letters_c[-1] in rows:  # BLAS writes along rows: (a b)' = b' a'
+        a, b, letters_a, letters_b = b, a, letters_b, letters_a
+        rows, columns, m, n = columns, rows, n, m
+    sizes = dict(zip(letters_c, c.shape, strict=True))
+    batches.sort(key=lambda x: -largest_divisor(sizes[x], NUM_CPU_THREADS.value))  # 1 text: heads
+    shared = sizes[batches[0]] if batches else max(m, n)
+    n_cores = largest_divisor(shared, NUM_CPU_THREADS.value)
+    if n_batches * m * n * k < MIN_SHARED_WORK:
+        n_cores = 1
+
+    a = _Matrix(a, letters_a, rows, summed)
+    b = _Matrix(b, letters_b, summed, columns)
+    c = _Matrix(c, letters_c, rows, columns)
+    ranges = [core := UOp.range(n_cores, 0, AxisType.THREAD)]
+    for number, letter in enumerate(batches, 1):
+        n_indices = sizes[letter] // (n_cores if number == 1 else 1)
+        ranges.append(index := UOp.range(n_indices, number))
+        if number == 1:
+            index = core * n_indices + index
+        for matrix in (a, b, c):
+            matrix.offset += index * matrix.strides[letter]
+    if not batches and m >= n:
+        m //= n_cores
+        a.skip_rows(core * m)
+        c.skip_rows(core * m)
+    elif not batches:
+        n //= n_cores
+        b.skip_columns(core * n)
+        c.skip_columns(core * n)
+    call = _call_sgemm(address, (m, n, k), a, b, c)
+    name = "sgemm_" + "_".join(letters)
+    return call.end(*ranges).sink(arg=KernelInfo(name=name, opts_to_apply=()))
+
+
+def _call_sgemm(address: UOp, sizes: tuple[int, int, int], a: _Matrix, b: _Matrix, c: _Matrix):
+    """cblas_sgemm: c = 1 a b + 0 c, of row-major matrices (101), transposed (112) or not (111)."""
+    m, n, k, *steps = (UOp.const(x, blas().integer) for x in (*sizes, a.step, b.step, c.step))
+    order, flag_a, flag_b = (
+        UOp.const(x, dtypes.int32) for x in (101, 111 + a.is_transposed, 111 + b.is_transposed)
+    )
+    alpha, beta = (UOp.const(x, dtypes.float32) for x in (1.0, 0.0))
+    (at_a, step_a), (at_b, step_b), (at_c, step_c) = (
+        (x.numbers[x.offset], step) for x, step in zip((a, b, c), steps, strict=True)
+    )
+    arguments = (order, flag_a, flag_b, m, n, k, alpha, at_a, step_a, at_b, step_b, beta)
+    return address[0].load().call(*arguments, at_c, step_c, ret_dtype=dtypes.void)
+
+
+class Blas:
+    """The BLAS that numpy was built with: OpenBLAS, MKL or Accelerate."""
+
+    def __init__(self):
+        import numpy
+
+        # Symbols are looked for in what this module was linked with, too.
+        library = ctypes.CDLL(numpy._core._multiarray_umath.__file__)
+        names = ["scipy_{}64_", "{}64_", "scipy_{}", "{}"]
+        name = next(name for name in names if hasattr(library, name.format("cblas_sgemm")))
+        self.integer: DType = dtypes.int64 if "64" in name else dtypes.int32
+        sgemm = getattr(library, name.format("cblas_sgemm"))
+        self.sgemm: int = ctypes.cast(sgemm, ctypes.c_void_p).value
+        # A kernel runs on all cores already, each of which calls BLAS for its share.
+        for setter in (name.format("openblas_set_num_threads"), "MKL_Set_Num_Threads"):
+            if hasattr(library, setter):
+                getattr(library, setter)(1)
+
+
+@functools.cache
+def blas() -> Blas | None:
+    if os.environ.get("BLAS") == "0":
+        return None
+    try:
+        return Blas()
+    except (StopIteration, OSError):
+        return None
+
+
+@functools.cache
+def blas_address(device: str) -> Tensor:
+    """A buffer that holds the address of `sgemm`: unlike the code, it may change with each run."""
+    return Tensor([blas().sgemm], dtype=dtypes.uint64, device=device).realize()
+
+
+def blas_addresses(device: str) -> list[Tensor]:
+    """The buffer of `blas_address`, if products on the device go through BLAS."""
+    return [blas_address(device)] if blas() is not None else []

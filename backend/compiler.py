@@ -1,0 +1,109 @@
+"""The C compiler: `CC`, a clang on the PATH, or the one that the package ziglang carries."""
+
+import atexit
+import contextlib
+import functools
+import hashlib
+import multiprocessing
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import tinygrad.engine.worker as worker
+from tinygrad import Device
+from tinygrad.helpers import PARALLEL
+from tinygrad.runtime.support.compiler_cpu import ClangCompiler
+
+# Clang vectorises a sum only with leave to reorder it. -ffast-math as a whole would also take
+# infinities and NaN for impossible. -O3 takes longer to compile, for code that is no faster.
+FLAGS = (
+    "-O2 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math"
+)
+# What tinygrad writes is C with clang's vectors.
+PROBE = "typedef float f4 __attribute__((ext_vector_type(4))); f4 f(f4 x) { return x + x.wzyx; }"
+
+
+class CPUCompiler(ClangCompiler):
+    """tinygrad's ClangCompiler, with flags of our own and any clang that there is."""
+
+    def __init__(self, arch: list[str]):
+        super().__init__(arch)
+        self.command = self.find()
+        # tinygrad's cache of compiled kernels knows only their source
+        key = hashlib.sha256(" ".join([*self.command, FLAGS]).encode()).hexdigest()[:16]
+        self.cachekey = f"{self.cachekey}_{key}" if self.cachekey else None
+
+    def compile(self, src: str) -> bytes:
+        return self.call(self.command, src)
+
+    def call(self, command: list[str], source: str) -> bytes:
+        target = f"--target={self.arch}-none-unknown-elf"
+        freestanding = [
+            "-c",
+            "-x",
+            "c",
+            "-fPIC",
+            "-ffreestanding",
+            "-nostdlib",
+            "-fno-ident",
+            target,
+        ]
+        command = [*command, *freestanding, *self.args, *FLAGS.split(), "-", "-o", "-"]
+        run = subprocess.run(command, input=source.encode(), capture_output=True)
+        if run.returncode:
+            raise ValueError(f"{command[0]} does not compile: {run.stderr.decode()[:300]}")
+        return run.stdout
+
+    def find(self) -> list[str]:
+        """The command of a working compiler: CC, a clang on the PATH, or ziglang's."""
+        for command in (os.environ.get("CC"), shutil.which("clang")):
+            try:
+                if command:
+                    self.call(words := shlex.split(command), PROBE)
+                    return words
+            except (OSError, ValueError):
+                print(f"warning: {command} can't compile what tinygrad writes", file=sys.stderr)
+        try:
+            import ziglang
+        except ImportError:
+            raise ValueError(
+                "no C compiler: pip install ziglang, or put a clang on the PATH"
+            ) from None
+        return [str(Path(ziglang.__file__).parent / "zig"), "clang"]
+
+
+@functools.cache
+def forked_pool():
+    pool = multiprocessing.get_context("fork").Pool(PARALLEL.value, start_worker)
+    atexit.register(pool.terminate)
+    return pool
+
+
+def start_worker() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's is for train.py
+    worker._init_worker()
+
+
+tinygrads_pool = worker.get_worker_pool
+
+
+def compiling_processes():
+    """The pool that compiles kernels, or None. tinygrad starts processes anew, which import all
+    that this one has imported; without a GPU in use, which no fork survives, they can be forks."""
+    if multiprocessing.current_process().daemon or PARALLEL.value < 2:
+        return None
+    can_fork = sys.platform == "linux" and Device.DEFAULT.startswith("CPU")
+    return forked_pool() if can_fork else tinygrads_pool()
+
+
+def processor() -> str:
+    """What tells this machine's processor from others that the same code may not run on."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return " ".join(sorted({x for x in lines if x.startswith(("model name", "flags"))}))
+    return platform.processor()

@@ -1,0 +1,159 @@
+"""All cores of a CPU: loops that they share, and lists of kernels that they run together."""
+
+import ctypes
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import tinygrad.runtime.ops_cpu as ops_cpu
+from tinygrad import Device, UOp
+from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
+from tinygrad.device import TinyELF
+from tinygrad.engine.jit import GraphRunner
+from tinygrad.helpers import NUM_CPU_THREADS
+from tinygrad.uop.ops import AxisType, Ops
+
+MIN_SHARED_WORK = 1 << 14  # element operations; with fewer, waking a core costs more than it gives
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
+
+
+def plain_loops(kernel):
+    """Leaves loops as they are: clang vectorises them better than tinygrad unrolls them."""
+    kernel = kernel.copy()
+    # A sum down the columns of a matrix: clang can't swap the loops, so sum 8 columns at once.
+    for axis in columns_summed(kernel)[-1:]:
+        width = largest_divisor(kernel.full_shape[axis], 8)
+        if width > 1:
+            try_optimization(kernel, Opt(OptOps.UPCAST, axis, width))
+
+    if all(isinstance(n, int) for n in kernel.full_shape):
+        if math.prod(kernel.full_shape) < MIN_SHARED_WORK:
+            return kernel
+        for axis in kernel.axes_of(AxisType.WEAK):
+            n_cores = largest_divisor(kernel.full_shape[axis], NUM_CPU_THREADS.value)
+            if n_cores > 1 and try_optimization(kernel, Opt(OptOps.THREAD, axis, n_cores)):
+                break
+    return kernel
+
+
+def columns_summed(kernel) -> list[int]:
+    """The axes along the rows of the largest matrix, if the kernel sums it down its columns."""
+    summed = kernel.ranges_of(AxisType.REDUCE)
+    matrices = [
+        buffer for buffer in kernel.bufs if any(r in buffer.src[1].get_idx().ranges for r in summed)
+    ]
+    if not matrices:
+        return []
+    index = max(matrices, key=lambda buffer: buffer.src[0].max_numel()).src[1].get_idx()
+    steps_of_1 = list(index.split_uop(Ops.ADD))
+    if any(range_ in steps_of_1 for range_ in summed):
+        return []
+    return [axis for axis in kernel.axes_of(AxisType.WEAK) if kernel.rngs[axis] in steps_of_1]
+
+
+def try_optimization(kernel, optimization: Opt) -> bool:
+    try:
+        kernel.apply_opt(optimization)
+        return True
+    except KernelOptError:
+        return False
+
+
+# Of each kernel, `words` holds its address, in how many shares it comes, which of its arguments is
+# the number of the share, how many arguments it has, and these. Every core runs the whole list.
+RUN_KERNELS = """
+typedef unsigned long long word;
+typedef void kernel_8(word, word, word, word, word, word, word, word);
+typedef void kernel_64(PARAMETERS);
+void run_kernels(word *words, word n_kernels, word core, word n_cores, word *arrived,
+                 int (*yield)(void)) {
+  for (word i = 1; i <= n_kernels; i++) {
+    word kernel = words[0], n_sharing = words[1], share_argument = words[2], n = words[3], a[64];
+    words += 4;
+    for (word share = core; share < n_sharing; share += n_cores) {
+      for (word j = 0; j < n; j++) a[j] = words[j];
+      if (n_sharing > 1) a[share_argument] = share;
+      if (n <= 8) ((kernel_8 *)kernel)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]);
+      else ((kernel_64 *)kernel)(ARGUMENTS);
+    }
+    words += n;
+    __atomic_fetch_add(arrived, 1, __ATOMIC_ACQ_REL);
+    for (word spins = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < i * n_cores; spins++)
+      if (spins > 10000) yield();
+  }
+}
+"""
+RUN_KERNELS = RUN_KERNELS.replace("PARAMETERS", ", ".join(["word"] * 64))
+RUN_KERNELS = RUN_KERNELS.replace("ARGUMENTS", ", ".join(f"a[{i}]" for i in range(64)))
+
+
+class CPUGraph(GraphRunner):
+    """The kernels of a captured jit, one after the other, each on all cores."""
+
+    def __init__(self, linear: UOp, input_uops: tuple[UOp, ...] = ()):
+        super().__init__(linear, input_uops)
+        words, self.input_words, self.variable_words = [], {}, {}
+        for number, (_, program, buffers, device_variables) in enumerate(self.calls):
+            info = program.arg
+            addresses = [buffer._buf.va_addr for buffer in buffers]
+            values = [device_variables.get(variable.expr, 0) for variable in info.vars]
+            core_variable = info.runtimevars.get("core_id")
+            n_sharing = 1 if core_variable is None else info.global_size[0]
+            words += [self.runtimes[number].addr, n_sharing]
+            words += [len(addresses) + (core_variable or 0), len(addresses) + len(values)]
+            for position, i in self.uop_replace[number]:
+                self.input_words[len(words) + position] = i
+            for position, i in self.var_vals_replace.get(number, ()):
+                self.variable_words[len(words) + len(addresses) + position] = self.vars[i]
+            words += addresses + values
+        self.words = (ctypes.c_uint64 * len(words))(*words)
+
+    def __call__(self, input_uops, var_vals, wait=False) -> None:
+        device = self.calls[0][2][0].device
+        addresses = [uop.buffer.get_buf(device).va_addr for uop in input_uops]
+        for word, i in self.input_words.items():
+            self.words[word] = addresses[i]
+        for word, name in self.variable_words.items():
+            self.words[word] = var_vals[name]
+        cores.run_kernels(self.words, len(self.calls))
+
+
+class Cores:
+    """A thread for each core but the caller's, which take part in running lists of kernels."""
+
+    def run_kernels(self, words: ctypes.Array, n_kernels: int) -> None:
+        n_cores, arrived = NUM_CPU_THREADS.value, ctypes.c_uint64(0)
+        arguments = (words, n_kernels), (n_cores, ctypes.byref(arrived), self.yield_core)
+        others = [
+            self.threads.submit(self.function, *arguments[0], core, *arguments[1])
+            for core in range(1, n_cores)
+        ]
+        self.function(*arguments[0], 0, *arguments[1])
+        for other in others:
+            other.result()
+
+    @functools.cached_property
+    def threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(NUM_CPU_THREADS.value, "core")
+
+    @functools.cached_property
+    def function(self):
+        device = Device["CPU"]
+        code = device.renderer.compiler.compile_cached(RUN_KERNELS)
+        self.program = ops_cpu.CPUProgram(
+            device, TinyELF(code, "run_kernels", device.renderer.target, ())
+        )
+        word, pointer = ctypes.c_uint64, ctypes.c_void_p
+        return ctypes.CFUNCTYPE(None, pointer, word, word, word, pointer, pointer)(
+            self.program.addr
+        )
+
+    @functools.cached_property
+    def yield_core(self) -> ctypes.c_void_p:
+        return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p)
+
+
+cores = Cores()

@@ -1,0 +1,46 @@
+"""tinygrad's CPU device with our compiler, loops and all cores: importing this is enough."""
+
+import platform
+
+import tinygrad.codegen.opt.heuristic as heuristic
+import tinygrad.engine.realize as realize
+import tinygrad.runtime.ops_cpu as ops_cpu
+from tinygrad.helpers import getenv
+from tinygrad.renderer import cstyle
+from tinygrad.runtime.support.hcq2 import HCQ2Compiled
+
+from backend.compiler import CPUCompiler, compiling_processes
+from backend.cores import CPUGraph, plain_loops
+
+
+class ClangRenderer(cstyle.ClangRenderer):
+    def __init__(self, target):
+        super().__init__(target)
+        self.compiler = CPUCompiler(target.arch.split(","))
+
+
+class CPUDevice(ops_cpu.CPUDevice):
+    def __init__(self, device: str = ""):
+        if getenv("HCQ2"):
+            super().__init__(device)
+        else:  # the same, less the kernels of HCQ2's queue, which took a third of a second
+            self.workers = []
+            machine = platform.machine().lower()
+            machine = {"amd64": "x86_64", "aarch64": "arm64"}.get(machine, machine)
+            renderers = [ClangRenderer, ops_cpu.CPULLVMRenderer]
+            allocator, arch = ops_cpu.CPUAllocator(self), f"{machine},native"
+            HCQ2Compiled.__init__(self, device, allocator, renderers, ops_cpu.CPUProgram, arch=arch)
+        self.graph = CPUGraph
+
+
+tinygrads_optimizations = heuristic.hand_coded_optimizations
+
+
+def optimizations(kernel):
+    is_ours = isinstance(kernel.ren, ClangRenderer)
+    return plain_loops(kernel) if is_ours else tinygrads_optimizations(kernel)
+
+
+heuristic.hand_coded_optimizations = optimizations
+ops_cpu.ClangRenderer, ops_cpu.CPUDevice = ClangRenderer, CPUDevice
+realize.get_worker_pool = compiling_processes

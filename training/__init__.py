@@ -1,0 +1,5 @@
+"""How a model is trained. Read `settings`, `loop` and `batches` first: they are the algorithm.
+
+`corpus` is what it reads, `optimizers` how it learns, `start` what it begins with; `metrics` shows
+it, `resume` keeps it on disk, `distributed` shares it out. Nothing here knows of a command line.
+"""

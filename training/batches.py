@@ -1,0 +1,118 @@
+"""What a step of training is made of: the plan of its batches, a batch as captured jits, and the
+validation before it."""
+
+from collections.abc import Callable
+
+import numpy as np
+from tinygrad import Context, Tensor, Variable
+
+from backend.capture import captured
+from backend.cores import largest_divisor
+from backend.memory import Flat, get, put, zeros
+from gpt_tiny import Dropout
+from training import corpus
+from training.distributed import World
+from training.optimizers import learning_rate
+from training.state import Training
+
+
+def make_plan(training: Training, rng: np.random.Generator, world: World) -> list[Tensor]:
+    """A row for each batch of the step: this rank's starts of windows and, for each part of the
+    batch, a key for dropout; and the optimizer's rates."""
+    config, step = training.config, training.position.step
+    n_batches, (ids, _) = config.batches_per_step, corpus.split(training.ids)
+    n_starts = len(ids) - config.model.context_length
+    starts = rng.integers(n_starts, size=(n_batches, config.batch_size), dtype=np.int32)
+    # their number must not change what `rng` gives next
+    keys = np.random.default_rng([config.seed, step, 1])
+    keys = keys.integers(2**32, size=(n_batches, config.accumulate * world.size))
+    numbers = range(step * n_batches + 1, (step + 1) * n_batches + 1)
+    rates = [training.optimizer.rates(learning_rate(config, n), n) for n in numbers]
+    plan = (world.part(starts), world.part(keys).astype(np.uint32), np.array(rates, np.float32))
+    return [Tensor(np.ascontiguousarray(array)).realize() for array in plan]
+
+
+def capture_training(training: Training, world: World) -> Callable[..., None]:
+    """One batch as captured jits: it takes the row `batch` of each part of the plan, updates the
+    parameters and the moments, and leaves its loss, of all a share, in `training.losses`."""
+    config, model, parameters = training.config, training.model, training.parameters
+    optimizer, losses, gradients = training.optimizer, training.losses, Flat(parameters.shapes)
+    ids = Tensor(corpus.split(training.ids)[0]).realize()
+    n_parts = config.accumulate
+    part_size = config.batch_size // world.size // n_parts
+
+    def compute(starts: Tensor, keys: Tensor, batch: Variable) -> None:
+        starts, keys = starts[batch].contiguous(), keys[batch].contiguous()
+        total = None
+        for part in range(n_parts):
+            part_starts = starts[part * part_size : (part + 1) * part_size]
+            inputs, targets = windows(ids, part_starts, config.model.context_length)
+            dropout = Dropout(config.model.dropout, keys[part : part + 1])
+            with Context(PRODUCT_DTYPE=config.dtype):
+                loss = model.loss(inputs, targets, dropout) / (n_parts * world.size)
+                of_part = loss.gradient(*parameters.parts)
+            for gradient, more in zip(gradients.parts, of_part, strict=True):
+                gradient.assign(gradient + more if part else more)
+            total = total + loss if part else loss
+            # before the update changes what they depend on, and the next part takes the memory
+            Tensor.realize(total, *gradients.parts)
+        losses[batch].assign(total).realize()
+
+    def update(rates: Tensor, batch: Variable) -> None:
+        optimizer.step(gradients.whole, rates[batch].contiguous())
+
+    def compute_and_update(starts: Tensor, keys: Tensor, rates: Tensor, batch: Variable) -> None:
+        compute(starts, keys, batch)
+        update(rates, batch)
+
+    state = [*parameters.tensors, *gradients.tensors, *optimizer.state, ids, losses]
+    key = (config.model, config.optimizer, config.dtype, n_parts, part_size, world.size)
+    limit = config.batches_per_step - 1
+    if world.size == 1:
+        return captured(compute_and_update, state, key, batch=limit)
+    compute, update = (captured(step, state, key, batch=limit) for step in (compute, update))
+
+    def train_batch(starts: Tensor, keys: Tensor, rates: Tensor, batch: int) -> None:
+        compute(starts, keys, batch=batch)
+        world.sum_parts(gradients)
+        update(rates, batch=batch)
+
+    return train_batch
+
+
+def capture_validation(training: Training, world: World) -> Callable[[np.random.Generator], float]:
+    """A function that draws windows with a random generator and returns their mean loss."""
+    config, model = training.config, training.model
+    ids = Tensor(corpus.split(training.ids)[1]).realize()
+    # no more memory than training takes
+    limit = config.batch_size // config.accumulate // world.size
+    size = largest_divisor(config.validation_size, limit)
+    row, loss = Tensor(np.zeros(size, np.int32)).realize(), zeros(1)
+
+    def validate(starts: Tensor) -> None:
+        inputs, targets = windows(ids, starts, config.model.context_length)
+        with Context(PRODUCT_DTYPE=config.dtype):
+            loss.assign(model.loss(inputs, targets).reshape(1)).realize()
+
+    state = [*model.parameters().values(), ids, loss]
+    validate = captured(validate, state, (config.model, size, config.dtype))
+
+    def validation_loss(rng: np.random.Generator) -> float:
+        n_starts = ids.shape[0] - config.model.context_length
+        starts = rng.integers(n_starts, size=(config.validation_size // size, size))
+        losses = np.zeros(len(starts))
+        for i in range(world.rank, len(starts), world.size):
+            put(row, starts[i].astype(np.int32))
+            validate(row)
+            losses[i] = get(loss).item()
+        return float(world.sum(losses).mean())
+
+    return validation_loss
+
+
+def windows(ids: Tensor, starts: Tensor, context_length: int) -> tuple[Tensor, Tensor]:
+    """starts (batch,) -> the ids from there on, and those one token later: (batch, time) each."""
+    positions = starts.unsqueeze(-1) + Tensor.arange(context_length + 1)
+    with Context(SPLIT_REDUCEOP=0):  # else tinygrad looks an id up by a sum over all of them
+        cut = ids[positions].realize()
+    return cut[:, :-1], cut[:, 1:]

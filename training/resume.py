@@ -1,0 +1,95 @@
+"""A training on disk: a checkpoint with what it takes to go on, in `training.json` (where it
+stands) and `optimizer.safetensors` (its moments)."""
+
+import contextlib
+import json
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import tokenizers
+from gpt_tiny import GPT, GPTConfig
+from models import checkpoint
+from training.optimizers import moment_names
+from training.state import Position, Start, Training
+
+CHECKPOINTS = Path(".data/checkpoints")
+POSITION, OPTIMIZER = "training.json", "optimizer.safetensors"
+
+
+def save(folder: Path, training: Training) -> None:
+    """Keeps the training in a folder; from the one that it was kept in before, the model stays."""
+    weights, picture = training.weights(), training.config.picture()
+
+    def also(temporary: Path) -> None:
+        (temporary / POSITION).write_text(json.dumps(asdict(training.position), indent=1))
+        moments = training.optimizer.read(weights)
+        checkpoint.write_safetensors(temporary / OPTIMIZER, moments)
+
+    checkpoint.save(folder, picture, weights, training.tokenizer, also=also)
+    if training.latest:  # moments are twice as large as the model
+        (training.latest / POSITION).unlink(missing_ok=True)
+        (training.latest / OPTIMIZER).unlink(missing_ok=True)
+    training.latest = folder
+
+
+def load(path: Path) -> Start:
+    """Where the training stopped: at the checkpoint `path`, or at the newest in that folder.
+
+    ValueError if the checkpoint is not complete.
+    """
+    folder = newest(path)
+    position = read_position(folder / POSITION)
+    config = checkpoint.read_config(folder)
+    shapes = {n: t.shape for n, t in GPT(GPTConfig(**config["model"])).parameters().items()}
+    moments = checkpoint.read_safetensors(folder / OPTIMIZER)
+    expected = dict(zip(moment_names(shapes), 2 * list(shapes.values()), strict=True))
+    if {name: moment.shape for name, moment in moments.items()} != expected:
+        raise ValueError(f"{folder / OPTIMIZER} does not belong to the model beside it")
+    return Start(
+        tokenizers.load(config.get("tokenizer", "char"), folder),
+        checkpoint.read_weights(folder, shapes),
+        {name: moments[name] for name in expected},
+        position,
+        folder,
+        config,
+    )
+
+
+def read_position(path: Path) -> Position:
+    try:
+        saved = json.loads(path.read_text())
+        position = Position(**{field.name: saved[field.name] for field in fields(Position)})
+        if any(type(getattr(position, field.name)) is not field.type for field in fields(Position)):
+            raise ValueError("a value of the wrong kind")
+        if not all(type(word) is str for word in position.arguments):
+            raise ValueError("arguments that are not text")
+        if len(position.losses) != position.batch:
+            raise ValueError("as many losses as batches are needed")
+        return position
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} does not say where the training stopped: {error}") from error
+
+
+def newest(path: Path) -> Path:
+    """`path` if it is a checkpoint that can be resumed, or else the newest of those in it."""
+    if (path / POSITION).exists():
+        return path
+    found = sorted(path.glob(f"*/{POSITION}"), key=lambda state: state.stat().st_mtime_ns)
+    if not found:
+        raise ValueError(f"there is no checkpoint to go on from in {path}")
+    return found[-1].parent
+
+
+def new_folder(step: int) -> Path:
+    return claim(CHECKPOINTS / f"{int(time.time())}_{step}")
+
+
+def claim(path: Path) -> Path:
+    """Makes a folder of this name, or with a number behind it if another training has that one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name in (path.name, *(f"{path.name}_{number}" for number in range(2, 1000))):
+        with contextlib.suppress(FileExistsError):
+            path.with_name(name).mkdir()
+            return path.with_name(name)
+    raise ValueError(f"{path} exists, with a thousand others of that name")
