@@ -136,8 +136,8 @@ def from_checkpoint(
     model = start.config["model"]
     began = changed(configure(start.position.arguments, changed(DEFAULTS, model)), model)
     config = configure(words, began)
-    names = flat(began).keys() - MAY_CHANGE
-    refuse_contradictions(config, began, sorted(names), "the training to go on with")
+    names = [name for name in flat(began) if name not in MAY_CHANGE]
+    refuse_contradictions(config, began, names, "the training to go on with")
     if config.n_steps < began.n_steps:
         steps = flag("n_steps", config.n_steps)
         raise ValueError(f"{steps} is less than the {began.n_steps} of before")

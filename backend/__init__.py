@@ -1,8 +1,8 @@
 """What tinygrad lacks, for any program: importing this package is enough to have it.
 
-Read `devices` (which backend), `blas` (matrix products), `cores`, `compiler` and `cpu` (the CPU as
-a device), then `capture` (jits kept for the next start), `memory` and `lookup`. Nothing here knows
-of a GPT.
+Read `blas` (matrix products), `cores`, `compiler` and `cpu` (the CPU as a device), then `devices`
+(which backend), `capture` (jits kept for the next start), `memory` and `lookup`. Nothing here
+knows of a GPT.
 """
 
 from backend import cpu, devices

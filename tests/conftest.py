@@ -2,17 +2,23 @@
 
 import json
 import os
+import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tinygrad import TinyJit
 
-import checkpoint
 import command_line
+from models import checkpoint
 
-DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data"
+REFERENCE = DATA / "gpt_burn_114k"
+TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "4"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,9 +32,8 @@ def cache_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def reference():
     """A model that gpt-burn trained, its tokenizer, and what gpt-burn makes of some prompts."""
-    folder = DATA / "gpt_burn_114k"
-    prompts = json.loads((folder / "expected.json").read_text())
-    return *checkpoint.load(folder), prompts
+    prompts = json.loads((REFERENCE / "expected.json").read_text())
+    return *checkpoint.load(REFERENCE), prompts
 
 
 @dataclass
@@ -63,6 +68,32 @@ def call(folder, monkeypatch, capsys):
     return call
 
 
+def assert_error(result: Result, status: int, words: list[str]) -> None:
+    assert result.status == status, result
+    assert re.fullmatch(r"error: .+\n", result.err), result.err
+    for word in words:
+        assert word in result.err
+
+
+def start(folder: Path, *words: str, **options) -> subprocess.Popen:
+    """train.py in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def at_once(function) -> TinyJit:
+    """A jit that is captured at its first call; what it returns is overwritten by the next."""
+    jit = TinyJit(function)
+    jit.cnt = 1
+    return jit
+
+
 def greedy(generator, tokenizer, ids: list[int], n_new_tokens: int) -> str:
     """The likeliest continuation, as run.py chooses it at temperature 0."""
 
@@ -72,3 +103,46 @@ def greedy(generator, tokenizer, ids: list[int], n_new_tokens: int) -> str:
 
     prompt = np.array([ids], np.int32)
     return tokenizer.decode(int(new[0]) for new in generator(prompt, n_new_tokens, choose))
+
+
+def parameter_shapes(model: dict) -> dict[str, tuple[int, ...]]:
+    vocab_size, context_length = model["vocab_size"], model["context_length"]
+    d_model, d_hidden = model["d_model"], model["d_hidden"]
+    shapes = {
+        "token_embedding.weight": (vocab_size, d_model),
+        "positional_embedding.weight": (context_length, d_model),
+    }
+    for block in (f"blocks.{index}" for index in range(model["n_layers"])):
+        for norm in ("norm_1", "norm_2"):
+            shapes |= dict.fromkeys((f"{block}.{norm}.gamma", f"{block}.{norm}.beta"), (d_model,))
+        for part in ("query", "key", "value", "out"):
+            shapes[f"{block}.multi_head.{part}.weight"] = (d_model, d_model)
+        shapes[f"{block}.pwff.linear_1.weight"] = (d_hidden, d_model)
+        shapes[f"{block}.pwff.linear_1.bias"] = (d_hidden,)
+        shapes[f"{block}.pwff.linear_2.weight"] = (d_model, d_hidden)
+        shapes[f"{block}.pwff.linear_2.bias"] = (d_model,)
+    shapes |= dict.fromkeys(("norm.gamma", "norm.beta"), (d_model,))
+    return shapes | {"linear.weight": (vocab_size, d_model), "linear.bias": (vocab_size,)}
+
+
+CONFIG = json.loads((DATA / "adamw_steps" / "config.json").read_text())
+SHAPES = parameter_shapes(CONFIG["model"])
+
+
+@pytest.fixture
+def weights() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(0, 0.02, shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+@pytest.fixture
+def model_folder(tmp_path, weights) -> Path:
+    checkpoint.save(tmp_path / "model", CONFIG, weights)
+    return tmp_path / "model"
+
+
+def assert_equal(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, values in ours.items():
+        assert values.dtype == theirs[name].dtype, name
+        np.testing.assert_array_equal(values, theirs[name], err_msg=name)

@@ -2,9 +2,14 @@
 
 import copy
 import json
+import os
 import random
-from collections.abc import Iterator
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+N_MUTATIONS = int(os.environ.get("GPT_TINY_MUTATIONS", "300"))
 LENGTHS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 10**12, 2**63, 2**64 - 1]
 VALUES = [
     *(None, True, False, 0, -1, 1, 2, 0.5, -0.0, 10**12, 2**31, 2**64, 10**400, 1e308),
@@ -107,3 +112,26 @@ def _place(data: bytearray, rng: random.Random) -> int:
     """Return a position, every other time among the first bytes, where the structure is."""
     end = max(1, len(data))
     return rng.randrange(min(end, rng.choice([16, 600, end, end])))
+
+
+def outcomes(mutations: Iterator[bytes], path: Path, read: Callable) -> tuple[int, int]:
+    """How many of the mutated files could be read, and how many were refused."""
+    n_read = n_refused = 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for mutated in mutations:
+        path.unlink(missing_ok=True)  # a new file: arrays may still be views of the old one
+        path.write_bytes(mutated)
+        start = time.perf_counter()
+        try:
+            assert dict(read())
+            n_read += 1
+        except (ValueError, OSError) as error:
+            text = str(error)
+            assert text
+            assert text.isprintable(), text
+            assert len(text) < 500 + len(str(path)), text
+            n_refused += 1
+        assert time.perf_counter() - start < 2
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after - before < 500 * 1024  # kilobytes
+    return n_read, n_refused

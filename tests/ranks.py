@@ -10,10 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import command_line
-import distributed
-import steps
 import train
-from memory import zeros
+from training import distributed, loop
+from training.settings import TrainingConfig
 
 N_BATCHES = 50
 record = {"losses": []}
@@ -26,21 +25,21 @@ def sum_and_note(world, array):
     return total
 
 
-def flat_parameters(model):
-    record["parameters"] = flat_of(model)
-    return record["parameters"]
+def train_and_note(training, *arguments):
+    status = train_of_loop(training, *arguments)
+    parameters = b"".join(part.tobytes() for part in training.parameters.read())
+    record.update(checksum=zlib.crc32(parameters), device=training.losses.device)
+    return status
 
 
 distributed_sum, distributed.World.sum = distributed.World.sum, sum_and_note
-flat_of, steps.flat_parameters = steps.flat_parameters, flat_parameters
-steps.BATCHES_PER_STEP = N_BATCHES
+train_of_loop, loop.train = loop.train, train_and_note
+train.DEFAULTS = TrainingConfig(batches_per_step=N_BATCHES)
 train.print_example = lambda *_: None
 
 
 def main() -> int:
     status = train.main()
-    checksum = zlib.crc32(b"".join(part.tobytes() for part in record.pop("parameters").read()))
-    record.update(checksum=checksum, device=zeros(1).device)
     rank = next((os.environ[name] for name in distributed.UNDER_MPI if name in os.environ), "0")
     Path(f"rank_{rank}.json").write_text(json.dumps(record))
     return status

@@ -10,9 +10,9 @@ import pytest
 from conftest import DATA, greedy
 from tinygrad import Device, Tensor, TinyJit
 
-import steps
 import train
 from generation import Generator
+from training.settings import TrainingConfig
 
 BACKEND = Device.DEFAULT
 OPTIONS = ["-c", "32", "-d", "32", "-h", "2", "-l", "1", "-b", "8", "-n", "10", "-x"]
@@ -31,7 +31,7 @@ def test_the_backend_is_the_one_asked_for(reference):
 
 
 def test_twenty_training_batches_give_the_losses_of_the_cpu(call, folder, monkeypatch):
-    monkeypatch.setattr(steps, "BATCHES_PER_STEP", 2)
+    monkeypatch.setattr(train, "DEFAULTS", TrainingConfig(batches_per_step=2))
     monkeypatch.setattr(train, "print_example", lambda *_: None)  # generation is tested below
     (folder / "corpus.txt").write_text(corpus())
     result = call(train.main, *OPTIONS, "-t", "corpus.txt", "--validation-size", "16")

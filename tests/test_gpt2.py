@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from models import safetensors
+
 pytest.importorskip("tiktoken")
 
 from tinygrad import Tensor, TinyJit, dtypes
 
-import checkpoint
-import gpt2
 from generation import Generator, sample
-from gpt_tiny import Embedding
+from models import checkpoint, gpt2
 
 FOLDER = Path(__file__).parent / "data" / "gpt2_tiny"
 REFERENCE = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))
@@ -73,9 +73,6 @@ def test_greedy_ids_equal_those_of_transformers_with_the_cache(generator, refere
     assert [int(ids[0]) for ids in new] == reference["greedy_ids"]
 
 
-# ---- the files ----
-
-
 def weights_of(model) -> dict[str, np.ndarray]:
     return {name: parameter.numpy() for name, parameter in model.parameters().items()}
 
@@ -86,7 +83,7 @@ def copied(tmp_path: Path, tensors: dict | None = None, **settings) -> Path:
     config = json.loads((FOLDER / "config.json").read_text()) | settings
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     if tensors:
-        checkpoint.write_safetensors(tmp_path / "model" / "model.safetensors", tensors)
+        safetensors.write_safetensors(tmp_path / "model" / "model.safetensors", tensors)
     return tmp_path / "model"
 
 
@@ -98,7 +95,7 @@ def assert_same_weights(folder: Path, model) -> None:
 
 
 def test_names_without_prefix_masks_and_a_tied_head_are_read(tmp_path, model_and_tokenizer):
-    theirs = checkpoint.read_safetensors(FOLDER / "model.safetensors")
+    theirs = safetensors.read_safetensors(FOLDER / "model.safetensors")
     tensors = {name.removeprefix("transformer."): array for name, array in theirs.items()}
     tensors["lm_head.weight"] = tensors["wte.weight"]
     tensors["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)
@@ -107,20 +104,20 @@ def test_names_without_prefix_masks_and_a_tied_head_are_read(tmp_path, model_and
 
 
 def test_a_tied_head_beside_names_with_the_prefix_is_read(tmp_path, model_and_tokenizer):
-    tensors = dict(checkpoint.read_safetensors(FOLDER / "model.safetensors"))
+    tensors = dict(safetensors.read_safetensors(FOLDER / "model.safetensors"))
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     assert_same_weights(copied(tmp_path, tensors), model_and_tokenizer[0])
 
 
 def test_half_precision_stays(tmp_path, model_and_tokenizer):
-    theirs = checkpoint.read_safetensors(FOLDER / "model.safetensors")
+    theirs = safetensors.read_safetensors(FOLDER / "model.safetensors")
     tensors = {name: array.astype(np.float16) for name, array in theirs.items()}
     model, _ = checkpoint.load(copied(tmp_path, tensors))
     assert {parameter.dtype for parameter in model.parameters().values()} == {dtypes.float16}
 
 
 def test_a_head_of_its_own_and_a_strange_tensor_are_refused(tmp_path):
-    tensors = dict(checkpoint.read_safetensors(FOLDER / "model.safetensors"))
+    tensors = dict(safetensors.read_safetensors(FOLDER / "model.safetensors"))
     error = r"model\.safetensors: its head lm_head\.weight is not the token embedding"
     with pytest.raises(ValueError, match=error):
         head = {"lm_head.weight": tensors["transformer.wte.weight"] + 1}
@@ -176,8 +173,8 @@ def test_a_gpt2_is_saved_in_the_layout_that_it_was_read_from(tmp_path, model_and
 
     files = ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
     assert sorted(os.listdir(tmp_path / "model")) == files
-    theirs = checkpoint.read_safetensors(FOLDER / "model.safetensors")
-    ours = checkpoint.read_safetensors(tmp_path / "model" / "model.safetensors")
+    theirs = safetensors.read_safetensors(FOLDER / "model.safetensors")
+    ours = safetensors.read_safetensors(tmp_path / "model" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
@@ -198,30 +195,3 @@ def test_a_gpt2_is_not_saved_as_gpt_burns(tmp_path, model_and_tokenizer):
     config = {"model": asdict(model.config)}
     with pytest.raises(ValueError, match="gpt-burn's layout holds no GPT-2"):
         checkpoint.save(tmp_path / "model", config, weights_of(model), tokenizer, format="burn")
-
-
-# ---- its large vocabulary ----
-
-
-def test_rows_of_a_large_table_and_their_gradient_are_those_of_numpy():
-    rng = np.random.default_rng(0)
-    table = rng.standard_normal((5000, 24), np.float32)
-    ids = rng.integers(0, 5000, (3, 40)) // 7 * 7  # some of them more than once
-    of_rows = rng.standard_normal((3, 40, 24), np.float32)
-    embedding = Embedding(*table.shape)
-    embedding.weight = Tensor(table)
-    rows = embedding(Tensor(ids.astype(np.uint16)))
-    of_table = (rows * Tensor(of_rows)).sum().gradient(embedding.weight)[0]
-
-    expected = np.zeros_like(table)
-    np.add.at(expected, ids, of_rows)
-    np.testing.assert_array_equal(rows.numpy(), table[ids])
-    np.testing.assert_allclose(of_table.numpy(), expected, rtol=0, atol=1e-6)
-
-
-def test_a_gradient_that_is_a_constant_reaches_a_large_table():
-    embedding, ids = Embedding(5000, 1), Tensor(np.array([[0, 1]], np.uint16))
-    embedding.weight = Tensor(np.ones((5000, 1), np.float32)).realize()
-    rows = embedding(ids)
-    [of_table] = (rows - rows.mean(-1, keepdim=True)).square().sum().gradient(embedding.weight)
-    assert not of_table.numpy().any()

@@ -1,33 +1,19 @@
 """The model is gpt-burn's, to the digit; its parts do what their names say."""
 
-import json
 import math
 from dataclasses import replace
 
-import gpt_burn
 import numpy as np
 import pytest
-from conftest import DATA, greedy
-from tinygrad import Tensor, TinyJit, dtypes
+from conftest import DATA
+from tinygrad import Tensor, dtypes
 
-from generation import Generator, sample
-from gpt_tiny import GPT, AdamW, Dropout, GPTConfig, hash_32, initial_weights
+from gpt_tiny import GPT, Dropout, GPTConfig, hash_32, initial_weights
+from models import gpt_burn
 
 TINY = GPTConfig(
     context_length=8, vocab_size=11, n_layers=2, n_heads=2, d_model=12, d_hidden=48, dropout=0
 )
-
-
-def at_once(function) -> TinyJit:
-    """A jit that is captured at its first call; what it returns is overwritten by the next."""
-    jit = TinyJit(function)
-    jit.cnt = 1
-    return jit
-
-
-@pytest.fixture(scope="module")
-def generator(reference):
-    return Generator(reference[0])
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +26,6 @@ def reference_logits(reference):
     return model(Tensor(ids)).numpy()
 
 
-# --- against gpt-burn ---
-
-
 def test_logits_equal_gpt_burns(reference, reference_logits):
     for logits, prompt in zip(reference_logits, reference[2], strict=True):
         logits = logits[: len(prompt["ids"])]
@@ -50,51 +33,10 @@ def test_logits_equal_gpt_burns(reference, reference_logits):
         assert np.abs(np.abs(logits).mean(-1) - prompt["mean_abs_logit"]).max() < 1e-4
 
 
-@pytest.mark.parametrize("number", range(6))
-def test_greedy_text_equals_gpt_burns_to_the_character(reference, generator, number):
-    _, tokenizer, prompts = reference
-    prompt = prompts[number]
-    text = greedy(generator, tokenizer, prompt["ids"], 200)
-    assert prompt["prompt"] + text == prompt["greedy"]
-
-
-def test_five_training_steps_equal_gpt_burns():
-    folder = DATA / "adamw_steps"
-    config = GPTConfig(**json.loads((folder / "config.json").read_text())["model"])
-    model = GPT(config, gpt_burn.read_record(folder / "before.mpk"))
-    parameters = model.parameters()
-    optimizer = AdamW(list(parameters.values()))
-    batches = json.loads((folder / "batches.json").read_text())
-
-    def train(x: Tensor, y: Tensor, rates: Tensor) -> Tensor:
-        loss = model.loss(x, y)
-        gradients = loss.gradient(*optimizer.parameters)
-        Tensor.realize(loss, *gradients)
-        optimizer.step(gradients, rates)
-        return loss
-
-    train = at_once(train)
-    for number, batch in enumerate(batches, 1):
-        x, y = (
-            Tensor(np.array(batch[name], np.int32).reshape(-1, config.context_length)).realize()
-            for name in "xy"
-        )
-        loss = train(x, y, Tensor(optimizer.rates(0.003, number)).realize())
-        assert abs(loss.item() - batch["loss"]) < 1e-5
-        if number in (1, 5):
-            theirs = gpt_burn.read_record(folder / f"after_{number}.mpk")
-            assert theirs.keys() == parameters.keys()
-            for name, parameter in parameters.items():
-                assert np.abs(parameter.numpy() - theirs[name]).max() < 1e-5, name
-
-
 def test_parameters_are_named_and_shaped_as_gpt_burns():
     theirs = gpt_burn.read_record(DATA / "adamw_steps" / "before.mpk")
     ours = GPT(TINY).parameters()
     assert {name: p.shape for name, p in ours.items()} == {n: a.shape for n, a in theirs.items()}
-
-
-# --- before training ---
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 8])
@@ -148,9 +90,6 @@ def test_heads_that_do_not_divide_the_width_are_refused():
         replace(TINY, n_heads=5)
 
 
-# --- dropout ---
-
-
 def lowbias32(x: int) -> int:
     """The hash as its author gives it, in plain integers."""
     x = (x ^ (x >> 16)) * 0x21F0AAAD & 0xFFFFFFFF
@@ -193,78 +132,3 @@ def test_dropout_differs_between_calls_and_keys_and_repeats_with_the_key():
 def test_a_rate_of_zero_changes_nothing():
     x = Tensor([1.0, 2.0])
     assert Dropout(0, Tensor([1], dtype=dtypes.uint32))(x) is x
-
-
-# --- generation ---
-
-
-@pytest.fixture(scope="module")
-def sharp_model():
-    """A random model whose likeliest tokens vary and lead by far."""
-    weights = {name: 12 * values for name, values in initial_weights(TINY, 5).items()}
-    return GPT(TINY, weights)
-
-
-@pytest.fixture(scope="module")
-def whole_window(sharp_model):
-    return at_once(lambda ids: sharp_model(ids).realize())
-
-
-def without_cache(whole_window, ids: np.ndarray, n_new_tokens: int, stride: int) -> np.ndarray:
-    """The likeliest tokens (time, batch), from the whole window for each."""
-    window, new = ids[:, -TINY.context_length :], []
-    for _ in range(n_new_tokens):
-        if window.shape[1] > TINY.context_length:
-            window = window[:, stride:]
-        time = window.shape[1]
-        padded = np.pad(window, ((0, 0), (0, TINY.context_length - time))).astype(np.int32)
-        logits = whole_window(Tensor(padded).realize()).numpy()[:, time - 1]
-        new.append(logits.argmax(-1))
-        window = np.concatenate([window, new[-1][:, None]], axis=1)
-    return np.array(new)
-
-
-@pytest.mark.parametrize("stride", [1, 3, 8])
-@pytest.mark.parametrize("n_prompt", [1, 7, 10])
-def test_two_texts_with_the_cache_equal_those_without(sharp_model, whole_window, stride, n_prompt):
-    prompts = np.random.default_rng(3).integers(TINY.vocab_size, size=(2, n_prompt))
-    expected = without_cache(whole_window, prompts, 16, stride)
-    assert len(np.unique(expected)) > 2
-    generator = Generator(sharp_model, batch=2, stride=stride)
-    new = generator(prompts, 16, lambda logits: logits.argmax(-1))
-    assert np.array_equal(list(new), expected)
-
-
-def test_weights_too_large_for_finite_logits_are_refused(sharp_model):
-    weights = {name: 1e30 * p.numpy() for name, p in sharp_model.parameters().items()}
-    with pytest.raises(ValueError, match="logits are not finite"):
-        next(Generator(GPT(TINY, weights))(np.zeros((1, 1), np.int32), 1, lambda _: 0))
-
-
-# --- sampling ---
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature):
-    n_draws = 20_000
-    logits = np.array([0.3, -1.0, 2.0, 0.0, -np.inf, 1.0], np.float32)
-    expected = np.exp(logits / temperature)
-    expected *= n_draws / expected.sum()
-    drawn = sample(np.tile(logits, (n_draws, 1)), temperature, np.random.default_rng(0))
-    counts = np.bincount(drawn, minlength=len(logits))
-    assert counts[4] == 0
-    possible = expected > 0
-    chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
-    assert chi_square < 18.5  # 4 degrees of freedom: exceeded by chance once in 1,000
-
-
-def test_temperature_zero_takes_the_likeliest_token():
-    logits = np.random.default_rng(1).normal(size=(50, 7)).astype(np.float32)
-    assert np.array_equal(sample(logits, 0, None), logits.argmax(-1))
-
-
-def test_samples_repeat_with_the_seed():
-    logits = np.zeros((100, 9), np.float32)
-    first, again, other = (sample(logits, 1.0, np.random.default_rng(s)) for s in (1, 1, 2))
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)

@@ -4,11 +4,9 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-from conftest import DATA
+from conftest import DATA, ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 RENDERED = os.environ.get("GPT_TINY_RENDER", "").split(",")
 
 

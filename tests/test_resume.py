@@ -10,20 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, TINY, start
 
-import checkpoint
-import resume
+from models import checkpoint
+from training import resume
 
-ROOT = Path(__file__).parents[1]
-TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "4"]
 N_KILLS = int(os.environ.get("GPT_TINY_KILLS", "3"))
-
-
-def start(folder: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "train.py"), *words]
-    return subprocess.Popen(
-        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
 
 
 def train(folder: Path, *words: str) -> str:
@@ -84,6 +76,35 @@ def test_flags_that_contradict_the_checkpoint_are_refused(tmp_path):
         assert err.count("\n") == 1 and not out
 
 
+def test_a_training_goes_on_with_a_corpus_that_has_moved_and_into_a_new_folder(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The context of the context of the containers. " * 100)
+    train(tmp_path, *TINY, "-n", "3", "--checkpoint-every", "1", "-t", text.name, "-o", "first")
+    text.rename(tmp_path / "moved.txt")
+    resumed = ["--resume", ".data/checkpoints", "-n", "4"]
+    refused = start(tmp_path, *resumed)
+    _, err = refused.communicate()
+    assert (refused.returncode, err) == (
+        1,
+        "error: there is no text.txt: name a text with --text-corpus\n",
+    )
+
+    rest = train(tmp_path, *resumed, "-t", "moved.txt", "-o", "second")
+    assert "store trained model to: second\n" in rest
+    first, second = (
+        (tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("first", "second")
+    )
+    assert second[:4] == first and len(second) == 5
+    for folder in ("first", "second", "second/best"):
+        checkpoint.load(tmp_path / folder)
+
+    changed = tmp_path / "moved.txt"
+    changed.write_text(changed.read_text().replace("containers", "containerz"))
+    refused = start(tmp_path, *resumed, "-t", "moved.txt")
+    _, err = refused.communicate()
+    assert refused.returncode == 1 and "the corpus is not the one that" in err
+
+
 def test_only_the_newest_checkpoint_keeps_its_optimizer(tmp_path):
     train(tmp_path, *TINY, "-n", "3", "--checkpoint-every", "1")
     folders = sorted((tmp_path / ".data/checkpoints").iterdir(), key=lambda f: f.name[-1])
@@ -104,7 +125,7 @@ def test_killed_at_any_moment_the_newest_checkpoint_resumes(tmp_path):
         training.kill()
         training.communicate()
         newest = resume.load(tmp_path / ".data/checkpoints")
-        assert newest.state["step"] >= 1
+        assert newest.position.step >= 1
         if (best := tmp_path / "model" / "best").exists():
             checkpoint.load(best)
         resumed = start(tmp_path, "--resume", ".data/checkpoints")
@@ -112,7 +133,7 @@ def test_killed_at_any_moment_the_newest_checkpoint_resumes(tmp_path):
             assert resumed.poll() is None
         resumed.kill()
         resumed.communicate()
-        assert line.startswith(f"step {newest.state['step'] + 1:>3}/1000: ")
+        assert line.startswith(f"step {newest.position.step + 1:>3}/1000: ")
         shutil.rmtree(tmp_path / ".data")
 
 
@@ -128,7 +149,7 @@ def test_a_full_disk_is_an_error_and_loses_no_checkpoint(tmp_path):
         _, err = training.communicate()
         assert training.returncode == 1
         assert "error: " in err and "No space left on device" in err and "Traceback" not in err
-        assert resume.load(disk / ".data/checkpoints").state["step"] >= 1
+        assert resume.load(disk / ".data/checkpoints").position.step >= 1
     finally:
         subprocess.run(["umount", disk], check=True)
 

@@ -1,5 +1,6 @@
 """run.py as a user meets it: the text on stdout, all else on stderr."""
 
+import io
 import json
 import os
 import shutil
@@ -10,14 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DATA
-from test_train import ROOT, assert_error
+from conftest import DATA, REFERENCE, ROOT, assert_error
 
-import checkpoint
-import gpt_burn
 import run
+from models import gpt_burn, safetensors
 
-REFERENCE = DATA / "gpt_burn_114k"
 PROMPTS = json.loads((REFERENCE / "expected.json").read_text())
 
 
@@ -36,6 +34,12 @@ def test_a_prompt_longer_than_the_context_is_continued_from_its_end(call):
     assert len(prompt["prompt"]) > 64
     result = call(run.main, REFERENCE, "-p", prompt["prompt"], "-n", "200", "--temperature", "0")
     assert result.out == prompt["greedy"] + "\n"
+
+
+def test_on_a_terminal_it_says_on_which_device_it_runs(call, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    result = call(run.main, REFERENCE, "-n", "1")
+    assert (result.status, result.err) == (0, "device: CPU\n")
 
 
 def test_the_seed_decides_the_text(call):
@@ -59,7 +63,38 @@ def test_unknown_characters_in_the_prompt_are_a_warning(call):
     assert call(run.main, REFERENCE, "-p", "日", "-n", "5").status == 0
 
 
-# --- errors ---
+def generate(call, *words: str):
+    folder = DATA / "gpt_burn_114k"
+    return call(run.main, folder, "--temperature", "0", *words)
+
+
+def test_stop_ends_the_text_before_the_stop_text(call):
+    whole = generate(call, "-p", "The function", "-n", "30").out
+    assert " context" in whole
+    stopped = generate(call, "-p", "The function", "-n", "30", "--stop", " context")
+    assert stopped.out == whole.partition(" context")[0] + "\n"
+
+
+def test_samples_are_printed_one_after_the_other(call):
+    one = generate(call, "-p", "The function", "-n", "12")
+    three = generate(call, "-p", "The function", "-n", "12", "--n-samples", "3")
+    assert three.out == one.out * 3
+
+
+def test_prompt_from_standard_input(call, monkeypatch):
+    expected = generate(call, "-p", "The function", "-n", "12").out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The function"))
+    assert generate(call, "-p", "-", "-n", "12").out == expected
+
+
+def test_interactive_continues_each_line(call, monkeypatch):
+    prompts = ["The function", "A class"]
+    expected = [
+        generate(call, "-p", prompt, "-n", "12").out.removeprefix(prompt) for prompt in prompts
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(prompts) + "\n"))
+    result = generate(call, "-i", "-n", "12")
+    assert (result.status, result.out) == (0, "".join(expected))
 
 
 def change_config(path: Path, **settings) -> None:
@@ -71,7 +106,7 @@ def change_config(path: Path, **settings) -> None:
 def make_a_weight_infinite(path: Path) -> None:
     weights = gpt_burn.read_record(path / "model.mpk")
     weights["norm.beta"][5] = np.inf
-    checkpoint.write_safetensors(path / "model.safetensors", weights)
+    safetensors.write_safetensors(path / "model.safetensors", weights)
 
 
 def truncate(path: Path) -> None:

@@ -12,17 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Result
+from conftest import DATA, REFERENCE, ROOT, TINY, Result, assert_error
 
-import checkpoint
 import run
-import steps
 import tokenizers
 import train
 from gpt_tiny import GPTConfig
+from models import checkpoint
+from training.settings import TrainingConfig
 
-ROOT = Path(__file__).parent.parent
-TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "4"]
 STEP = re.compile(
     r"step {1,3}(\d+)/(\d+): train loss: (\d+\.\d{4}), val loss: (\d+\.\d{4}) "
     r"\(\d\d:\d\d:\d\d/\d\d:\d\d:\d\d\)"
@@ -58,7 +56,7 @@ def files(folder: Path) -> set[str]:
 def test_output_is_as_documented(trained):
     assert (trained.status, trained.err) == (0, "")
     first, rest = trained.out.split("\n", 1)
-    assert first == "start training - parameters: 2688"
+    assert first == "start training - parameters: 2688, device: CPU"
     config, end = json.JSONDecoder().raw_decode(rest)
     assert rest[:end] == json.dumps(config, indent=2)
     assert config == {
@@ -118,7 +116,7 @@ def test_what_is_written_loads(trained, folder, place):
 
 
 def test_checkpoints_are_stored_every_ten_steps_from_the_fifth_on(call, corpus, monkeypatch):
-    monkeypatch.setattr(steps, "BATCHES_PER_STEP", 2)
+    monkeypatch.setattr(train, "DEFAULTS", TrainingConfig(batches_per_step=2))
     out = call(train.main, *TINY, "-n", "15", "-t", corpus, "-o", "model_15").out
     assert re.findall(r"checkpoint model to: \S+_(\d+)\n", out) == ["4", "14"]
 
@@ -159,6 +157,38 @@ def test_a_row_that_dropout_empties_leaves_the_gradients_finite(call, corpus):
     assert result.status == 0, result.err
 
 
+GPT2 = DATA / "gpt2_tiny"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-d", "16"], ["--d-model 16 contradicts the model", "it has --d-model 48"]),
+        (["-l", "1"], ["--n-layers 1", "--n-layers 2"]),
+        (["-h", "6"], ["--n-heads 6", "--n-heads 4"]),
+        (["--tokenizer", "char"], ["--tokenizer char", "--tokenizer bpe"]),
+        (["--vocab-size", "300"], ["--vocab-size 300", "--vocab-size 512"]),
+        (["-c", "65"], ["--context-length 65 is beyond the model's 64"]),
+        (["--format", "burn"], ["gpt-burn has no GPT-2"]),
+    ],
+)
+def test_what_contradicts_the_model_to_start_from_is_refused(call, corpus, options, words):
+    pytest.importorskip("tiktoken")
+    assert_error(call(train.main, "--init-from", GPT2, "-t", corpus, *options), 1, words)
+
+
+def test_what_agrees_with_the_model_to_start_from_is_taken(call, corpus):
+    pytest.importorskip("tiktoken")
+    options = ["-h", "4", "-d", "48", "--tokenizer", GPT2, "-c", "16", "--dropout", "0"]
+    words = ["--init-from", GPT2, "-t", corpus, "-b", "2", "--validation-size", "2", "-n", "1"]
+    result = call(train.main, *words, *options, "-x")
+    assert result.status == 0, result.err
+    config, _ = json.JSONDecoder().raw_decode(result.out.split("\n", 1)[1])
+    assert config["tokenizer"] == "bpe"
+    sizes = {"d_model": 48, "n_heads": 4, "context_length": 16, "dropout": 0, "gpt2": True}
+    assert config["model"].items() >= sizes.items()
+
+
 def test_vowel_tokenizer_trains_is_saved_and_generates(call, folder, corpus):
     options = ["--tokenizer", "vowel", "--vocab-size", "104", "-t", corpus, "-o", "vowel"]
     result = call(train.main, *TINY, "-n", "1", *options)
@@ -176,42 +206,12 @@ def test_vowel_tokenizer_trains_is_saved_and_generates(call, folder, corpus):
     assert re.fullmatch(rf" ({known}){{30}}\n", result.out)
 
 
-def read(*options) -> tuple[np.ndarray, tokenizers.Tokenizer]:
-    return train.read_corpus(train.parse_arguments([str(option) for option in options]))
-
-
-def test_m_uses_the_first_mebibytes_alone_even_if_they_end_within_a_character(tmp_path):
-    path = tmp_path / "corpus.txt"
-    path.write_bytes(b"a" * ((1 << 20) - 1) + "ä".encode() + b"\xff")
-    ids, tokenizer = read("-t", path, "-m", "1")
-    assert tokenizer.decode(ids) == "a" * ((1 << 20) - 1)
-
-
-def test_characters_that_the_tokenizer_does_not_know_are_dropped(tmp_path):
-    path = tmp_path / "corpus.txt"
-    path.write_text("a日b" * 500, encoding="utf-8")
-    ids, tokenizer = read("-t", path)
-    assert ids.dtype == np.uint8
-    assert tokenizer.decode(ids) == "ab" * 500
-
-
-def test_without_a_corpus_it_says_what_it_takes_instead(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    ids, _ = read()
-    assert len(ids) > 300_000
-    message = capsys.readouterr().err
-    assert ".data/corpus.txt" in message
-    assert "Python" in message
-    assert len(message.splitlines()) == 1
-
-    (tmp_path / ".data").mkdir()
-    (tmp_path / ".data" / "corpus.txt").write_text("My own. " * 100)
-    ids, tokenizer = read()
-    assert tokenizer.decode(ids) == "My own. " * 100
-    assert capsys.readouterr().err == ""
-
-
-# --- errors ---
+def test_validation_size_and_checkpoint_every(call, folder):
+    options = ["--validation-size", "5", "--checkpoint-every", "2", "-n", "3", "-o", "options"]
+    result = call(train.main, *TINY, *options)
+    assert result.status == 0
+    assert '"validation_size": 5' in result.out
+    assert result.out.count("store checkpoint") == 2  # after steps 1 and 3
 
 
 @pytest.fixture(scope="module")
@@ -278,13 +278,6 @@ def test_wrong_usage_is_refused_by_the_name_of_the_option(call, options, words):
     assert_error(result, 2, [*words, "--help"])
 
 
-def assert_error(result: Result, status: int, words: list[str]) -> None:
-    assert result.status == status, result
-    assert re.fullmatch(r"error: .+\n", result.err), result.err
-    for word in words:
-        assert word in result.err
-
-
 @pytest.mark.parametrize(
     ("options", "device", "status", "words"),
     [
@@ -305,6 +298,21 @@ def test_the_process_ends_with_one_line_and_its_status(folder, options, device, 
     )
     assert_error(Result(process.returncode, process.stdout, process.stderr), status, words)
     assert process.stdout == ""
+
+
+@pytest.mark.parametrize("script", ["train.py", "run.py"])
+@pytest.mark.parametrize("backend", ["CUDA", "METAL"])
+def test_an_older_way_to_choose_a_backend_is_refused_with_todays(folder, script, backend):
+    environment = {name: value for name, value in os.environ.items() if name != "DEV"}
+    process = subprocess.run(
+        [sys.executable, ROOT / script, *([] if script == "train.py" else [REFERENCE])],
+        cwd=folder,
+        env=environment | {backend: "1"},
+        capture_output=True,
+        text=True,
+    )
+    result = Result(process.returncode, process.stdout, process.stderr)
+    assert_error(result, 1, [f"{backend}=1", f"DEV={backend}"])
 
 
 def test_help_names_every_option_and_the_backends(call):

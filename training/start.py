@@ -33,10 +33,7 @@ def begin(config: TrainingConfig, ids: np.ndarray, start: Start, world: World) -
     position.output_path = output_folder(config, position.output_path) if is_kept else ""
 
     model = GPT(config.model)
-    tensors = list(model.parameters().values())
-    parameters = Flat([tensor.shape for tensor in tensors])
-    for tensor, part in zip(tensors, parameters.parts, strict=True):
-        tensor.replace(part)
+    parameters = flat_parameters(model)
     optimizer, losses = AdamW(parameters, config.optimizer), zeros(config.batches_per_step)
     if world.rank == 0:
         weights = start.weights or initial_weights(config.model, config.seed)
@@ -50,6 +47,15 @@ def begin(config: TrainingConfig, ids: np.ndarray, start: Start, world: World) -
     return Training(
         config, start.tokenizer, ids, position, model, parameters, optimizer, losses, start.folder
     )
+
+
+def flat_parameters(model: GPT) -> Flat:
+    """Memory for the parameters, in which the model has them from now on."""
+    tensors = list(model.parameters().values())
+    parameters = Flat([tensor.shape for tensor in tensors])
+    for tensor, part in zip(tensors, parameters.parts, strict=True):
+        tensor.replace(part)
+    return parameters
 
 
 def check_sizes(config: TrainingConfig, ids: np.ndarray) -> None:

@@ -1,0 +1,84 @@
+"""Any clang serves, and ziglang's where there is none."""
+
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from tinygrad import Device
+
+from backend.compiler import PROBE
+
+pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
+ZIGLANG = "ziglang"
+
+
+@pytest.fixture
+def compiler():
+    return Device["CPU"].renderer.compiler
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch) -> Path:
+    """An empty folder as the whole PATH, without CC."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    return tmp_path
+
+
+def write_program(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def write_clang(path: Path) -> Path:
+    zig = Path(pytest.importorskip(ZIGLANG).__file__).parent / "zig"
+    return write_program(path, f'exec {shlex.quote(str(zig))} clang "$@"')
+
+
+def test_ziglang_serves_where_there_is_no_clang(compiler, path, capfd):
+    command = compiler.find()
+    assert ZIGLANG in command[0]
+    assert compiler.call(command, PROBE).startswith(b"\x7fELF")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_clang_on_the_path_wins(compiler, path, capfd):
+    clang = write_clang(path / "clang")
+    assert compiler.find() == [str(clang)]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_clang_that_does_not_compile_is_left_with_a_warning(compiler, path, capfd):
+    clang = write_program(path / "clang", "exit 1")
+    assert ZIGLANG in compiler.find()[0]
+    out, err = capfd.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert err.startswith(f"warning: {clang}")
+
+
+def test_cc_wins_and_may_hold_options(compiler, path, monkeypatch):
+    write_clang(path / "clang")
+    mine = write_clang(path / "my clang")
+    monkeypatch.setenv("CC", f"{shlex.quote(str(mine))} -Wall")
+    assert compiler.find() == [str(mine), "-Wall"]
+
+
+def test_on_a_machine_without_a_compiler_the_backend_works(path, tmp_path):
+    code = "import backend; from tinygrad import Tensor; print((Tensor([2.0]) * 3).tolist())"
+    environment = {**os.environ, "DEV": "CPU", "CACHEDB": str(tmp_path / "cache.db")}
+    assert shutil.which("clang") is None
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (process.stdout, process.stderr) == ("[6.0]\n", "")

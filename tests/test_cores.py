@@ -1,0 +1,36 @@
+"""What all cores compute together is what one computes."""
+
+import numpy as np
+import pytest
+from tinygrad import Context, Device, Tensor, TinyJit, Variable
+
+from backend.blas import einsum
+
+pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
+
+
+@pytest.mark.parametrize("n_columns", [1, 6, 17])
+def test_columns_of_any_number_are_summed(n_columns):
+    rows = np.random.default_rng(0).standard_normal((2000, n_columns), np.float32)
+    sums = Tensor(rows).realize().sum(0).numpy()
+    np.testing.assert_allclose(sums, rows.sum(0, dtype=np.float64), atol=1e-3)
+
+
+def test_a_captured_jit_on_all_cores_gives_what_plain_calls_give():
+    rng = np.random.default_rng(0)
+    table = Tensor(rng.standard_normal((16, 64, 128), np.float32)).realize()
+    weight = Tensor(rng.standard_normal((128, 128), np.float32)).realize()
+
+    def step(x: Tensor, start) -> Tensor:
+        y = einsum("bti,oi->bto", table * x, weight).softmax(-1)
+        return (y.sum(0) + table[start] + y.max()).realize()
+
+    jit = TinyJit(step)
+    jit.cnt = 1
+    for number in range(4):
+        x = Tensor(rng.standard_normal(128, np.float32)).realize()
+        start = Variable("start", 0, 15).bind(3 * number)
+        captured = jit(x, start).numpy()
+        with Context(JIT=0):
+            plain = step(x, start).numpy()
+        np.testing.assert_allclose(captured, plain, rtol=1e-5, atol=1e-5)

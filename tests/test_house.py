@@ -1,0 +1,48 @@
+"""What each room of the project may know of."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"gpt_tiny", "tokenizers"}
+MAY_IMPORT = {
+    "tokenizers": set(),
+    "backend": {"backend"},
+    "gpt_tiny": {"backend"},
+    "models": {"models", "gpt_tiny", "tokenizers"},
+    "training": {"training", "models", "backend", "gpt_tiny", "tokenizers"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the project that a file imports, anywhere in it, by their first names."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names.append(node.module)
+    return {name.split(".")[0] for name in names} & (SCRIPTS | MAY_IMPORT.keys())
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_imports_nothing_that_it_should_know_nothing_of(room):
+    paths = list((ROOT / room).glob("*.py")) or [ROOT / f"{room}.py"]
+    found = set().union(*map(imported, paths))
+    assert found <= MAY_IMPORT[room]
+
+
+def test_the_model_imports_the_backend_in_one_line():
+    lines = (ROOT / "gpt_tiny.py").read_text().splitlines()
+    assert sum("backend" in line for line in lines if "import" in line) == 1
+
+
+@pytest.mark.parametrize("wing", ["backend", "models", "training"])
+def test_a_wing_says_what_is_in_it(wing):
+    page = " ".join(ast.get_docstring(ast.parse((ROOT / wing / "__init__.py").read_text())).split())
+    files = {path.stem for path in (ROOT / wing).glob("*.py")} - {"__init__"}
+    assert all(f"`{name}`" in page for name in files), files
+    assert "Nothing here knows of" in page

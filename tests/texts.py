@@ -1,0 +1,20 @@
+"""Texts for tokenizers: those that gpt-burn's were recorded with, and arbitrary ones."""
+
+import io
+import json
+
+from conftest import DATA
+from hypothesis import settings
+from hypothesis import strategies as st
+
+REFERENCE = json.loads((DATA / "tokenizers" / "texts.json").read_text(encoding="utf-8"))
+SAVED = json.loads((DATA / "tokenizers" / "vowel.json").read_text(encoding="utf-8"))
+TEXTS = [reference["text"] for reference in REFERENCE]
+# Long runs of vowels, characters of 1 to 4 bytes, every kind of separator, half a surrogate pair.
+CHARACTERS = "aeiouäöüAbcdéß日🔥 \n.<\t\x00\x1c\x85\xa0\u1680\u2003\u2028\u3000"
+mixed_text = st.text(st.sampled_from(CHARACTERS), max_size=80)
+few_examples = settings(max_examples=150, deadline=None)
+
+
+def encode_file(tokenizer, data: bytes, size: int = 1 << 30) -> list[int]:
+    return tokenizer.encode_file(io.BytesIO(data), size).tolist()
