@@ -10,38 +10,31 @@ from tinygrad import Device
 from tinygrad.helpers import GlobalCounters
 from worker import peak_memory, serve
 
-import steps
-from distributed import World
+from backend.memory import get
 from generation import Generator
-from gpt_tiny import GPT, AdamW, GPTConfig, initial_weights
-from memory import get, zeros
-from train import parse_arguments
+from gpt_tiny import GPT, GPTConfig, initial_weights
+from training.batches import capture_training, make_plan
+from training.distributed import World
+from training.settings import Files, TrainingConfig
+from training.start import begin
+from training.state import Start
 
 WORLD = World()
-N_BATCHES = steps.BATCHES_PER_STEP
 
 
 def train(config: GPTConfig, n: int, batch_size: int, dtype: str = "float32"):
     """train.py's batches on made-up ids."""
-    words = ["--batch-size", str(batch_size), "--context-length", str(config.context_length)]
-    words += ["--dropout", str(config.dropout), "--dtype", dtype]
-    arguments = parse_arguments(words)
-    model = GPT(config)
-    parameters = steps.flat_parameters(model)
-    parameters.write(list(initial_weights(config, 0).values()))
-    optimizer = AdamW(parameters.whole)
+    files = Files(no_save=True)
+    config = TrainingConfig(model=config, batch_size=batch_size, dtype=dtype, files=files)
     rng = np.random.default_rng(0)
-    ids = rng.integers(config.vocab_size, size=500_000).astype(np.uint16)
-    losses = zeros(N_BATCHES)
-    train_batch = steps.capture_training(
-        model, optimizer, parameters, ids, losses, arguments, WORLD
-    )
-    plan = steps.make_plan(arguments, optimizer, 0, len(ids), rng, WORLD)
+    ids = rng.integers(config.model.vocab_size, size=500_000).astype(np.uint16)
+    training = begin(config, ids, Start(), WORLD)
+    train_batch, plan = capture_training(training, WORLD), make_plan(training, rng, WORLD)
 
     def work() -> None:
         for number in range(n):
-            train_batch(*plan, batch=number % N_BATCHES)
-        get(losses)  # waits for the last one
+            train_batch(*plan, batch=number % config.batches_per_step)
+        get(training.losses)  # waits for the last one
 
     return work
 

@@ -19,6 +19,7 @@ from training.settings import TrainingConfig
 N_DRAWS = int(os.environ.get("GPT_TINY_FLAGS", "5"))
 GPT2 = DATA / "gpt2_tiny"
 MODELS = ["model", "other", REFERENCE, GPT2, "nowhere"]
+NOTES = "^warning: |is missing: using the text"
 TRAINING = {
     **{"-c": [1, 2, 3, 8, 64, 65], "-d": [1, 3, 4, 8, 48], "-l": [1, 2], "-h": [1, 2, 3, 4]},
     **{"-b": [1, 2, 3, 8], "--accumulate": [1, 2, 3], "-n": [1, 2, 3], "-s": [0, 2**62]},
@@ -69,7 +70,7 @@ def test_random_flags_give_a_result_or_an_error_of_one_line(call, monkeypatch, n
     for main, words in commands:
         monkeypatch.setattr(sys, "stdin", io.StringIO("The context\n\n日\n"))
         result = call(main, *words)
-        lines = [line for line in result.err.splitlines() if "warning: " not in line]
+        lines = [line for line in result.err.splitlines() if not re.search(NOTES, line)]
         if result.status == 0:
             assert lines == [], words
         else:
