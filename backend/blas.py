@@ -4,7 +4,9 @@ import ctypes
 import functools
 import math
 import os
+from dataclasses import dataclass
 
+import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.helpers import NUM_CPU_THREADS, ContextVar
@@ -78,24 +80,20 @@ def _sizes(letters: tuple[str, str, str], a: UOp, b: UOp) -> tuple[int, ...]:
     return tuple(math.prod(sizes[x] for x in group) for group in _groups(letters))
 
 
-class _Matrix:
-    """The matrices of a tensor as BLAS sees them, each stored row by row or, transposed, column by
-    column, with a step from one of these to the next; `offset` is where one begins."""
-
-    def __init__(self, tensor: UOp, letters: str, rows: list[str], columns: list[str]):
-        self.numbers, self.offset = tensor.flatten(), UOp.const(0, dtypes.weakint)
-        self.strides = {x: math.prod(tensor.shape[i + 1 :]) for i, x in enumerate(letters)}
-        # the letters of a group lie beside one another in memory, so that the last stands for all
-        self.is_transposed = self.strides[columns[-1]] != 1
-        stored, along = (columns, rows) if self.is_transposed else (rows, columns)
-        length = math.prod(tensor.shape[letters.index(x)] for x in along)
-        self.step = max(self.strides[stored[-1]], length)  # a single row may have any stride
-
-    def skip_rows(self, n: UOp) -> None:
-        self.offset += n * (1 if self.is_transposed else self.step)
-
-    def skip_columns(self, n: UOp) -> None:
-        self.offset += n * (self.step if self.is_transposed else 1)
+def _operand(
+    tensor: UOp, letters: str, rows: list[str], columns: list[str], indices: dict[str, UOp]
+) -> tuple[UOp, int, int]:
+    """A matrix in the tensor as BLAS takes it: its place, at the indices of the other letters, 112
+    if it is stored column by column or else 111, and the step from one of those to the next."""
+    strides = {x: math.prod(tensor.shape[i + 1 :]) for i, x in enumerate(letters)}
+    # the letters of a group lie side by side in memory, so that the last one stands for all
+    is_transposed = strides[columns[-1]] != 1
+    stored, along = (columns, rows) if is_transposed else (rows, columns)
+    length = math.prod(tensor.shape[letters.index(x)] for x in along)
+    step = max(strides[stored[-1]], length)  # of a single row the stride may be anything
+    steps = (index * strides[x] for x, index in indices.items() if x in strides)
+    place = sum(steps, UOp.const(0, dtypes.weakint))
+    return tensor.flatten()[place], 111 + is_transposed, step
 
 
 def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str]) -> UOp:
@@ -107,86 +105,65 @@ def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str,
     if letters_c[-1] in rows:  # BLAS writes along rows: (a b)' = b' a'
         a, b, letters_a, letters_b = b, a, letters_b, letters_a
         rows, columns, m, n = columns, rows, n, m
+
     sizes = dict(zip(letters_c, c.shape, strict=True))
     batches.sort(key=lambda x: -largest_divisor(sizes[x], NUM_CPU_THREADS.value))  # 1 text: heads
     shared = sizes[batches[0]] if batches else max(m, n)
     n_cores = largest_divisor(shared, NUM_CPU_THREADS.value)
     if n_batches * m * n * k < MIN_SHARED_WORK:
         n_cores = 1
+    core, share = UOp.range(n_cores, 0, AxisType.THREAD), shared // n_cores
+    n_indices = [share, *(sizes[x] for x in batches[1:])] if batches else []
+    ranges = [UOp.range(size, number) for number, size in enumerate(n_indices, 1)]
+    indices = dict(zip(batches, ranges, strict=True))
+    if batches:
+        indices[batches[0]] += core * share
+    elif m >= n:
+        indices, m = {rows[-1]: core * share}, share
+    else:
+        indices, n = {columns[-1]: core * share}, share
 
-    a = _Matrix(a, letters_a, rows, summed)
-    b = _Matrix(b, letters_b, summed, columns)
-    c = _Matrix(c, letters_c, rows, columns)
-    ranges = [core := UOp.range(n_cores, 0, AxisType.THREAD)]
-    for number, letter in enumerate(batches, 1):
-        n_indices = sizes[letter] // (n_cores if number == 1 else 1)
-        ranges.append(index := UOp.range(n_indices, number))
-        if number == 1:
-            index = core * n_indices + index
-        for matrix in (a, b, c):
-            matrix.offset += index * matrix.strides[letter]
-    if not batches and m >= n:
-        m //= n_cores
-        a.skip_rows(core * m)
-        c.skip_rows(core * m)
-    elif not batches:
-        n //= n_cores
-        b.skip_columns(core * n)
-        c.skip_columns(core * n)
-    call = _call_sgemm(address, (m, n, k), a, b, c)
+    a, flag_a, step_a = _operand(a, letters_a, rows, summed, indices)
+    b, flag_b, step_b = _operand(b, letters_b, summed, columns, indices)
+    c, _, step_c = _operand(c, letters_c, rows, columns, indices)
+    row_major, flag_a, flag_b = _constants(dtypes.int32, 101, flag_a, flag_b)
+    m, n, k, step_a, step_b, step_c = _constants(blas().integer, m, n, k, step_a, step_b, step_c)
+    alpha, beta = _constants(dtypes.float32, 1.0, 0.0)
+    arguments = (row_major, flag_a, flag_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c)
+    call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
     name = "sgemm_" + "_".join(letters)
-    return call.end(*ranges).sink(arg=KernelInfo(name=name, opts_to_apply=()))
+    return call.end(core, *ranges).sink(arg=KernelInfo(name=name, opts_to_apply=()))
 
 
-def _call_sgemm(address: UOp, sizes: tuple[int, int, int], a: _Matrix, b: _Matrix, c: _Matrix):
-    """cblas_sgemm: c = 1 a b + 0 c, of row-major matrices (101), transposed (112) or not (111)."""
-    m, n, k, *steps = (UOp.const(x, blas().integer) for x in (*sizes, a.step, b.step, c.step))
-    order, flag_a, flag_b = (
-        UOp.const(x, dtypes.int32) for x in (101, 111 + a.is_transposed, 111 + b.is_transposed)
-    )
-    alpha, beta = (UOp.const(x, dtypes.float32) for x in (1.0, 0.0))
-    (at_a, step_a), (at_b, step_b), (at_c, step_c) = (
-        (x.numbers[x.offset], step) for x, step in zip((a, b, c), steps, strict=True)
-    )
-    arguments = (order, flag_a, flag_b, m, n, k, alpha, at_a, step_a, at_b, step_b, beta)
-    return address[0].load().call(*arguments, at_c, step_c, ret_dtype=dtypes.void)
+def _constants(dtype: DType, *numbers: float) -> list[UOp]:
+    return [UOp.const(number, dtype) for number in numbers]
 
 
+@dataclass(frozen=True)
 class Blas:
-    """The BLAS that numpy was built with: OpenBLAS, MKL or Accelerate."""
-
-    def __init__(self):
-        import numpy
-
-        # Symbols are looked for in what this module was linked with, too.
-        library = ctypes.CDLL(numpy._core._multiarray_umath.__file__)
-        names = ["scipy_{}64_", "{}64_", "scipy_{}", "{}"]
-        name = next(name for name in names if hasattr(library, name.format("cblas_sgemm")))
-        self.integer: DType = dtypes.int64 if "64" in name else dtypes.int32
-        sgemm = getattr(library, name.format("cblas_sgemm"))
-        self.sgemm: int = ctypes.cast(sgemm, ctypes.c_void_p).value
-        # A kernel runs on all cores already, each of which calls BLAS for its share.
-        for setter in (name.format("openblas_set_num_threads"), "MKL_Set_Num_Threads"):
-            if hasattr(library, setter):
-                getattr(library, setter)(1)
+    sgemm: int  # the address of the function
+    integer: DType  # that it takes
 
 
 @functools.cache
 def blas() -> Blas | None:
+    """The BLAS that numpy was built with (OpenBLAS, MKL or Accelerate), unless BLAS=0."""
     if os.environ.get("BLAS") == "0":
         return None
-    try:
-        return Blas()
-    except (StopIteration, OSError):
-        return None
+    # Symbols are looked for in what this module was linked with, too.
+    library = ctypes.CDLL(np._core._multiarray_umath.__file__)
+    for name in ("scipy_{}64_", "{}64_", "scipy_{}", "{}"):
+        if sgemm := getattr(library, name.format("cblas_sgemm"), None):
+            # A kernel runs on all cores already, each of which calls BLAS for its share.
+            for setter in (name.format("openblas_set_num_threads"), "MKL_Set_Num_Threads"):
+                if hasattr(library, setter):
+                    getattr(library, setter)(1)
+            address = ctypes.cast(sgemm, ctypes.c_void_p).value
+            return Blas(address, dtypes.int64 if "64" in name else dtypes.int32)
+    return None
 
 
 @functools.cache
 def blas_address(device: str) -> Tensor:
     """A buffer that holds the address of `sgemm`: unlike the code, it may change with each run."""
     return Tensor([blas().sgemm], dtype=dtypes.uint64, device=device).realize()
-
-
-def blas_addresses(device: str) -> list[Tensor]:
-    """The buffer of `blas_address`, if products on the device go through BLAS."""
-    return [blas_address(device)] if blas() is not None else []

@@ -21,7 +21,7 @@ from tinygrad.engine.realize import get_call_arg_uops, get_call_outs_ins
 from tinygrad.helpers import ContextVar
 from tinygrad.uop.ops import Ops
 
-from backend.blas import blas, blas_addresses
+from backend.blas import blas, blas_address
 from backend.compiler import processor
 
 N_KEPT = 32  # files of a few MB each
@@ -42,7 +42,8 @@ def captured(
     device = state[0].device
     path = None
     if device.startswith("CPU"):  # where it is tested
-        state = [tensor.uop.base for tensor in (*state, *blas_addresses(device))]
+        tensors = [*state, blas_address(device)] if blas() else state
+        state = [tensor.uop.base for tensor in tensors]
         shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in state]
         path = cache_folder() / fingerprint(function.__qualname__, key, limits, shapes)
         with contextlib.suppress(Exception):  # to begin with: there is none
