@@ -18,8 +18,7 @@ from tokenizers import BytePairTokenizer
 from training import corpus, distributed, loop, resume
 from training.metrics import plot
 from training.settings import TrainingConfig, changed, flat
-from training.start import begin
-from training.state import Start, Training
+from training.state import Start, Training, begin
 
 DEFAULTS = TrainingConfig()
 # what may change when a training goes on; a corpus that has moved is known by its checksum

@@ -16,8 +16,7 @@ from gpt_tiny import GPT, GPTConfig, initial_weights
 from training.batches import capture_training, make_plan
 from training.distributed import World
 from training.settings import Files, TrainingConfig
-from training.start import begin
-from training.state import Start
+from training.state import Start, begin
 
 WORLD = World()
 

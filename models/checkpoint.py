@@ -8,12 +8,13 @@ Nothing here trusts a file: each length and shape is compared with the file's si
 taken for it, nothing is unpickled, and what is wrong is a ValueError that says so in one line.
 """
 
+import contextlib
 import ctypes
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -149,44 +150,58 @@ def save(
     weights: Mapping[str, np.ndarray],
     tokenizer: tokenizers.Tokenizer | None = None,
     format: str = "tiny",
-    also: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes a model folder, whole or not at all.
+    """Writes a model folder as `replacing` does."""
+    with replacing(folder) as new:
+        write(new, config, weights, tokenizer, format)
 
-    `format` "tiny" writes our layout, or Hugging Face's for a GPT-2, in the precision of `weights`;
-    "burn" writes gpt-burn's, in half precision. `also` may put more files into the folder that it
-    is given. A model that is there already is replaced; other files of its folder stay. ValueError
-    where `check_destination` raises it, OSError when the disk is full.
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to write a model to, which at the end takes the place of `folder`, whole or not
+    at all. A model that is there already is replaced; other files of its folder stay.
+
+    ValueError where `check_destination` raises it, OSError when the disk is full.
     """
     folder = Path(os.path.realpath(folder))
     check_destination(folder)
-    if format == "burn" and config["model"].get("gpt2"):
-        raise ValueError("gpt-burn's layout holds no GPT-2")
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".gpt-tiny-{uuid.uuid4().hex}")
     new.mkdir()
     try:
-        if tokenizer is not None:
-            config = {**config, "tokenizer": tokenizer.name}
-            tokenizer.save(new)
-        n_layers = config["model"]["n_layers"]
-        if format == "burn":
-            gpt_burn.write_record(new / "model.mpk", weights, n_layers)
-            config = gpt_burn.config_to_theirs(config)
-        elif config["model"].get("gpt2"):
-            tensors = gpt2.weights_to_theirs(weights, n_layers)
-            write_safetensors(new / "model.safetensors", tensors)
-            config = gpt2.config_to_theirs(config, tokenizer and tokenizer.end)
-        else:
-            write_safetensors(new / "model.safetensors", weights)
-        (new / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        if also:
-            also(new)
+        yield new
         for path in (*new.iterdir(), new):
             sync(path)
         put_in_place(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)  # by now it exists only if something failed
+
+
+def write(
+    folder: Path,
+    config: dict,
+    weights: Mapping[str, np.ndarray],
+    tokenizer: tokenizers.Tokenizer | None,
+    format: str = "tiny",
+) -> None:
+    """`format` "tiny" is our layout, or Hugging Face's for a GPT-2, in the precision of `weights`;
+    "burn" is gpt-burn's, in half precision, which holds no GPT-2: ValueError."""
+    is_gpt2, n_layers = config["model"].get("gpt2"), config["model"]["n_layers"]
+    if format == "burn" and is_gpt2:
+        raise ValueError("gpt-burn's layout holds no GPT-2")
+    if tokenizer is not None:
+        config = {**config, "tokenizer": tokenizer.name}
+        tokenizer.save(folder)
+    if format == "burn":
+        gpt_burn.write_record(folder / "model.mpk", weights, n_layers)
+        config = gpt_burn.config_to_theirs(config)
+    elif is_gpt2:
+        tensors = gpt2.weights_to_theirs(weights, n_layers)
+        write_safetensors(folder / "model.safetensors", tensors)
+        config = gpt2.config_to_theirs(config, tokenizer and tokenizer.end)
+    else:
+        write_safetensors(folder / "model.safetensors", weights)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def check_destination(folder: Path) -> None:
@@ -270,6 +285,16 @@ def write_file(path: Path, data: bytes) -> None:
         sync(path.parent)
     finally:
         new.unlink(missing_ok=True)
+
+
+def claim(path: Path) -> Path:
+    """Makes a folder of this name, or with a number behind it if another training has that one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name in (path.name, *(f"{path.name}_{number}" for number in range(2, 1000))):
+        with contextlib.suppress(FileExistsError):
+            path.with_name(name).mkdir()
+            return path.with_name(name)
+    raise ValueError(f"{path} exists, with a thousand others of that name")
 
 
 def weights_file(folder: Path) -> Path:

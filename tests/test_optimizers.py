@@ -11,7 +11,7 @@ from gpt_tiny import GPT, GPTConfig
 from models import gpt_burn
 from training.optimizers import AdamW, clipped, learning_rate
 from training.settings import OptimizerConfig, TrainingConfig
-from training.start import flat_parameters
+from training.state import flat_parameters
 
 FIGURES = json.loads((DATA / "options.json").read_text())
 

@@ -155,7 +155,7 @@ def test_a_full_disk_is_an_error_and_loses_no_checkpoint(tmp_path):
 
 
 def test_trainings_of_the_same_second_do_not_share_a_folder(tmp_path):
-    folders = {resume.claim(tmp_path / "1795367562_4") for _ in range(3)}
+    folders = {checkpoint.claim(tmp_path / "1795367562_4") for _ in range(3)}
     assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
 
 

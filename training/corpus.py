@@ -2,7 +2,6 @@
 
 import io
 import sys
-import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,7 +52,3 @@ def split(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The ids to train on, and the last tenth, to validate with."""
     training, validation = np.split(ids, [len(ids) * 9 // 10])
     return training, validation
-
-
-def checksum(ids: np.ndarray) -> int:
-    return zlib.crc32(ids)

@@ -1,7 +1,6 @@
 """A training on disk: a checkpoint with what it takes to go on, in `training.json` (where it
 stands) and `optimizer.safetensors` (its moments)."""
 
-import contextlib
 import json
 import time
 from dataclasses import asdict, fields
@@ -19,14 +18,11 @@ POSITION, OPTIMIZER = "training.json", "optimizer.safetensors"
 
 def save(folder: Path, training: Training) -> None:
     """Keeps the training in a folder; from the one that it was kept in before, the model stays."""
-    weights, picture = training.weights(), training.config.picture()
-
-    def also(temporary: Path) -> None:
-        (temporary / POSITION).write_text(json.dumps(asdict(training.position), indent=1))
-        moments = training.optimizer.read(weights)
-        checkpoint.write_safetensors(temporary / OPTIMIZER, moments)
-
-    checkpoint.save(folder, picture, weights, training.tokenizer, also=also)
+    weights = training.weights()
+    with checkpoint.replacing(folder) as new:
+        checkpoint.write(new, training.config.picture(), weights, training.tokenizer)
+        checkpoint.write_safetensors(new / OPTIMIZER, training.optimizer.read(weights))
+        (new / POSITION).write_text(json.dumps(asdict(training.position), indent=1))
     if training.latest:  # moments are twice as large as the model
         (training.latest / POSITION).unlink(missing_ok=True)
         (training.latest / OPTIMIZER).unlink(missing_ok=True)
@@ -82,14 +78,4 @@ def newest(path: Path) -> Path:
 
 
 def new_folder(step: int) -> Path:
-    return claim(CHECKPOINTS / f"{int(time.time())}_{step}")
-
-
-def claim(path: Path) -> Path:
-    """Makes a folder of this name, or with a number behind it if another training has that one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name in (path.name, *(f"{path.name}_{number}" for number in range(2, 1000))):
-        with contextlib.suppress(FileExistsError):
-            path.with_name(name).mkdir()
-            return path.with_name(name)
-    raise ValueError(f"{path} exists, with a thousand others of that name")
+    return checkpoint.claim(CHECKPOINTS / f"{int(time.time())}_{step}")

@@ -1,6 +1,11 @@
 """A training: what it starts from, what it changes, and where it stands."""
 
+import contextlib
+import os
+import shutil
 import sys
+import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,10 +13,12 @@ from pathlib import Path
 import numpy as np
 from tinygrad import Tensor
 
-from backend.memory import Flat
-from gpt_tiny import GPT
+from backend.memory import Flat, put, zeros
+from gpt_tiny import GPT, initial_weights
 from models import checkpoint
 from tokenizers import Tokenizer
+from training import corpus
+from training.distributed import World, code
 from training.optimizers import AdamW
 from training.settings import TrainingConfig
 
@@ -76,3 +83,93 @@ class Training:
         config = self.config
         picture, format = config.picture(), config.files.format
         checkpoint.save(folder, picture, self.weights(), self.tokenizer, format)
+
+
+def begin(config: TrainingConfig, ids: np.ndarray, start: Start, world: World) -> Training:
+    """Makes model, optimizer and position of what `start` holds, whose tensors it takes.
+
+    ValueError for what can't be trained, or can't go on from there.
+    """
+    check_sizes(config, ids)
+    world.share(config.batch_size, "--batch-size", config.accumulate)
+    position, checksum = start.position, zlib.crc32(ids)
+    world.check_same(code=code(), corpus=checksum, command=position.arguments)
+    if start.folder:
+        check_same_training(config, checksum, start)
+    position.corpus_checksum = checksum
+    is_kept = world.rank == 0 and not config.files.no_save
+    position.output_path = output_folder(config, position.output_path) if is_kept else ""
+
+    model = GPT(config.model)
+    parameters = flat_parameters(model)
+    optimizer, losses = AdamW(parameters, config.optimizer), zeros(config.batches_per_step)
+    if world.rank == 0:
+        weights = start.weights or initial_weights(config.model, config.seed)
+        parameters.write([weights[name] for name in model.parameters()])
+        if start.moments:
+            optimizer.write(start.moments)
+        to_come = config.batches_per_step - position.batch
+        put(losses, np.pad(np.float32(position.losses), (0, to_come)))
+    start.weights = start.moments = {}  # their memory is needed
+    world.copy_first([*parameters.whole, *optimizer.state])
+    return Training(
+        config, start.tokenizer, ids, position, model, parameters, optimizer, losses, start.folder
+    )
+
+
+def flat_parameters(model: GPT) -> Flat:
+    """Memory for the parameters, in which the model has them from now on."""
+    tensors = list(model.parameters().values())
+    parameters = Flat([tensor.shape for tensor in tensors])
+    for tensor, part in zip(tensors, parameters.parts, strict=True):
+        tensor.replace(part)
+    return parameters
+
+
+def check_sizes(config: TrainingConfig, ids: np.ndarray) -> None:
+    """ValueError where the corpus is too short, or where the system would run out of memory, and
+    end the training without a word."""
+    model, (_, validation_ids) = config.model, corpus.split(ids)
+    if len(validation_ids) <= model.context_length:
+        raise ValueError(
+            f"{config.files.text_corpus} is too short: its last tenth, {len(validation_ids)} "
+            f"tokens, is for validation and has to exceed --context-length {model.context_length}"
+        )
+    activations = 16 * model.d_model + 3 * model.d_hidden  # floats a token and block
+    activations += 4 * model.n_heads * model.context_length
+    n_tokens = config.batch_size // config.accumulate * model.context_length
+    n_floats = 4 * model.n_parameters  # with their gradients and two moments
+    n_floats += n_tokens * (model.n_layers * activations + 4 * model.vocab_size)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * n_floats > memory:
+        raise ValueError(
+            f"training {model.n_parameters:,} parameters on {n_tokens:,} tokens at a time takes "
+            f"about {4 * n_floats / 2**30:,.0f} GiB of memory, and there are "
+            f"{memory / 2**30:,.0f}: choose a smaller model, --context-length or --batch-size"
+        )
+
+
+def check_same_training(config: TrainingConfig, checksum: int, start: Start) -> None:
+    """ValueError if what goes on is not what began, but for the number of steps."""
+    if {**start.config, "n_steps": 0} != {**config.picture(), "n_steps": 0}:
+        raise ValueError(f"{start.folder}/config.json is not what its training.json says")
+    if start.position.corpus_checksum != checksum:
+        raise ValueError(
+            "the corpus is not the one that the training began with: name that with --text-corpus"
+        )
+
+
+def output_folder(config: TrainingConfig, before: str) -> str:
+    """The folder of the training's model; a new one gets what is in the one `before`."""
+    folder, model = config.files.output_path, config.model
+    if folder is None and before:
+        return before
+    if folder is None:
+        name = f"gpt_{model.n_parameters >> 10}k_{model.context_length}context_{int(time.time())}"
+        return str(checkpoint.claim(Path(".data") / name))
+    folder.mkdir(parents=True, exist_ok=True)
+    if before and Path(before) != folder:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy2(Path(before) / "metrics.csv", folder)
+            shutil.copytree(Path(before) / "best", folder / "best", dirs_exist_ok=True)
+    return str(folder)
