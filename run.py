@@ -19,16 +19,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = command_line.ArgumentParser("Continue a text with a trained GPT.")
     parser.usage = "python %(prog)s MODEL_PATH [OPTION]..."
     count = number(int, 1, 2**31)
-    parser.add_argument(
-        "model_path", type=Path, help="folder of a model: ours, gpt-burn's or GPT-2"
-    )
+    parser.add_argument("model_path", type=Path, help="a model's folder: ours, gpt-burn's, GPT-2")
     add = parser.add_argument_group("text").add_argument
-    add(
-        "-p",
-        "--prompt",
-        default="\n",
-        help="text to continue, - for standard input (default: a line break)",
-    )
+    prompt_help = "text to continue, - for standard input (default: a line break)"
+    add("-p", "--prompt", default="\n", help=prompt_help)
     add("-n", "--n-new-tokens", type=count, default=1000, help="tokens to generate")
     add("--n-samples", type=count, default=1, help="continuations, generated side by side")
     add("--stop", metavar="TEXT", help="end a continuation where this text would come")

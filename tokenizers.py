@@ -6,6 +6,7 @@ whose models depend on them. Byte pairs know every text.
 """
 
 import codecs
+import contextlib
 import json
 import string
 from collections import Counter
@@ -148,22 +149,11 @@ class SimpleVowelTokenizer(Tokenizer):
         """The tokens of a text; joined, they are the text.
 
         One starts at each separator, after each separator, and at each vowel that stands more than
-        3 UTF-8 bytes after the start of the token before it. This is the rule in its plain form;
-        `token_offsets` is its fast one.
+        3 UTF-8 bytes after the start of the token before it.
         """
-        tokens, token, after_separator = [], "", False
-        for character in text:
-            separator = character in SEPARATORS
-            if token and (
-                separator
-                or after_separator
-                or (character in VOWELS and len(token.encode("utf-8", "surrogatepass")) > 3)
-            ):
-                tokens.append(token)
-                token = ""
-            token += character
-            after_separator = separator
-        return [*tokens, token] if token else tokens
+        data = text.encode("utf-8", "surrogatepass")
+        places = pairwise(token_offsets(text, data).tolist())
+        return [data[start:end].decode("utf-8", "surrogatepass") for start, end in places]
 
     @classmethod
     def train(cls, file: BinaryIO, size: int, vocab_size: int) -> "SimpleVowelTokenizer":
@@ -234,7 +224,7 @@ class SimpleVowelTokenizer(Tokenizer):
         They are told apart by the zero bytes of bincode's first number: JSON has none.
         ValueError if the file cannot be read or is neither.
         """
-        try:
+        with loading(path):
             data = path.read_bytes()
             tokens = parse_bincode(data) if b"\0" in data[:8] else parse_json(data)
             if tokens[-1:] != [cls.catch_all]:
@@ -242,10 +232,6 @@ class SimpleVowelTokenizer(Tokenizer):
             if any(token >= following for token, following in pairwise(tokens[:-1])):
                 raise ValueError("its tokens are not in sorted order")
             return cls(tokens[:-1], len(tokens))
-        except OSError as error:
-            raise ValueError(f"cannot read the vocabulary {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a vocabulary: {error}") from error
 
 
 class BytePairTokenizer(Tokenizer):
@@ -304,22 +290,27 @@ class BytePairTokenizer(Tokenizer):
     @classmethod
     def load(cls, folder: Path) -> "BytePairTokenizer":
         """Reads the `vocab.json` and `merges.txt` of a folder; ValueError if it cannot."""
-        try:
-            path = folder / "vocab.json"
-            vocab = json.loads(read_vocabulary(path))
-            if not isinstance(vocab, dict) or any(type(id) is not int for id in vocab.values()):
-                raise ValueError("it is no map of tokens to ids")
-            path = folder / "merges.txt"
+        with loading(folder / "merges.txt") as path:
             lines = read_vocabulary(path).split("\n")
             pairs = [tuple(line.split(" ")) for line in lines if line[:8] not in ("", "#version")]
             if any(len(pair) != 2 or "" in pair for pair in pairs):
                 raise ValueError("it is no list of pairs of tokens")
-            path = folder / "vocab.json"
+        with loading(folder / "vocab.json") as path:
+            vocab = json.loads(read_vocabulary(path))
+            if not isinstance(vocab, dict) or any(type(id) is not int for id in vocab.values()):
+                raise ValueError("it is no map of tokens to ids")
             return cls(vocab, pairs)
-        except OSError as error:
-            raise ValueError(f"cannot read the vocabulary {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a vocabulary: {error!s:.200}") from error
+
+
+@contextlib.contextmanager
+def loading(path: Path) -> Iterator[Path]:
+    """Makes one line, with the file's name, of what is wrong with it."""
+    try:
+        yield path
+    except OSError as error:
+        raise ValueError(f"cannot read the vocabulary {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a vocabulary: {error!s:.200}") from error
 
 
 def most_frequent(counts: Counter, n: int) -> list:

@@ -24,6 +24,7 @@ from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 FLAGS = (
     "-O2 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math"
 )
+FREESTANDING = "-c -x c -fPIC -ffreestanding -nostdlib -fno-ident"
 # What tinygrad writes is C with clang's vectors.
 PROBE = "typedef float f4 __attribute__((ext_vector_type(4))); f4 f(f4 x) { return x + x.wzyx; }"
 
@@ -42,18 +43,8 @@ class CPUCompiler(ClangCompiler):
         return self.call(self.command, src)
 
     def call(self, command: list[str], source: str) -> bytes:
-        target = f"--target={self.arch}-none-unknown-elf"
-        freestanding = [
-            "-c",
-            "-x",
-            "c",
-            "-fPIC",
-            "-ffreestanding",
-            "-nostdlib",
-            "-fno-ident",
-            target,
-        ]
-        command = [*command, *freestanding, *self.args, *FLAGS.split(), "-", "-o", "-"]
+        flags = f"{FREESTANDING} --target={self.arch}-none-unknown-elf {FLAGS} - -o -"
+        command = [*command, *self.args, *flags.split()]
         run = subprocess.run(command, input=source.encode(), capture_output=True)
         if run.returncode:
             raise ValueError(f"{command[0]} does not compile: {run.stderr.decode()[:300]}")
@@ -71,9 +62,8 @@ class CPUCompiler(ClangCompiler):
         try:
             import ziglang
         except ImportError:
-            raise ValueError(
-                "no C compiler: pip install ziglang, or put a clang on the PATH"
-            ) from None
+            reason = "no C compiler: pip install ziglang, or put a clang on the PATH"
+            raise ValueError(reason) from None
         return [str(Path(ziglang.__file__).parent / "zig"), "clang"]
 
 

@@ -23,14 +23,8 @@ import numpy as np
 
 import tokenizers
 from gpt_tiny import GPT, GPTConfig
-from models import gpt2, gpt_burn
-from models.safetensors import (
-    MAX_JSON_BYTES,
-    LazyArrays,
-    parse_json,
-    read_safetensors,
-    write_safetensors,
-)
+from models import gpt2, gpt_burn, safetensors
+from models.safetensors import MAX_JSON_BYTES, LazyArrays, parse_json
 
 WEIGHT_FILES = ("model.safetensors", "model.mpk")
 MODEL_FILES = ("config.json", *WEIGHT_FILES, "training.json", "optimizer.safetensors")
@@ -51,8 +45,12 @@ def load(folder: Path) -> tuple[GPT, tokenizers.Tokenizer]:
             f"{folder / 'config.json'}: vocab_size is {model_config.vocab_size}, but the tokenizer "
             f"{tokenizer.name!r} has {tokenizer.vocab_size} tokens: they do not belong together"
         )
-    shapes = {name: tensor.shape for name, tensor in GPT(model_config).parameters().items()}
-    return GPT(model_config, read_weights(folder, shapes)), tokenizer
+    return GPT(model_config, read_weights(folder, shapes(model_config))), tokenizer
+
+
+def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Of a model's parameters, by name."""
+    return {name: tensor.shape for name, tensor in GPT(config).parameters().items()}
 
 
 def read_config(folder: Path) -> dict:
@@ -104,7 +102,7 @@ def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping
     if path.name == "model.mpk":
         arrays = gpt_burn.read_record(path)
     else:
-        arrays = read_safetensors(path)
+        arrays = safetensors.read(path)
         if "wte.weight" in arrays or "transformer.wte.weight" in arrays:
             n_layers = sum(name.endswith(".norm_1.gamma") for name in shapes)
             try:
@@ -197,10 +195,10 @@ def write(
         config = gpt_burn.config_to_theirs(config)
     elif is_gpt2:
         tensors = gpt2.weights_to_theirs(weights, n_layers)
-        write_safetensors(folder / "model.safetensors", tensors)
+        safetensors.write(folder / "model.safetensors", tensors)
         config = gpt2.config_to_theirs(config, tokenizer and tokenizer.end)
     else:
-        write_safetensors(folder / "model.safetensors", weights)
+        safetensors.write(folder / "model.safetensors", weights)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 

@@ -31,7 +31,7 @@ class LazyArrays(Mapping):
         return len(self.readers)
 
 
-def read_safetensors(path: Path) -> LazyArrays:
+def read(path: Path) -> LazyArrays:
     """The tensors of a safetensors file; bfloat16 becomes float32.
 
     As https://huggingface.co/docs/safetensors asks, they must fill the file without gap or overlap.
@@ -72,7 +72,7 @@ def read_bfloat16(*where) -> np.ndarray:
     return (map_array(*where).astype(np.uint32) << 16).view(np.float32)
 
 
-def write_safetensors(path: Path, weights: Mapping[str, np.ndarray]) -> None:
+def write(path: Path, weights: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file, with the metadata that Hugging Face's programs ask for."""
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0

@@ -17,8 +17,8 @@ from models import checkpoint, safetensors
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_read_and_refused_as_weights(model_folder, weights, value):
     weights["norm.beta"][3] = value
-    safetensors.write_safetensors(model_folder / "model.safetensors", weights)
-    assert_equal(safetensors.read_safetensors(model_folder / "model.safetensors"), weights)
+    safetensors.write(model_folder / "model.safetensors", weights)
+    assert_equal(safetensors.read(model_folder / "model.safetensors"), weights)
     read = checkpoint.read_weights(model_folder, SHAPES)
     assert_equal({"norm.gamma": read["norm.gamma"]}, {"norm.gamma": weights["norm.gamma"]})
     error = r"model\.safetensors: the tensor norm\.beta holds numbers that are not finite"
@@ -28,7 +28,7 @@ def test_numbers_that_are_not_finite_are_read_and_refused_as_weights(model_folde
 
 def test_finite_numbers_whose_sum_is_not_are_weights(model_folder, weights):
     weights["norm.beta"][:] = 3e38
-    safetensors.write_safetensors(model_folder / "model.safetensors", weights)
+    safetensors.write(model_folder / "model.safetensors", weights)
     assert_equal(checkpoint.read_weights(model_folder, SHAPES), weights)
 
 
@@ -128,7 +128,7 @@ def test_a_model_is_replaced_and_other_files_beside_it_stay(model_folder, weight
     assert os.listdir(model_folder.parent) == ["model"]
 
 
-@pytest.mark.parametrize("broken", ["write_safetensors", "sync", "os.rename", "Vowel.save"])
+@pytest.mark.parametrize("broken", ["safetensors.write", "sync", "os.rename", "Vowel.save"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
 def test_a_failed_save_leaves_the_earlier_model_and_nothing_else(
     model_folder, weights, monkeypatch, broken, error
@@ -146,7 +146,8 @@ def test_a_failed_save_leaves_the_earlier_model_and_nothing_else(
 
     if broken == "os.rename":  # as on systems that cannot swap two folders at once
         monkeypatch.setattr(checkpoint.ctypes, "CDLL", lambda name: None)
-    holder = {"os.rename": os, "Vowel.save": Vowel}.get(broken, checkpoint)
+    holders = {"os.rename": os, "Vowel.save": Vowel, "safetensors.write": safetensors}
+    holder = holders.get(broken, checkpoint)
     monkeypatch.setattr(holder, broken.split(".")[-1], fail)
     doubled = {name: 2 * values for name, values in weights.items()}
     with pytest.raises(type(error)):

@@ -83,7 +83,7 @@ def copied(tmp_path: Path, tensors: dict | None = None, **settings) -> Path:
     config = json.loads((FOLDER / "config.json").read_text()) | settings
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     if tensors:
-        safetensors.write_safetensors(tmp_path / "model" / "model.safetensors", tensors)
+        safetensors.write(tmp_path / "model" / "model.safetensors", tensors)
     return tmp_path / "model"
 
 
@@ -95,7 +95,7 @@ def assert_same_weights(folder: Path, model) -> None:
 
 
 def test_names_without_prefix_masks_and_a_tied_head_are_read(tmp_path, model_and_tokenizer):
-    theirs = safetensors.read_safetensors(FOLDER / "model.safetensors")
+    theirs = safetensors.read(FOLDER / "model.safetensors")
     tensors = {name.removeprefix("transformer."): array for name, array in theirs.items()}
     tensors["lm_head.weight"] = tensors["wte.weight"]
     tensors["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)
@@ -104,20 +104,20 @@ def test_names_without_prefix_masks_and_a_tied_head_are_read(tmp_path, model_and
 
 
 def test_a_tied_head_beside_names_with_the_prefix_is_read(tmp_path, model_and_tokenizer):
-    tensors = dict(safetensors.read_safetensors(FOLDER / "model.safetensors"))
+    tensors = dict(safetensors.read(FOLDER / "model.safetensors"))
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     assert_same_weights(copied(tmp_path, tensors), model_and_tokenizer[0])
 
 
 def test_half_precision_stays(tmp_path, model_and_tokenizer):
-    theirs = safetensors.read_safetensors(FOLDER / "model.safetensors")
+    theirs = safetensors.read(FOLDER / "model.safetensors")
     tensors = {name: array.astype(np.float16) for name, array in theirs.items()}
     model, _ = checkpoint.load(copied(tmp_path, tensors))
     assert {parameter.dtype for parameter in model.parameters().values()} == {dtypes.float16}
 
 
 def test_a_head_of_its_own_and_a_strange_tensor_are_refused(tmp_path):
-    tensors = dict(safetensors.read_safetensors(FOLDER / "model.safetensors"))
+    tensors = dict(safetensors.read(FOLDER / "model.safetensors"))
     error = r"model\.safetensors: its head lm_head\.weight is not the token embedding"
     with pytest.raises(ValueError, match=error):
         head = {"lm_head.weight": tensors["transformer.wte.weight"] + 1}
@@ -173,8 +173,8 @@ def test_a_gpt2_is_saved_in_the_layout_that_it_was_read_from(tmp_path, model_and
 
     files = ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
     assert sorted(os.listdir(tmp_path / "model")) == files
-    theirs = safetensors.read_safetensors(FOLDER / "model.safetensors")
-    ours = safetensors.read_safetensors(tmp_path / "model" / "model.safetensors")
+    theirs = safetensors.read(FOLDER / "model.safetensors")
+    ours = safetensors.read(tmp_path / "model" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)

@@ -106,7 +106,7 @@ def change_config(path: Path, **settings) -> None:
 def make_a_weight_infinite(path: Path) -> None:
     weights = gpt_burn.read_record(path / "model.mpk")
     weights["norm.beta"][5] = np.inf
-    safetensors.write_safetensors(path / "model.safetensors", weights)
+    safetensors.write(path / "model.safetensors", weights)
 
 
 def truncate(path: Path) -> None:

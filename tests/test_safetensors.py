@@ -7,8 +7,7 @@ import pytest
 from conftest import SHAPES, assert_equal
 from mutate import N_MUTATIONS, mutated_bytes, mutated_json, outcomes
 
-from models import checkpoint
-from models.safetensors import read_safetensors, write_safetensors
+from models import checkpoint, safetensors
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -17,19 +16,19 @@ def test_the_official_library_and_ours_read_each_others_files(tmp_path, weights,
     numpy = pytest.importorskip("safetensors.numpy")
     weights = {name: values.astype(dtype) for name, values in weights.items()}
     path = tmp_path / "model.safetensors"
-    write_safetensors(path, weights)
+    safetensors.write(path, weights)
     assert_equal(numpy.load_file(path), weights)
     with official.safe_open(path, "np") as file:
         assert file.metadata() == {"format": "pt"}
     numpy.save_file(weights, path)
-    assert_equal(read_safetensors(path), weights)
+    assert_equal(safetensors.read(path), weights)
 
 
 def test_bfloat16_becomes_float32(tmp_path):
     text = b'{"x":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"\x80\x3f\x20\xc0")
-    read = read_safetensors(path)["x"]
+    read = safetensors.read(path)["x"]
     assert read.dtype == np.float32
     assert read.tolist() == [1.0, -2.5]
 
@@ -39,7 +38,7 @@ def test_a_shape_of_a_million_million_elements_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(100))
     with pytest.raises(ValueError, match="'x' does not fit"):
-        read_safetensors(path)
+        safetensors.read(path)
 
 
 ENTRY = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
@@ -65,7 +64,7 @@ def test_a_bad_safetensors_header_is_refused(tmp_path, reason):
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     expected = "does not fit" if reason in ("overlap", "gap") else reason
     with pytest.raises(ValueError, match=expected) as error:
-        read_safetensors(path)
+        safetensors.read(path)
     assert "\n" not in str(error.value)
 
 

@@ -7,6 +7,8 @@ from conftest import DATA
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from tokenizers import SEPARATORS, VOWELS
+
 REFERENCE = json.loads((DATA / "tokenizers" / "texts.json").read_text(encoding="utf-8"))
 SAVED = json.loads((DATA / "tokenizers" / "vowel.json").read_text(encoding="utf-8"))
 TEXTS = [reference["text"] for reference in REFERENCE]
@@ -18,3 +20,20 @@ few_examples = settings(max_examples=150, deadline=None)
 
 def encode_file(tokenizer, data: bytes, size: int = 1 << 30) -> list[int]:
     return tokenizer.encode_file(io.BytesIO(data), size).tolist()
+
+
+def plain_vowel_tokens(text: str) -> list[str]:
+    """What `SimpleVowelTokenizer.tokenize` says it does, in its plain form."""
+    tokens, token, after_separator = [], "", False
+    for character in text:
+        separator = character in SEPARATORS
+        if token and (
+            separator
+            or after_separator
+            or (character in VOWELS and len(token.encode("utf-8", "surrogatepass")) > 3)
+        ):
+            tokens.append(token)
+            token = ""
+        token += character
+        after_separator = separator
+    return [*tokens, token] if token else tokens

@@ -180,12 +180,8 @@ def launch(n_workers: int, words: list[str]) -> int:
     if sys.stderr.isatty():
         environment[COLUMNS] = str(shutil.get_terminal_size().columns)
     # a session of its own: Ctrl-C reaches the ranks once, from here
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
+    options = {"stdout": subprocess.PIPE, "start_new_session": True}
+    process = subprocess.Popen(command, env=environment, **options)
     signals = []
 
     def forward(number: int, frame) -> None:

@@ -7,8 +7,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import tokenizers
-from gpt_tiny import GPT, GPTConfig
-from models import checkpoint
+from gpt_tiny import GPTConfig
+from models import checkpoint, safetensors
 from training.optimizers import moment_names
 from training.state import Position, Start, Training
 
@@ -21,7 +21,7 @@ def save(folder: Path, training: Training) -> None:
     weights = training.weights()
     with checkpoint.replacing(folder) as new:
         checkpoint.write(new, training.config.picture(), weights, training.tokenizer)
-        checkpoint.write_safetensors(new / OPTIMIZER, training.optimizer.read(weights))
+        safetensors.write(new / OPTIMIZER, training.optimizer.read(weights))
         (new / POSITION).write_text(json.dumps(asdict(training.position), indent=1))
     if training.latest:  # moments are twice as large as the model
         (training.latest / POSITION).unlink(missing_ok=True)
@@ -37,8 +37,8 @@ def load(path: Path) -> Start:
     folder = newest(path)
     position = read_position(folder / POSITION)
     config = checkpoint.read_config(folder)
-    shapes = {n: t.shape for n, t in GPT(GPTConfig(**config["model"])).parameters().items()}
-    moments = checkpoint.read_safetensors(folder / OPTIMIZER)
+    shapes = checkpoint.shapes(GPTConfig(**config["model"]))
+    moments = safetensors.read(folder / OPTIMIZER)
     expected = dict(zip(moment_names(shapes), 2 * list(shapes.values()), strict=True))
     if {name: moment.shape for name, moment in moments.items()} != expected:
         raise ValueError(f"{folder / OPTIMIZER} does not belong to the model beside it")
