@@ -66,7 +66,8 @@ def train(training: Training, world: World, announce: Callable[[str], None]) -> 
 def keep_if_best(training: Training) -> None:
     """Keeps the model, as `best`, if its validation loss is lower than at any step before."""
     position = training.position
-    if training.is_kept and position.step > 0 and position.validation_loss < position.best_loss:
+    is_lower = not position.validation_loss >= position.best_loss  # one that is NaN fails to save
+    if training.is_kept and position.step > 0 and is_lower:
         position.best_loss = position.validation_loss
         training.save_model(Path(position.output_path) / "best")
 
