@@ -19,7 +19,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = command_line.ArgumentParser("Continue a text with a trained GPT.")
     parser.usage = "python %(prog)s MODEL_PATH [OPTION]..."
     count = number(int, 1, 2**31)
-    parser.add_argument("model_path", type=Path, help="a model's folder: ours, gpt-burn's, GPT-2")
+    model_help = "folder of a model: ours, gpt-burn's or GPT-2"
+    parser.add_argument("model_path", type=Path, help=model_help)
     add = parser.add_argument_group("text").add_argument
     prompt_help = "text to continue, - for standard input (default: a line break)"
     add("-p", "--prompt", default="\n", help=prompt_help)
