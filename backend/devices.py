@@ -23,9 +23,9 @@ def choose() -> None:
 
 
 def in_use() -> str:
-    """The backend's name; ValueError for an older way to choose one, as CUDA=1."""
+    """The device's name, as CPU or CUDA:1; ValueError for an older way to choose one, as CUDA=1."""
     try:
-        return Device.DEFAULT.split(":")[0]
+        return Device.DEFAULT
     except AssertionError as error:  # tinygrad's: CUDA=1 is deprecated, use DEV=CUDA instead
         raise ValueError(error) from None
 

@@ -54,7 +54,8 @@ class World:
 
     def take_device(self, of_machine) -> None:
         """A device of its own for each rank of a machine, and its share of the machine's cores."""
-        DEV.value = [Target(f"{devices.in_use()}:{of_machine.rank}"), *DEV.value]
+        backend = devices.in_use().split(":")[0]
+        DEV.value = [Target(f"{backend}:{of_machine.rank}"), *DEV.value]
         cores = set().union(*of_machine.allgather(usable_cores()))
         NUM_CPU_THREADS.value = PARALLEL.value = max(1, len(cores) // of_machine.size)
 
@@ -145,7 +146,7 @@ def count_workers(text: str) -> int:
     """The number that --workers names; `auto` is one for each device or physical core."""
     if text != "auto":
         return int(text)
-    backend = devices.in_use()
+    backend = devices.in_use().split(":")[0]
     if backend == "CPU":
         siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
         with contextlib.suppress(OSError):
@@ -169,7 +170,7 @@ def mpiexec(n_workers: int) -> list[str]:
         program = None
     if program is None:
         raise ValueError(f"--workers {n_workers} needs MPI: pip install '.[mpi]'")
-    is_full = n_workers == len(usable_cores()) and devices.in_use() == "CPU"
+    is_full = n_workers == len(usable_cores()) and devices.in_use().startswith("CPU")
     return [program, *(["-bind-to", "core"] if is_full else []), "-n", str(n_workers)]
 
 
