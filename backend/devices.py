@@ -31,9 +31,9 @@ def in_use() -> str:
 
 
 def open_error(backend: str) -> str | None:
-    """Why the backend does not open; None if it does."""
+    """Why the backend does not open, or has no compiler; None if it can be used."""
     try:
-        Device[backend]
+        Device[backend].renderer  # noqa: B018 - which finds the compiler
     except Exception as error:  # whatever the driver's loader raises
         return " ".join(str(error).split())[:100] or type(error).__name__
     return None
@@ -46,5 +46,5 @@ def usable() -> list[str]:
 def check() -> None:
     """ValueError if the backend that DEV names does not open."""
     if reason := open_error(name := in_use()):
-        others = ", ".join(usable())
-        raise ValueError(f"DEV={name} does not open here ({reason}); these do: {others}")
+        asked, others = os.environ.get("DEV", name), ", ".join(usable())
+        raise ValueError(f"DEV={asked} does not open here ({reason}); these do: {others}")
