@@ -285,7 +285,7 @@ def test_wrong_usage_is_refused_by_the_name_of_the_option(call, options, words):
         (["-t", "missing.txt"], "CPU", 1, ["missing.txt"]),
         ([], "ABACUS", 1, ["DEV=ABACUS", "these do:", "CPU"]),
         ([], "QCOM", 1, ["DEV=QCOM does not open here", "these do:", "CPU"]),
-        ([], "CPU:x", 1, ["DEV=CPU:x does not open here", "no renderer 'x'"]),
+        ([], "CPU:x", 1, ["DEV=CPU:x does not open here", "no renderer 'X'"]),
     ],
 )
 def test_the_process_ends_with_one_line_and_its_status(folder, options, device, status, words):
