@@ -5,6 +5,7 @@ write, under a hash of all that they depend on; and whatever is wrong with one, 
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import pickle
@@ -112,19 +113,26 @@ def read_first(linear: UOp) -> Iterator[UOp]:
             written.update(arguments[i] for i in outs)
 
 
-def sources() -> list[bytes]:
-    """The program's: the modules beside this package, and those in the packages there."""
+@functools.cache
+def sources() -> str:
+    """A hash of the program: of the modules beside this package, and in the packages there."""
     root = Path(__file__).parents[1]
     folders = [root, *(path.parent for path in root.glob("*/__init__.py"))]
-    return [path.read_bytes() for folder in sorted(folders) for path in sorted(folder.glob("*.py"))]
+    paths = [path for folder in sorted(folders) for path in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+@functools.cache
+def tinygrads_sources() -> list[tuple]:
+    paths = sorted(Path(tinygrad.__file__).parent.rglob("*.py"))
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
 def fingerprint(*parts: object) -> str:
     """A hash of the parts and of all else that a captured jit depends on."""
-    tinygrads = sorted(Path(tinygrad.__file__).parent.rglob("*.py"))
     parts += (
         sources(),
-        [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in tinygrads],
+        tinygrads_sources(),
         [(name, repr(variable.value)) for name, variable in sorted(ContextVar._cache.items())],
         Device["CPU"].renderer.compiler.cachekey,
         blas() and blas().integer,  # another numpy, another BLAS

@@ -1,5 +1,6 @@
 """Memory: zeros, copies, and tensors side by side, which one kernel or one message serves all."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -44,30 +45,37 @@ class Flat:
 
     On the CPU `whole` is one tensor (n,) over the memory of the parts; elsewhere, where not every
     backend has parts of a buffer, it is the parts. tinygrad does not know that they are the same:
-    realise what is written to one before the other is read. `tensors` are those of both.
+    realise what is written to one before the other is read.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]):
         self.shapes = list(shapes)
         self.is_one = Device.DEFAULT.startswith("CPU")
         if not self.is_one:
-            self.tensors = self.whole = self.parts = [zeros(*shape) for shape in self.shapes]
+            self.whole = self.parts
             return
         sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in self.shapes]
         self.array = aligned_zeros(sum(sizes))
-        ends = np.cumsum(sizes).tolist()
+        padded = np.split(self.array, np.cumsum(sizes)[:-1])
         self.arrays = [
-            part[: math.prod(shape)].reshape(shape)
-            for part, shape in zip(np.split(self.array, ends[:-1]), self.shapes, strict=True)
+            array[: math.prod(shape)].reshape(shape)
+            for array, shape in zip(padded, self.shapes, strict=True)
         ]
-        self.parts = [Tensor.from_blob(part.ctypes.data, part.shape) for part in self.arrays]
         self.whole = [Tensor.from_blob(self.array.ctypes.data, self.array.shape)]
-        self.tensors = [*self.parts, *self.whole]
+
+    @functools.cached_property
+    def parts(self) -> list[Tensor]:
+        if self.is_one:
+            return [Tensor.from_blob(array.ctypes.data, array.shape) for array in self.arrays]
+        return [zeros(*shape) for shape in self.shapes]
 
     def read(self) -> list[np.ndarray]:
         """The values of the parts; on the CPU not a copy."""
         return self.arrays if self.is_one else [get(part) for part in self.parts]
 
     def write(self, parts: Iterable[np.ndarray]) -> None:
-        for place, part in zip(self.parts, parts, strict=True):
-            put(place, part.astype(np.float32, copy=False))
+        for place, part in zip(self.arrays if self.is_one else self.parts, parts, strict=True):
+            if self.is_one:
+                place[...] = part
+            else:
+                put(place, part.astype(np.float32, copy=False))

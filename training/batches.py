@@ -65,7 +65,9 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
         compute(starts, keys, batch)
         update(rates, batch)
 
-    state = [*parameters.tensors, *gradients.tensors, *optimizer.state, ids, losses]
+    state = [*parameters.parts, *gradients.parts, *optimizer.state, ids, losses]
+    if parameters.is_one:
+        state += [*parameters.whole, *gradients.whole]
     key = (config.model, config.optimizer, config.dtype, n_parts, part_size, world.size)
     limit = config.batches_per_step - 1
     if world.size == 1:

@@ -5,7 +5,6 @@ update. Without MPI there is a world of one, through the same code.
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 import signal
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,6 @@ from tinygrad import Device
 from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, Target
 
 from backend import devices
-from backend.capture import sources
 from backend.memory import Flat, get, put
 
 # what the launchers of MPICH, Intel MPI, Open MPI and Slurm tell a rank
@@ -126,14 +123,9 @@ class World:
             threading.Event().wait(2)
         where = f"rank {self.rank} on {socket.gethostname()}: " if self.rank else ""
         print(f"error: {where}{self.explain(error)}", file=sys.__stderr__, flush=True)
+        threading.Event().wait(0.5)  # mpiexec drops what it has not passed on when it is to end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would say more
         self.ranks.Abort(1)
-
-
-def code() -> str:
-    """A hash of the project, and of the versions under it."""
-    versions = [version(name) for name in ("tinygrad", "numpy")]
-    return hashlib.sha256(repr((sources(), versions)).encode()).hexdigest()
 
 
 def usable_cores() -> set[int]:

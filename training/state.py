@@ -8,17 +8,19 @@ import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from tinygrad import Tensor
 
+from backend.capture import sources
 from backend.memory import Flat, put, zeros
 from gpt_tiny import GPT, initial_weights
 from models import checkpoint
 from tokenizers import Tokenizer
 from training import corpus
-from training.distributed import World, code
+from training.distributed import World
 from training.optimizers import AdamW
 from training.settings import TrainingConfig
 
@@ -93,7 +95,8 @@ def begin(config: TrainingConfig, ids: np.ndarray, start: Start, world: World) -
     check_sizes(config, ids)
     world.share(config.batch_size, "--batch-size", config.accumulate)
     position, checksum = start.position, zlib.crc32(ids)
-    world.check_same(code=code(), corpus=checksum, command=position.arguments)
+    code = (sources(), version("tinygrad"), version("numpy"))
+    world.check_same(code=code, corpus=checksum, command=position.arguments)
     if start.folder:
         check_same_training(config, checksum, start)
     position.corpus_checksum = checksum
