@@ -25,7 +25,7 @@ def choose() -> None:
 def in_use() -> str:
     """The device's name, as CPU or CUDA:1; ValueError for an older way to choose one, as CUDA=1."""
     try:
-        return Device.DEFAULT
+        return Device.canonicalize(None)
     except AssertionError as error:  # tinygrad's: CUDA=1 is deprecated, use DEV=CUDA instead
         raise ValueError(error) from None
 
