@@ -54,7 +54,7 @@ def main() -> None:
             logits[:, tokenizer.unknown] = -np.inf  # it stands for no text
         return sample(logits, arguments.temperature, rng, arguments.top_k, arguments.top_p)
 
-    for prompt in prompts(arguments):
+    for prompt in prompts(arguments.prompt, arguments.interactive):
         if not prompt:
             raise ValueError("the prompt is empty: give at least one character")
         ids = tokenizer.encode(prompt)
@@ -79,18 +79,18 @@ def main() -> None:
             print(text.take() if len(texts) == 1 else shown + text.take(), flush=True)
 
 
-def prompts(arguments: argparse.Namespace) -> Iterator[str]:
-    if arguments.interactive:
-        while True:
-            if sys.stdin.isatty():
-                print("> ", end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()
-            if not line:
-                return
-            if line := line.rstrip("\n"):
-                yield line
-    else:
-        yield sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+def prompts(prompt: str, is_interactive: bool) -> Iterator[str]:
+    if not is_interactive:
+        yield sys.stdin.read() if prompt == "-" else prompt
+        return
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line := line.rstrip("\n"):
+            yield line
 
 
 class Continuation:
