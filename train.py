@@ -180,7 +180,7 @@ def run(training: Training, world: distributed.World) -> int:
     if training.is_kept:
         announce(f"store trained model to: {folder}")
         training.save_model(folder)
-        plot(folder)
+        plot(training)
     announce("generate example text")
     if world.rank == 0:
         print_example(training)

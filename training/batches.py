@@ -10,7 +10,6 @@ from backend.capture import captured
 from backend.cores import largest_divisor
 from backend.memory import Flat, get, put, zeros
 from gpt_tiny import Dropout
-from training import corpus
 from training.distributed import World
 from training.optimizers import learning_rate
 from training.state import Training
@@ -20,8 +19,8 @@ def make_plan(training: Training, rng: np.random.Generator, world: World) -> lis
     """A row for each batch of the step: this rank's starts of windows and, for each part of the
     batch, a key for dropout; and the optimizer's rates."""
     config, step = training.config, training.position.step
-    n_batches, (ids, _) = config.batches_per_step, corpus.split(training.ids)
-    n_starts = len(ids) - config.model.context_length
+    n_batches = config.batches_per_step
+    n_starts = len(training.training_ids) - config.model.context_length
     starts = rng.integers(n_starts, size=(n_batches, config.batch_size), dtype=np.int32)
     # their number must not change what `rng` gives next
     keys = np.random.default_rng([config.seed, step, 1])
@@ -37,7 +36,7 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
     parameters and the moments, and leaves its loss, of all a share, in `training.losses`."""
     config, model, parameters = training.config, training.model, training.parameters
     optimizer, losses, gradients = training.optimizer, training.losses, Flat(parameters.shapes)
-    ids = Tensor(corpus.split(training.ids)[0]).realize()
+    ids = Tensor(training.training_ids).realize()
     n_parts = config.accumulate
     part_size = config.batch_size // world.size // n_parts
 
@@ -85,7 +84,7 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
 def capture_validation(training: Training, world: World) -> Callable[[np.random.Generator], float]:
     """A function that draws windows with a random generator and returns their mean loss."""
     config, model = training.config, training.model
-    ids = Tensor(corpus.split(training.ids)[1]).realize()
+    ids = Tensor(training.validation_ids).realize()
     # no more memory than training takes
     limit = config.batch_size // config.accumulate // world.size
     size = largest_divisor(config.validation_size, limit)

@@ -46,9 +46,3 @@ def make_tokenizer(config: TrainingConfig, file: BinaryIO, size: int) -> tokeniz
             "name char, vowel, or a folder with GPT-2's vocab.json and merges.txt"
         )
     return tokenizers.BytePairTokenizer.load(Path(config.tokenizer))
-
-
-def split(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ids to train on, and the last tenth, to validate with."""
-    training, validation = np.split(ids, [len(ids) * 9 // 10])
-    return training, validation

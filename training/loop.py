@@ -12,7 +12,7 @@ from backend.memory import get
 from training import resume
 from training.batches import capture_training, capture_validation, make_plan
 from training.distributed import World
-from training.metrics import Metrics, progress, step_line
+from training.metrics import append_metrics, begin_metrics, progress, step_line
 from training.state import Training
 
 
@@ -23,7 +23,8 @@ def train(training: Training, world: World, announce: Callable[[str], None]) -> 
     """
     config, position = training.config, training.position
     train_batch, validate = capture_training(training, world), capture_validation(training, world)
-    metrics = Metrics(Path(position.output_path), position.step) if training.is_kept else None
+    if training.is_kept:
+        begin_metrics(training)
     started = time.time() - position.seconds
     with Interrupt(world) as interrupt:
         for step in range(position.step, config.n_steps):
@@ -52,9 +53,9 @@ def train(training: Training, world: World, announce: Callable[[str], None]) -> 
             if not math.isfinite(train_loss):
                 raise training.diverged()
             print(step_line(training, train_loss), flush=True)
-            if metrics:
+            if training.is_kept:
                 n_tokens = (config.batches_per_step - first) * config.tokens_per_batch
-                metrics.append(training, train_loss, n_tokens / (time.time() - step_started))
+                append_metrics(training, train_loss, n_tokens / (time.time() - step_started))
             position.step, position.batch, position.losses = step + 1, 0, []
             if (step + 6) % config.files.checkpoint_every == 0 and training.is_kept:
                 folder = resume.new_folder(step)

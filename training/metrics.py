@@ -16,6 +16,8 @@ from training.distributed import World
 from training.optimizers import learning_rate
 from training.state import Training
 
+COLUMNS = "step,batch,tokens,train_loss,validation_loss,learning_rate,tokens_per_second,seconds"
+
 
 def progress(training: Training, world: World) -> Iterator[int]:
     """The batches that are left of a step, with a bar on a terminal."""
@@ -58,38 +60,38 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
 
 
-class Metrics:
-    """A training's `metrics.csv`, a row a step."""
-
-    columns = "step,batch,tokens,train_loss,validation_loss,learning_rate,tokens_per_second,seconds"
-
-    def __init__(self, folder: Path, n_steps: int):
-        """Keeps the rows of the first `n_steps` steps, if there are any."""
-        self.path = folder / "metrics.csv"
-        rows = self.path.read_text().splitlines() if n_steps and self.path.exists() else []
-        text = "\n".join([self.columns, *rows[1 : n_steps + 1], ""])
-        checkpoint.write_file(self.path, text.encode())
-
-    def append(self, training: Training, train_loss: float, tokens_per_second: float) -> None:
-        """The row of the step that has ended."""
-        config, position = training.config, training.position
-        n_batches = (position.step + 1) * config.batches_per_step
-        row = [position.step + 1, n_batches, n_batches * config.tokens_per_batch]
-        row += [train_loss, position.validation_loss, learning_rate(config, n_batches)]
-        row += [tokens_per_second, position.seconds]
-        with self.path.open("a") as file:
-            file.write(",".join(f"{number:.6g}" for number in row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+def begin_metrics(training: Training) -> None:
+    """A `metrics.csv` with the rows of the steps that were before, if there are any."""
+    path, n_steps = metrics_file(training), training.position.step
+    rows = path.read_text().splitlines() if n_steps and path.exists() else []
+    checkpoint.write_file(path, "\n".join([COLUMNS, *rows[1 : n_steps + 1], ""]).encode())
 
 
-def plot(folder: Path) -> None:
+def append_metrics(training: Training, train_loss: float, tokens_per_second: float) -> None:
+    """The row of the step that has ended."""
+    config, position = training.config, training.position
+    n_batches = (position.step + 1) * config.batches_per_step
+    row = [position.step + 1, n_batches, n_batches * config.tokens_per_batch]
+    row += [train_loss, position.validation_loss, learning_rate(config, n_batches)]
+    row += [tokens_per_second, position.seconds]
+    with metrics_file(training).open("a") as file:
+        file.write(",".join(f"{number:.6g}" for number in row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def metrics_file(training: Training) -> Path:
+    return Path(training.position.output_path) / "metrics.csv"
+
+
+def plot(training: Training) -> None:
     """Draws `metrics.csv` as `loss.png`, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    with (folder / "metrics.csv").open() as file:
+    path = metrics_file(training)
+    with path.open() as file:
         rows = list(csv.DictReader(file))
     axes = (figure := Figure()).add_subplot(xlabel="tokens", ylabel="loss (nats a token)")
     for column in ("train_loss", "validation_loss"):
@@ -97,4 +99,4 @@ def plot(folder: Path) -> None:
     axes.legend(["training", "validation"])
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    checkpoint.write_file(folder / "loss.png", picture.getvalue())
+    checkpoint.write_file(path.with_name("loss.png"), picture.getvalue())

@@ -19,7 +19,6 @@ from backend.memory import Flat, put, zeros
 from gpt_tiny import GPT, initial_weights
 from models import checkpoint
 from tokenizers import Tokenizer
-from training import corpus
 from training.distributed import World
 from training.optimizers import AdamW
 from training.settings import TrainingConfig
@@ -56,7 +55,8 @@ class Start:
 class Training:
     config: TrainingConfig
     tokenizer: Tokenizer
-    ids: np.ndarray  # of the corpus
+    training_ids: np.ndarray
+    validation_ids: np.ndarray
     position: Position
     model: GPT
     parameters: Flat  # the model's memory
@@ -92,7 +92,8 @@ def begin(config: TrainingConfig, ids: np.ndarray, start: Start, world: World) -
 
     ValueError for what can't be trained, or can't go on from there.
     """
-    check_sizes(config, ids)
+    training_ids, validation_ids = np.split(ids, [len(ids) * 9 // 10])
+    check_sizes(config, len(validation_ids))
     world.share(config.batch_size, "--batch-size", config.accumulate)
     position, checksum = start.position, zlib.crc32(ids)
     code = (sources(), version("tinygrad"), version("numpy"))
@@ -115,9 +116,9 @@ def begin(config: TrainingConfig, ids: np.ndarray, start: Start, world: World) -
         put(losses, np.pad(np.float32(position.losses), (0, to_come)))
     start.weights = start.moments = {}  # their memory is needed
     world.copy_first([*parameters.whole, *optimizer.state])
-    return Training(
-        config, start.tokenizer, ids, position, model, parameters, optimizer, losses, start.folder
-    )
+    learned = (model, parameters, optimizer, losses)
+    ids = (training_ids, validation_ids)
+    return Training(config, start.tokenizer, *ids, position, *learned, start.folder)
 
 
 def flat_parameters(model: GPT) -> Flat:
@@ -129,14 +130,14 @@ def flat_parameters(model: GPT) -> Flat:
     return parameters
 
 
-def check_sizes(config: TrainingConfig, ids: np.ndarray) -> None:
+def check_sizes(config: TrainingConfig, n_validation: int) -> None:
     """ValueError where the corpus is too short, or where the system would run out of memory, and
     end the training without a word."""
-    model, (_, validation_ids) = config.model, corpus.split(ids)
-    if len(validation_ids) <= model.context_length:
+    model = config.model
+    if n_validation <= model.context_length:
         raise ValueError(
-            f"{config.files.text_corpus} is too short: its last tenth, {len(validation_ids)} "
-            f"tokens, is for validation and has to exceed --context-length {model.context_length}"
+            f"{config.files.text_corpus} is too short: its last tenth, {n_validation} tokens, is "
+            f"for validation and has to exceed --context-length {model.context_length}"
         )
     activations = 16 * model.d_model + 3 * model.d_hidden  # floats a token and block
     activations += 4 * model.n_heads * model.context_length
