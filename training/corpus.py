@@ -8,12 +8,15 @@ from typing import BinaryIO
 import numpy as np
 
 import tokenizers
+from tokenizers import Tokenizer
 from training.settings import CORPUS, TrainingConfig
 
 MAX_MEGA_BYTES = 999
 
 
-def read(config: TrainingConfig, tokenizer: tokenizers.Tokenizer | None = None):
+def read(
+    config: TrainingConfig, tokenizer: Tokenizer | None = None
+) -> tuple[np.ndarray, Tokenizer]:
     """The ids of the corpus, in the smallest dtype that holds them, and their tokenizer: the given
     one, or else the one that the config names."""
     mega_bytes = min(config.files.n_mega_bytes or MAX_MEGA_BYTES, MAX_MEGA_BYTES)
@@ -35,7 +38,7 @@ def open_text(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def make_tokenizer(config: TrainingConfig, file: BinaryIO, size: int) -> tokenizers.Tokenizer:
+def make_tokenizer(config: TrainingConfig, file: BinaryIO, size: int) -> Tokenizer:
     if config.tokenizer == "char":
         return tokenizers.CharTokenizer()
     if config.tokenizer == "vowel":
