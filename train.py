@@ -13,7 +13,7 @@ import command_line
 from backend import devices
 from command_line import bold, number
 from generation import Generator, sample
-from models import checkpoint
+from models import checkpoint, folders
 from tokenizers import BytePairTokenizer
 from training import corpus, distributed, loop, resume
 from training.metrics import plot
@@ -118,7 +118,7 @@ def main() -> int:
             config, start = configure(words), Start()
         start.position.arguments += words
         if config.files.output_path and not config.files.no_save and world.rank == 0:
-            checkpoint.check_destination(config.files.output_path)
+            folders.check_destination(config.files.output_path)
         ids, start.tokenizer = corpus.read(config, start.tokenizer)
         training = begin(config.with_tokenizer(start.tokenizer), ids, start, world)
         return run(training, world)

@@ -8,13 +8,8 @@ Nothing here trusts a file: each length and shape is compared with the file's si
 taken for it, nothing is unpickled, and what is wrong is a ValueError that says so in one line.
 """
 
-import contextlib
-import ctypes
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -24,10 +19,8 @@ import numpy as np
 import tokenizers
 from gpt_tiny import GPT, GPTConfig
 from models import gpt2, gpt_burn, safetensors
+from models.folders import WEIGHT_FILES, replacing
 from models.safetensors import MAX_JSON_BYTES, LazyArrays, parse_json
-
-WEIGHT_FILES = ("model.safetensors", "model.mpk")
-MODEL_FILES = ("config.json", *WEIGHT_FILES, "training.json", "optimizer.safetensors")
 
 
 def load(folder: Path) -> tuple[GPT, tokenizers.Tokenizer]:
@@ -154,27 +147,6 @@ def save(
         write(new, config, weights, tokenizer, format)
 
 
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder to write a model to, which at the end takes the place of `folder`, whole or not
-    at all. A model that is there already is replaced; other files of its folder stay.
-
-    ValueError where `check_destination` raises it, OSError when the disk is full.
-    """
-    folder = Path(os.path.realpath(folder))
-    check_destination(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".gpt-tiny-{uuid.uuid4().hex}")
-    new.mkdir()
-    try:
-        yield new
-        for path in (*new.iterdir(), new):
-            sync(path)
-        put_in_place(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)  # by now it exists only if something failed
-
-
 def write(
     folder: Path,
     config: dict,
@@ -200,99 +172,6 @@ def write(
     else:
         safetensors.write(folder / "model.safetensors", weights)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def check_destination(folder: Path) -> None:
-    """ValueError unless `save` can write to `folder`: to be called before a training starts.
-
-    The folder may be new, empty, that of a training that did not end (it has a `metrics.csv`), or
-    hold a model, which `save` replaces.
-    """
-    folder = Path(os.path.realpath(folder))
-    if folder.exists():
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is a file: name a folder to save the model to")
-        names = set(os.listdir(folder))
-        is_model = "config.json" in names and not names.isdisjoint(WEIGHT_FILES)
-        if names and not is_model and "metrics.csv" not in names:
-            raise ValueError(
-                f"{folder} exists and is not a model folder: name another, nothing in it is touched"
-            )
-        if os.path.ismount(folder):  # the whole folder is renamed, which a mount point cannot be
-            raise ValueError(f"{folder} is a mount point: name a folder inside it")
-    parent = next(parent for parent in folder.parents if parent.exists())
-    trial = parent / f".gpt-tiny-{uuid.uuid4().hex}"
-    try:
-        trial.mkdir()
-        trial.rmdir()
-    except OSError as error:
-        raise ValueError(f"cannot save to {folder}: {error.strerror} ({parent})") from None
-
-
-def put_in_place(new: Path, folder: Path) -> None:
-    """Makes the folder `new` the folder `folder`; what else is in there stays.
-
-    At no moment, the power may fail at any, is there less than a whole model, old or new.
-    """
-    if not folder.exists() or not any(folder.iterdir()):
-        os.rename(new, folder)
-    elif not (folder / "config.json").exists():  # not a model before the last of its files is there
-        for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, folder / path.name)
-    else:
-        exchange(new, folder)
-        for path in new.iterdir():  # the old one now: someone's notes in it are not ours to delete
-            if path.name not in MODEL_FILES and not (folder / path.name).exists():
-                os.rename(path, folder / path.name)
-    sync(folder)
-    sync(folder.parent)
-
-
-def exchange(a: Path, b: Path) -> None:
-    """Swaps two folders: at once on Linux, in three steps elsewhere."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    at_folder, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if rename is None or rename(at_folder, os.fsencode(a), at_folder, os.fsencode(b), swap) != 0:
-        aside = a.with_name(f"{a.name}-old")
-        os.rename(b, aside)
-        try:
-            os.rename(a, b)
-        except BaseException:
-            os.rename(aside, b)
-            raise
-        os.rename(aside, a)
-
-
-def sync(path: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders, and syncs only what is open for writing
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, in place of what is there."""
-    new = path.with_name(f".gpt-tiny-{uuid.uuid4().hex}")
-    try:
-        new.write_bytes(data)
-        sync(new)
-        os.replace(new, path)
-        sync(path.parent)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def claim(path: Path) -> Path:
-    """Makes a folder of this name, or with a number behind it if another training has that one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name in (path.name, *(f"{path.name}_{number}" for number in range(2, 1000))):
-        with contextlib.suppress(FileExistsError):
-            path.with_name(name).mkdir()
-            return path.with_name(name)
-    raise ValueError(f"{path} exists, with a thousand others of that name")
 
 
 def weights_file(folder: Path) -> Path:

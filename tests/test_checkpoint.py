@@ -1,6 +1,5 @@
 """A model on disk: what is read equals what was written, and what cannot be read is an error."""
 
-import errno
 import json
 import math
 import os
@@ -118,93 +117,6 @@ def test_the_tokenizer_is_saved_with_the_model(tmp_path, weights):
     checkpoint.save(tmp_path / "model", CONFIG, weights, Vowel(), format="burn")
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.mpk", "vowel.json"]
     assert checkpoint.read_config(tmp_path / "model")["tokenizer"] == "vowel"
-
-
-def test_a_model_is_replaced_and_other_files_beside_it_stay(model_folder, weights):
-    (model_folder / "notes.txt").write_text("mine")
-    checkpoint.save(model_folder, CONFIG | {"seed": 1}, weights, format="burn")
-    assert sorted(os.listdir(model_folder)) == ["config.json", "model.mpk", "notes.txt"]
-    assert checkpoint.read_config(model_folder)["seed"] == 1
-    assert os.listdir(model_folder.parent) == ["model"]
-
-
-@pytest.mark.parametrize("broken", ["safetensors.write", "sync", "os.rename", "Vowel.save"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
-def test_a_failed_save_leaves_the_earlier_model_and_nothing_else(
-    model_folder, weights, monkeypatch, broken, error
-):
-    rename = os.rename
-
-    def fail(*args):
-        if (
-            broken == "os.rename" and model_folder.exists()
-        ):  # let the old one go, fail at the new one
-            return rename(*args)
-        if broken == "os.rename":
-            monkeypatch.setattr(os, "rename", rename)
-        raise error
-
-    if broken == "os.rename":  # as on systems that cannot swap two folders at once
-        monkeypatch.setattr(checkpoint.ctypes, "CDLL", lambda name: None)
-    holders = {"os.rename": os, "Vowel.save": Vowel, "safetensors.write": safetensors}
-    holder = holders.get(broken, checkpoint)
-    monkeypatch.setattr(holder, broken.split(".")[-1], fail)
-    doubled = {name: 2 * values for name, values in weights.items()}
-    with pytest.raises(type(error)):
-        checkpoint.save(model_folder, CONFIG | {"seed": 1}, doubled, Vowel())
-    assert os.listdir(model_folder.parent) == ["model"]
-    assert checkpoint.read_config(model_folder) == CONFIG
-    assert_equal(checkpoint.read_weights(model_folder, SHAPES), weights)
-
-
-def test_all_is_on_disk_before_the_model_gets_its_name(tmp_path, weights, monkeypatch):
-    events, rename, sync = [], os.rename, checkpoint.sync
-    monkeypatch.setattr(checkpoint, "sync", lambda path: (events.append(path.name), sync(path)))
-    monkeypatch.setattr(os, "rename", lambda *args: (events.append("rename"), rename(*args)))
-    checkpoint.save(tmp_path / "model", CONFIG, weights)
-    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
-    assert sorted(before)[1:] == ["config.json", "model.safetensors"]
-    assert min(before).startswith(".gpt-tiny-")
-    assert after == ["model", tmp_path.name]
-
-
-def test_a_link_to_a_model_is_saved_through(model_folder, weights):
-    link = model_folder.with_name("latest")
-    link.symlink_to(model_folder, target_is_directory=True)
-    checkpoint.save(link, CONFIG | {"seed": 1}, weights)
-    assert link.is_symlink()
-    assert checkpoint.read_config(model_folder)["seed"] == 1
-
-
-def test_missing_parents_are_made_when_the_model_is_saved(tmp_path, weights):
-    checkpoint.check_destination(tmp_path / "a" / "b" / "model")
-    assert os.listdir(tmp_path) == []
-    checkpoint.save(tmp_path / "a" / "b" / "model", CONFIG, weights)
-    assert checkpoint.read_config(tmp_path / "a" / "b" / "model") == CONFIG
-
-
-def test_destinations_that_hold_something_else_are_refused(tmp_path, model_folder, weights):
-    checkpoint.check_destination(model_folder)
-    (tmp_path / "empty").mkdir()
-    checkpoint.check_destination(tmp_path / "empty")
-
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    (photos / "config.json").touch()
-    with pytest.raises(ValueError, match="photos exists and is not a model folder"):
-        checkpoint.check_destination(photos)
-    with pytest.raises(ValueError, match="photos exists and is not a model folder"):
-        checkpoint.save(photos, CONFIG, weights)
-    assert os.listdir(photos) == ["config.json"]
-
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file is a file"):
-        checkpoint.check_destination(tmp_path / "file")
-    with pytest.raises(ValueError, match=r"cannot save to .*: Not a directory"):
-        checkpoint.check_destination(tmp_path / "file" / "model")
-    if Path("/proc").exists():  # where no one may write, not even root
-        with pytest.raises(ValueError, match="cannot save to /proc/model: "):
-            checkpoint.check_destination(Path("/proc/model"))
 
 
 def test_damaged_configs_are_refused(model_folder):

@@ -154,11 +154,6 @@ def test_a_full_disk_is_an_error_and_loses_no_checkpoint(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_trainings_of_the_same_second_do_not_share_a_folder(tmp_path):
-    folders = {checkpoint.claim(tmp_path / "1795367562_4") for _ in range(3)}
-    assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
-
-
 def test_a_loss_that_is_not_finite_ends_the_training_with_an_explanation(tmp_path):
     training = start(tmp_path, *TINY, "-n", "50", "-r", "1e30", "-x")
     out, err = training.communicate()

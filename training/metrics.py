@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from backend.memory import get
-from models import checkpoint
+from models import folders
 from training.distributed import World
 from training.optimizers import learning_rate
 from training.state import Training
@@ -64,7 +64,7 @@ def begin_metrics(training: Training) -> None:
     """A `metrics.csv` with the rows of the steps that were before, if there are any."""
     path, n_steps = metrics_file(training), training.position.step
     rows = path.read_text().splitlines() if n_steps and path.exists() else []
-    checkpoint.write_file(path, "\n".join([COLUMNS, *rows[1 : n_steps + 1], ""]).encode())
+    folders.write_file(path, "\n".join([COLUMNS, *rows[1 : n_steps + 1], ""]).encode())
 
 
 def append_metrics(training: Training, train_loss: float, tokens_per_second: float) -> None:
@@ -99,4 +99,4 @@ def plot(training: Training) -> None:
     axes.legend(["training", "validation"])
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    checkpoint.write_file(path.with_name("loss.png"), picture.getvalue())
+    folders.write_file(path.with_name("loss.png"), picture.getvalue())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tokenizers
 from gpt_tiny import GPTConfig
-from models import checkpoint, safetensors
+from models import checkpoint, folders, safetensors
 from training.optimizers import moment_names
 from training.state import Position, Start, Training
 
@@ -19,7 +19,7 @@ POSITION, OPTIMIZER = "training.json", "optimizer.safetensors"
 def save(folder: Path, training: Training) -> None:
     """Keeps the training in a folder; from the one that it was kept in before, the model stays."""
     weights = training.weights()
-    with checkpoint.replacing(folder) as new:
+    with folders.replacing(folder) as new:
         checkpoint.write(new, training.config.picture(), weights, training.tokenizer)
         safetensors.write(new / OPTIMIZER, training.optimizer.read(weights))
         (new / POSITION).write_text(json.dumps(asdict(training.position), indent=1))
@@ -78,4 +78,4 @@ def newest(path: Path) -> Path:
 
 
 def new_folder(step: int) -> Path:
-    return checkpoint.claim(CHECKPOINTS / f"{int(time.time())}_{step}")
+    return folders.claim(CHECKPOINTS / f"{int(time.time())}_{step}")

@@ -17,7 +17,7 @@ from tinygrad import Tensor
 from backend.capture import sources
 from backend.memory import Flat, put, zeros
 from gpt_tiny import GPT, initial_weights
-from models import checkpoint
+from models import checkpoint, folders
 from tokenizers import Tokenizer
 from training.distributed import World
 from training.optimizers import AdamW
@@ -170,7 +170,7 @@ def output_folder(config: TrainingConfig, before: str) -> str:
         return before
     if folder is None:
         name = f"gpt_{model.n_parameters >> 10}k_{model.context_length}context_{int(time.time())}"
-        return str(checkpoint.claim(Path(".data") / name))
+        return str(folders.claim(Path(".data") / name))
     folder.mkdir(parents=True, exist_ok=True)
     if before and Path(before) != folder:
         with contextlib.suppress(FileNotFoundError):
