@@ -113,13 +113,17 @@ def read_first(linear: UOp) -> Iterator[UOp]:
             written.update(arguments[i] for i in outs)
 
 
-@functools.cache
-def sources() -> str:
-    """A hash of the program: of the modules beside this package, and in the packages there."""
+def source_files() -> list[Path]:
+    """The program's: the modules beside this package, and in the packages there."""
     root = Path(__file__).parents[1]
     folders = [root, *(path.parent for path in root.glob("*/__init__.py"))]
-    paths = [path for folder in sorted(folders) for path in sorted(folder.glob("*.py"))]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
+    return sorted(path for folder in folders for path in folder.glob("*.py"))
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of the program."""
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in source_files())).hexdigest()
 
 
 @functools.cache

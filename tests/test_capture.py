@@ -1,0 +1,62 @@
+"""A jit that was kept gives what it gave when it was captured, and only the user's own is read."""
+
+import os
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from tinygrad import Device, Tensor
+
+from backend import capture
+from backend.memory import get, put, zeros
+
+pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="jits are kept for the CPU")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "gpt-tiny"
+
+
+def powers() -> tuple[list[float], int]:
+    """Of 3, by a captured function that multiplies by a number in its state; how often it ran."""
+    state, n_runs = zeros(1), 0
+    put(state, np.ones(1, np.float32))
+
+    def multiply(by: Tensor) -> None:
+        nonlocal n_runs
+        n_runs += 1
+        state.assign(state * by).realize()
+
+    multiply, numbers = capture.captured(multiply, [state], "powers"), []
+    for _ in range(3):
+        multiply(Tensor([3.0]).realize())
+        numbers += get(state).tolist()
+    return numbers, n_runs
+
+
+def test_a_kept_jit_gives_the_same_without_capturing_again(folder):
+    assert powers() == ([3, 9, 27], 1)
+    [kept] = folder.iterdir()
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert powers() == ([3, 9, 27], 0)
+
+
+def test_what_is_damaged_or_not_the_users_alone_is_made_anew(folder):
+    powers()
+    [kept] = folder.iterdir()
+    good = kept.read_bytes()
+    kept.write_bytes(good[: len(good) // 2])
+    assert powers() == ([3, 9, 27], 1)
+    os.chmod(kept, 0o666)
+    assert powers() == ([3, 9, 27], 1)
+    os.chmod(kept, 0o600)
+    os.chmod(folder, 0o777)
+    assert powers() == ([3, 9, 27], 1)
+
+
+def test_a_jit_depends_on_every_file_of_the_program_and_on_no_test():
+    wings = [ROOT / wing for wing in ("backend", "models", "training")]
+    expected = sorted(path for folder in (ROOT, *wings) for path in folder.glob("*.py"))
+    assert capture.source_files() == expected
