@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import tinygrad.runtime.ops_cpu as ops_cpu
@@ -118,42 +119,28 @@ class CPUGraph(GraphRunner):
             self.words[word] = addresses[i]
         for word, name in self.variable_words.items():
             self.words[word] = var_vals[name]
-        cores.run_kernels(self.words, len(self.calls))
+        run_kernels(self.words, len(self.calls))
 
 
-class Cores:
-    """A thread for each core but the caller's, which take part in running lists of kernels."""
-
-    def run_kernels(self, words: ctypes.Array, n_kernels: int) -> None:
-        n_cores, arrived = NUM_CPU_THREADS.value, ctypes.c_uint64(0)
-        arguments = (words, n_kernels), (n_cores, ctypes.byref(arrived), self.yield_core)
-        others = [
-            self.threads.submit(self.function, *arguments[0], core, *arguments[1])
-            for core in range(1, n_cores)
-        ]
-        self.function(*arguments[0], 0, *arguments[1])
-        for other in others:
-            other.result()
-
-    @functools.cached_property
-    def threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(NUM_CPU_THREADS.value, "core")
-
-    @functools.cached_property
-    def function(self):
-        device = Device["CPU"]
-        code = device.renderer.compiler.compile_cached(RUN_KERNELS)
-        self.program = ops_cpu.CPUProgram(
-            device, TinyELF(code, "run_kernels", device.renderer.target, ())
-        )
-        word, pointer = ctypes.c_uint64, ctypes.c_void_p
-        return ctypes.CFUNCTYPE(None, pointer, word, word, word, pointer, pointer)(
-            self.program.addr
-        )
-
-    @functools.cached_property
-    def yield_core(self) -> ctypes.c_void_p:
-        return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p)
+def run_kernels(words: ctypes.Array, n_kernels: int) -> None:
+    """Runs the list on every core: a thread for each but the caller's, which takes part."""
+    n_cores, arrived = NUM_CPU_THREADS.value, ctypes.c_uint64(0)
+    threads, run, yield_core = on_all_cores()
+    rest = n_cores, ctypes.byref(arrived), yield_core
+    others = [threads.submit(run, words, n_kernels, core, *rest) for core in range(1, n_cores)]
+    run(words, n_kernels, 0, *rest)
+    for other in others:
+        other.result()
 
 
-cores = Cores()
+@functools.cache
+def on_all_cores() -> tuple[ThreadPoolExecutor, Callable, ctypes.c_void_p]:
+    """The threads, the function that they call, and the one that this calls while it waits."""
+    device, word, pointer = Device["CPU"], ctypes.c_uint64, ctypes.c_void_p
+    code = device.renderer.compiler.compile_cached(RUN_KERNELS)
+    elf = TinyELF(code, "run_kernels", device.renderer.target, ())
+    program = ops_cpu.CPUProgram(device, elf)
+    run = ctypes.CFUNCTYPE(None, pointer, word, word, word, pointer, pointer)(program.addr)
+    run.program = program  # which holds the code
+    yield_core = ctypes.cast(ctypes.CDLL(None).sched_yield, pointer)
+    return ThreadPoolExecutor(NUM_CPU_THREADS.value, "core"), run, yield_core
