@@ -4,6 +4,7 @@ import argparse
 import codecs
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -62,21 +63,21 @@ def main() -> None:
             warning = f"warning: {n_unknown} tokens of the prompt are not in the vocabulary"
             print(warning, file=sys.stderr)
         batch = np.tile(ids.astype(np.int32), (arguments.n_samples, 1))
-        tokens = generator(batch, arguments.n_new_tokens, choose)
+        tokens = (new.tolist() for new in generator(batch, arguments.n_new_tokens, choose))
+        continuations = [Continuation(tokenizer, arguments.stop) for _ in batch]
         shown = "" if arguments.interactive else bold(prompt)
-        texts = [Continuation(tokenizer, arguments.stop) for _ in batch]
-        if len(texts) == 1:
+        texts, is_one = [shown] * len(batch), len(batch) == 1
+        if is_one:
             print(shown, end="", flush=True)
-        for new in tokens:
-            for text, token in zip(texts, new.tolist(), strict=True):
-                text.add(token)
-            if len(texts) == 1:
-                print(texts[0].take(), end="", flush=True)
-            if all(text.has_ended for text in texts):
+        for new in chain(tokens, [[None] * len(batch)]):
+            added = [one.add(token) for one, token in zip(continuations, new, strict=True)]
+            if is_one:
+                print(added[0], end="", flush=True)
+            else:
+                texts = [text + more for text, more in zip(texts, added, strict=True)]
+            if all(one.has_ended for one in continuations):
                 break
-        for text in texts:
-            text.end()
-            print(text.take() if len(texts) == 1 else shown + text.take(), flush=True)
+        print("" if is_one else "\n".join(texts), flush=True)
 
 
 def prompts(prompt: str, is_interactive: bool) -> Iterator[str]:
@@ -99,36 +100,23 @@ class Continuation:
     def __init__(self, tokenizer, stop: str | None):
         self.tokenizer, self.stop = tokenizer, stop
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.text, self.has_ended = "", False
+        self.held, self.has_ended = "", False
 
-    def add(self, token: int) -> None:
+    def add(self, token: int | None) -> str:
+        """What is certain now that this token has come, or that none (None) will."""
         if self.has_ended:
-            return
-        if token == self.tokenizer.end:
-            self.end()
-        else:
-            self._extend(self.decoder.decode(self.tokenizer.token_bytes(token)))
-
-    def end(self) -> None:
-        if not self.has_ended:
-            self._extend(self.decoder.decode(b"", final=True))
-            self.has_ended = True
-
-    def _extend(self, text: str) -> None:
-        self.text += text
-        if self.stop and self.stop in self.text:
-            self.text = self.text.partition(self.stop)[0]
-            self.has_ended = True
-
-    def take(self) -> str:
-        """The certain text that was not taken yet."""
-        n_held = 0
-        if self.stop and not self.has_ended:  # its beginning may be at the end of the text
+            return ""
+        self.has_ended = token in (None, self.tokenizer.end)
+        data = b"" if self.has_ended else self.tokenizer.token_bytes(token)
+        text, n_held = self.held + self.decoder.decode(data, final=self.has_ended), 0
+        if self.stop and self.stop in text:
+            text, self.has_ended = text.partition(self.stop)[0], True
+        elif self.stop and not self.has_ended:  # its beginning may be at the end of the text
             lengths = range(len(self.stop) - 1, 0, -1)
-            n_held = next((n for n in lengths if self.text.endswith(self.stop[:n])), 0)
-        cut = len(self.text) - n_held
-        taken, self.text = self.text[:cut], self.text[cut:]
-        return taken
+            n_held = next((n for n in lengths if text.endswith(self.stop[:n])), 0)
+        cut = len(text) - n_held
+        self.held = text[cut:]
+        return text[:cut]
 
 
 if __name__ == "__main__":

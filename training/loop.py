@@ -1,9 +1,10 @@
 """The loop of a training: for each step a validation, a hundred batches, and what is kept."""
 
+import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def train(training: Training, world: World, announce: Callable[[str], None]) -> 
     if training.is_kept:
         begin_metrics(training)
     started = time.time() - position.seconds
-    with Interrupt(world) as interrupt:
+    with noted_signals(world) as signals:
         for step in range(position.step, config.n_steps):
             # All random numbers come from the seed and the step: they have no state to be kept.
             rng = np.random.default_rng([config.seed, step])
@@ -39,7 +40,7 @@ def train(training: Training, world: World, announce: Callable[[str], None]) -> 
             for batch in progress(training, world):
                 train_batch(*plan, batch=batch)
                 position.batch = batch + 1
-                if signal_number := world.any(interrupt.signal):
+                if signal_number := world.any(max(signals, default=0)):
                     break
             position.seconds = time.time() - started
             losses = world.sum(get(training.losses))[: position.batch]
@@ -73,23 +74,24 @@ def keep_if_best(training: Training) -> None:
         training.save_model(Path(position.output_path) / "best")
 
 
-class Interrupt:
-    """Notes Ctrl-C and SIGTERM, for the batch in flight to end first; a second one ends at once,
-    but for workers, whom only all together can end."""
+@contextlib.contextmanager
+def noted_signals(world: World) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM as they come, for the batch in flight to end first; a second one ends at
+    once, but for workers, whom only all together can end."""
+    noted, previous = [], {}
 
-    def __init__(self, world: World):
-        self.world = world
+    def note(number: int, frame) -> None:
+        noted.append(number)
+        if world.size == 1:
+            restore()
 
-    def __enter__(self):
-        self.signal = 0
-        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
-    def note(self, number: int, frame) -> None:
-        self.signal = number
-        if self.world.size == 1:
-            self.__exit__()
-
-    def __exit__(self, *exception) -> None:
-        for interrupt, handler in self.previous.items():
-            signal.signal(interrupt, handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore()
