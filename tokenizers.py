@@ -452,11 +452,9 @@ def read_vocabulary(path: Path) -> str:
 
 # The characters by which GPT-2's files write the bytes 0 to 255: those of Latin-1 that are visible
 # for themselves, the characters from U+0100 on for the others.
-VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTES = "".join(
-    chr(byte if byte in VISIBLE else 0x100 + sum(other not in VISIBLE for other in range(byte)))
-    for byte in range(256)
-)
+VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+OTHERS = map(chr, range(0x100, 0x200))
+BYTES = "".join(chr(byte) if byte in VISIBLE else next(OTHERS) for byte in range(256))
 BYTE_OF = {character: byte for byte, character in enumerate(BYTES)}
 
 
