@@ -149,9 +149,10 @@ def from_model(path: Path, words: list[str]) -> tuple[TrainingConfig, Start]:
     own = {"tokenizer": tokenizer.name, "max_vocab_size": tokenizer.vocab_size}
     began = changed(DEFAULTS, flat(model.config) | own)
     config = configure(words, began)
-    folder = Path(config.tokenizer)
-    if folder.is_dir() and BytePairTokenizer.load(folder).tokens == tokenizer.tokens:
-        config = replace(config, tokenizer=tokenizer.name)
+    if config.tokenizer != tokenizer.name and Path(config.tokenizer).is_dir():
+        given = BytePairTokenizer.load(Path(config.tokenizer))
+        if given.tokens == tokenizer.tokens:
+            config = replace(config, tokenizer=tokenizer.name)
     names = ("d_model", "n_layers", "n_heads", *own)
     refuse_contradictions(config, began, names, "the model to start from")
     longest, context_length = model.config.context_length, config.model.context_length
