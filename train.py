@@ -103,8 +103,9 @@ def refuse_contradictions(
 def main() -> int:
     words = sys.argv[1:]
     options = make_parser(DEFAULTS).parse_args(words)
+    start = Start()
     if not (options.resume or options.init_from):
-        configure(words)  # what is wrong with them ends here, and not on each of the workers
+        config = configure(words)  # first: what is wrong ends here, and not on each of the workers
     devices.check()
     world = distributed.World(command_line.explain)
     if (options.workers or 1) > 1 and not world.is_under_mpi:
@@ -114,8 +115,6 @@ def main() -> int:
             config, start = from_checkpoint(options.resume, words, world)
         elif options.init_from:
             config, start = from_model(options.init_from, words)
-        else:
-            config, start = configure(words), Start()
         start.position.arguments += words
         if config.files.output_path and not config.files.no_save and world.rank == 0:
             folders.check_destination(config.files.output_path)
