@@ -105,6 +105,13 @@ def test_a_training_goes_on_with_a_corpus_that_has_moved_and_into_a_new_folder(t
     assert refused.returncode == 1 and "the corpus is not the one that" in err
 
 
+def test_the_same_folder_may_be_named_by_another_path(tmp_path):
+    train(tmp_path, *TINY, "-n", "2", "--checkpoint-every", "1", "-o", "model")
+    train(tmp_path, "--resume", ".data/checkpoints", "-n", "3", "-o", str(tmp_path / "model"))
+    rows = (tmp_path / "model" / "metrics.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == ["1", "2", "3"]
+
+
 def test_only_the_newest_checkpoint_keeps_its_optimizer(tmp_path):
     train(tmp_path, *TINY, "-n", "3", "--checkpoint-every", "1")
     folders = sorted((tmp_path / ".data/checkpoints").iterdir(), key=lambda f: f.name[-1])

@@ -172,8 +172,9 @@ def output_folder(config: TrainingConfig, before: str) -> str:
         name = f"gpt_{model.n_parameters >> 10}k_{model.context_length}context_{int(time.time())}"
         return str(folders.claim(Path(".data") / name))
     folder.mkdir(parents=True, exist_ok=True)
-    if before and Path(before) != folder:
+    if before and Path(before).resolve() != folder.resolve():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copytree(Path(before) / "best", folder / "best", dirs_exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             shutil.copy2(Path(before) / "metrics.csv", folder)
-            shutil.copytree(Path(before) / "best", folder / "best", dirs_exist_ok=True)
     return str(folder)
