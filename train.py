@@ -131,6 +131,7 @@ def from_checkpoint(
     # but for the tensors, which rank 0 hands on when there is a place for them
     light = world.from_first(saved and replace(saved, weights={}, moments={}))
     start = saved or light
+    # The model's sizes stand in its config: those in the words may be defaults, beside --init-from.
     model = start.config["model"]
     began = changed(configure(start.position.arguments, changed(DEFAULTS, model)), model)
     config = configure(words, began)
@@ -172,10 +173,10 @@ def run(training: Training, world: distributed.World) -> int:
     print(bold("start training"), "-", parameters)
     print(json.dumps(config.picture(), indent=2), flush=True)
     signal_number = loop.train(training, world, announce)
-    if signal_number and training.is_kept:
-        command = f"python train.py --resume {training.latest}"
-        print(bold("interrupted; to go on:"), command, flush=True)
     if signal_number:
+        if training.is_kept:
+            command = f"python train.py --resume {training.latest}"
+            print(bold("interrupted; to go on:"), command, flush=True)
         return 128 + signal_number
     if training.is_kept:
         announce(f"store trained model to: {folder}")

@@ -32,7 +32,8 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     letters = (*operands.split(","), letters_c)
     _, *sides = _sizes(letters, a, b)
     if sides[0] == 1 and sides.count(1) == 1:
-        # no more than reading b once, which a plain loop does best, also in float16
+        # no more than reading b once, which a plain loop does best, also in float16; with another
+        # side of 1 it may fold to a constant, and the gradients behind it then have no memory
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32)
     a, b = a.contiguous(), b.contiguous()  # stored: a product reads an operand again and again
     if not calls_blas:

@@ -46,5 +46,5 @@ def usable() -> list[str]:
 def check() -> None:
     """ValueError if the backend that DEV names does not open."""
     if reason := open_error(name := in_use()):
-        asked, others = os.environ.get("DEV", name), ", ".join(usable())
-        raise ValueError(f"DEV={asked} does not open here ({reason}); these do: {others}")
+        others = f"; these do: {', '.join(names)}" if (names := usable()) else ""
+        raise ValueError(f"DEV={os.environ.get('DEV', name)} does not open here ({reason}){others}")

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WEIGHT_FILES = ("model.safetensors", "model.mpk")
-MODEL_FILES = ("config.json", *WEIGHT_FILES, "training.json", "optimizer.safetensors")
+TRAINING_FILES = ("training.json", "optimizer.safetensors")  # that may stand beside a model
+MODEL_FILES = ("config.json", *WEIGHT_FILES, *TRAINING_FILES)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from models import checkpoint
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
 REFERENCE = DATA / "gpt_burn_114k"
+GPT2 = DATA / "gpt2_tiny"
 TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "4"]
 
 

@@ -6,15 +6,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import GPT2
 from hypothesis import given
 from hypothesis import strategies as st
 from mutate import mutated_bytes
 from texts import CHARACTERS, SAVED, TEXTS, encode_file, few_examples, mixed_text
 
 import tokenizers
-
-GPT2 = DATA / "gpt2_tiny"
 
 
 @pytest.fixture(scope="module")

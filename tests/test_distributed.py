@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -26,16 +27,8 @@ HANGS = 120  # seconds after which something does
 TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "8", "--validation-size", "16"]
 
 
-def start(folder: Path, *words: str, script: str = "train.py", **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, ROOT / script, *words],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"DEV": "CPU"},
-        **options,
-    )
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    return conftest.start(folder, *words, env=os.environ | {"DEV": "CPU"})
 
 
 def ranks(folder: Path, n_workers: int, *words: str, launcher: list[str] | None = None) -> list:

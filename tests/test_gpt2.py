@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import GPT2
 
 from models import safetensors
 
@@ -18,14 +19,13 @@ from tinygrad import Tensor, TinyJit, dtypes
 from generation import Generator, sample
 from models import checkpoint, gpt2
 
-FOLDER = Path(__file__).parent / "data" / "gpt2_tiny"
-REFERENCE = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))
+REFERENCE = json.loads((GPT2 / "expected.json").read_text(encoding="utf-8"))
 CONTEXT_LENGTH = 64
 
 
 @pytest.fixture(scope="module")
 def model_and_tokenizer():
-    return checkpoint.load(FOLDER)
+    return checkpoint.load(GPT2)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def weights_of(model) -> dict[str, np.ndarray]:
 
 def copied(tmp_path: Path, tensors: dict | None = None, **settings) -> Path:
     """A copy of the folder with other tensors in its file, or other settings in its config."""
-    shutil.copytree(FOLDER, tmp_path / "model")
-    config = json.loads((FOLDER / "config.json").read_text()) | settings
+    shutil.copytree(GPT2, tmp_path / "model")
+    config = json.loads((GPT2 / "config.json").read_text()) | settings
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     if tensors:
         safetensors.write(tmp_path / "model" / "model.safetensors", tensors)
@@ -95,7 +95,7 @@ def assert_same_weights(folder: Path, model) -> None:
 
 
 def test_names_without_prefix_masks_and_a_tied_head_are_read(tmp_path, model_and_tokenizer):
-    theirs = safetensors.read(FOLDER / "model.safetensors")
+    theirs = safetensors.read(GPT2 / "model.safetensors")
     tensors = {name.removeprefix("transformer."): array for name, array in theirs.items()}
     tensors["lm_head.weight"] = tensors["wte.weight"]
     tensors["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)
@@ -104,20 +104,20 @@ def test_names_without_prefix_masks_and_a_tied_head_are_read(tmp_path, model_and
 
 
 def test_a_tied_head_beside_names_with_the_prefix_is_read(tmp_path, model_and_tokenizer):
-    tensors = dict(safetensors.read(FOLDER / "model.safetensors"))
+    tensors = dict(safetensors.read(GPT2 / "model.safetensors"))
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     assert_same_weights(copied(tmp_path, tensors), model_and_tokenizer[0])
 
 
 def test_half_precision_stays(tmp_path, model_and_tokenizer):
-    theirs = safetensors.read(FOLDER / "model.safetensors")
+    theirs = safetensors.read(GPT2 / "model.safetensors")
     tensors = {name: array.astype(np.float16) for name, array in theirs.items()}
     model, _ = checkpoint.load(copied(tmp_path, tensors))
     assert {parameter.dtype for parameter in model.parameters().values()} == {dtypes.float16}
 
 
 def test_a_head_of_its_own_and_a_strange_tensor_are_refused(tmp_path):
-    tensors = dict(safetensors.read(FOLDER / "model.safetensors"))
+    tensors = dict(safetensors.read(GPT2 / "model.safetensors"))
     error = r"model\.safetensors: its head lm_head\.weight is not the token embedding"
     with pytest.raises(ValueError, match=error):
         head = {"lm_head.weight": tensors["transformer.wte.weight"] + 1}
@@ -173,12 +173,12 @@ def test_a_gpt2_is_saved_in_the_layout_that_it_was_read_from(tmp_path, model_and
 
     files = ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
     assert sorted(os.listdir(tmp_path / "model")) == files
-    theirs = safetensors.read(FOLDER / "model.safetensors")
+    theirs = safetensors.read(GPT2 / "model.safetensors")
     ours = safetensors.read(tmp_path / "model" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
-    their_config = json.loads((FOLDER / "config.json").read_text()) | {"n_inner": 192}
+    their_config = json.loads((GPT2 / "config.json").read_text()) | {"n_inner": 192}
     our_config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert our_config.pop("gpt_tiny") == {"seed": 1, "optimizer": {"epsilon": 1e-5}}
     assert our_config.items() <= their_config.items()

@@ -10,14 +10,13 @@ import re
 import sys
 
 import pytest
-from conftest import DATA, REFERENCE
+from conftest import GPT2, REFERENCE
 
 import run
 import train
 from training.settings import TrainingConfig
 
 N_DRAWS = int(os.environ.get("GPT_TINY_FLAGS", "5"))
-GPT2 = DATA / "gpt2_tiny"
 MODELS = ["model", "other", REFERENCE, GPT2, "nowhere"]
 NOTES = "^warning: |is missing: using the text"
 TRAINING = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DATA, REFERENCE, ROOT, TINY, Result, assert_error
+from conftest import GPT2, REFERENCE, ROOT, TINY, Result, assert_error
 
 import run
 import tokenizers
@@ -155,9 +155,6 @@ def test_a_row_that_dropout_empties_leaves_the_gradients_finite(call, corpus):
     options = ["-c", "3", "-d", "3", "-l", "1", "-h", "1", "-b", "2", "--dropout", "0.1"]
     result = call(train.main, *options, "-r", "0", "-n", "1", "-t", corpus, "-x")
     assert result.status == 0, result.err
-
-
-GPT2 = DATA / "gpt2_tiny"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from training.optimizers import moment_names
 from training.state import Position, Start, Training
 
 CHECKPOINTS = Path(".data/checkpoints")
-POSITION, OPTIMIZER = "training.json", "optimizer.safetensors"
+POSITION, OPTIMIZER = folders.TRAINING_FILES
 
 
 def save(folder: Path, training: Training) -> None:
