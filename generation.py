@@ -8,6 +8,7 @@ from tinygrad.nn.state import get_parameters
 
 from backend.capture import captured
 from backend.memory import get, put
+from backend.products import functions
 from gpt_tiny import GPT, KeyValueCache
 
 
@@ -31,16 +32,17 @@ class Generator:
         self.cache = [KeyValueCache(model.config, batch) for _ in model.blocks]
         self.logits = Tensor.empty(batch, model.config.vocab_size).realize()
         state = [*model.parameters().values(), *get_parameters(self.cache), self.logits]
-        limits = {"start": max(1, self.context_length - 1), "last": max(1, self.chunk - 1)}
+        state += functions()
         self.steps = {}  # by the number of tokens that they take, with a buffer for these
         for n in (1, self.chunk):
             ids = Tensor(np.zeros((batch, n), np.int32)).realize()
-            self.steps[n] = ids, captured(self.step, state, (model.config, n), **limits)
+            values = {"end": range(n, self.context_length + 1), "last": range(n)}
+            self.steps[n] = ids, captured(self.step, state, (model.config, n), **values)
 
-    def step(self, ids: Tensor, start: Variable, last: Variable) -> None:
-        """ids (batch, time) at the positions from `start` on; leaves the logits after the one with
+    def step(self, ids: Tensor, end: Variable, last: Variable) -> None:
+        """ids (batch, time) at the positions to before `end`; leaves the logits after the one with
         index `last` in `self.logits`. What stands to its right can't matter: the mask is causal."""
-        x = self.model.trunk(ids, cache=self.cache, start=start)
+        x = self.model.trunk(ids, cache=self.cache, start=end - ids.shape[1])
         self.logits.assign(self.model.head(x[:, last : last + 1])[:, 0]).realize()
 
     def __call__(
@@ -76,7 +78,7 @@ class Generator:
     def _run(self, ids: np.ndarray, start: int, last: int) -> np.ndarray:
         buffer, step = self.steps[ids.shape[1]]
         put(buffer, ids.astype(np.int32, copy=False))
-        step(buffer, start=start, last=last)
+        step(buffer, end=start + ids.shape[1], last=last)
         return get(self.logits)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from backend import einsum, look_up, zeros
+from backend import einsum, look_up, positions, zeros
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class MultiHeadAttention:
         if cache is not None:
             key, value = cache.store(key, value, start)
         scores = einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(d_k)
-        is_past = Tensor.arange(key.shape[1]) <= (Tensor.arange(time) + start).unsqueeze(-1)
+        is_past = positions(key.shape[1]) <= (positions(time) + start).unsqueeze(-1)
         weights = dropout(softmax(is_past.where(scores, -math.inf)))
         mixed = einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, time, d_model)
         return self.out(dropout(mixed))
@@ -250,10 +250,10 @@ class KeyValueCache:
         self.keys, self.values = zeros(*shape), zeros(*shape)
 
     def store(self, key: Tensor, value: Tensor, start) -> tuple[Tensor, Tensor]:
-        """Puts (batch, time, n_heads, d_k) at position `start`; returns (batch, context, ...)."""
+        """Puts (batch, time, n_heads, d_k) at position `start`; returns all up to their end."""
         return self._put(self.keys, key, start), self._put(self.values, value, start)
 
     @staticmethod
     def _put(cache: Tensor, new: Tensor, start) -> Tensor:
-        place = cache[:, start : start + new.shape[1]]
-        return Tensor(cache.uop.after(place.uop.store(new.uop)))
+        place = cache[:, start : (end := start + new.shape[1])]
+        return Tensor(cache.uop.after(place.uop.store(new.uop)))[:, :end]

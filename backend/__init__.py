@@ -1,15 +1,16 @@
 """What tinygrad lacks, for any program: importing this package is enough to have it.
 
-Read `blas` (matrix products), `cores`, `compiler` and `cpu` (the CPU as a device), then `devices`
-(which backend), `capture` (jits kept for the next start), `memory` and `lookup`. Nothing here
-knows of a GPT.
+Read `blas` (matrix products), `products` (those of generation), `sizes` (that vary),
+`cores`, `compiler` and `cpu` (the CPU as a device), then `devices` (which backend), `capture` (jits
+kept for the next start), `memory` and `lookup`. Nothing here knows of a GPT.
 """
 
 from backend import cpu, devices
 from backend.blas import einsum
 from backend.lookup import look_up
 from backend.memory import zeros
+from backend.sizes import positions
 
-__all__ = ["cpu", "devices", "einsum", "look_up", "zeros"]
+__all__ = ["cpu", "devices", "einsum", "look_up", "positions", "zeros"]
 
 devices.choose()

@@ -10,9 +10,12 @@ import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.helpers import NUM_CPU_THREADS, ContextVar
-from tinygrad.uop.ops import AxisType, KernelInfo
+from tinygrad.renderer import Estimates
+from tinygrad.uop.ops import KernelInfo, sint
 
-from backend.cores import MIN_SHARED_WORK, largest_divisor
+from backend.cores import MIN_SHARED_WORK, evenness, share_of
+from backend.products import multiply
+from backend.sizes import at_most, in_kernel, stored
 
 PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")
 
@@ -25,42 +28,50 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     """
     if PRODUCT_DTYPE.value != "float32":
         a, b = (x.cast(PRODUCT_DTYPE.value) for x in (a, b))
+    operands, letters_c = spec.split("->")
+    letters = letters_a, letters_b, letters_c = (*operands.split(","), letters_c)
+    sizes = dict(zip(letters_a + letters_b, a.shape + b.shape, strict=True))
+    _, *sides = _sizes(letters, sizes)
+    is_one_row = sides[0] == 1 and sides.count(1) == 1
     calls_blas = a.device.startswith("CPU") and blas() is not None
+    if calls_blas and is_one_row and letters_b == letters_c[-1] + letters_a[-1]:
+        b = b if b.dtype == dtypes.half else b.cast(dtypes.float32)
+        y = multiply(b, a.cast(dtypes.float32).reshape(1, -1))
+        return y.reshape(*a.shape[:-1], -1)
     if calls_blas:
         a, b = (x.cast(dtypes.float32) for x in (a, b))
-    operands, letters_c = spec.split("->")
-    letters = (*operands.split(","), letters_c)
-    _, *sides = _sizes(letters, a, b)
-    if sides[0] == 1 and sides.count(1) == 1:
-        # no more than reading b once, which a plain loop does best, also in float16; with another
-        # side of 1 it may fold to a constant, and the gradients behind it then have no memory
+    if is_one_row:
+        # no more than reading b once, which a plain loop does best; with another side of 1 it may
+        # fold to a constant, and the gradients behind it then have no memory
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32)
-    a, b = a.contiguous(), b.contiguous()  # stored: a product reads an operand again and again
-    if not calls_blas:
+    if not calls_blas:  # stored: a product reads an operand again and again
+        a, b = a.contiguous(), b.contiguous()
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32).contiguous_backward()
-    sizes = dict(zip(operands.replace(",", ""), a.shape + b.shape, strict=True))
-    c = Tensor.empty(*[sizes[letter] for letter in letters_c], device=a.device)
+    a, b = stored(a), stored(b)
+    c = Tensor.empty(*(at_most(sizes[x]) for x in letters_c), device=a.device)
     address = blas_address(a.device)
-    return Tensor(_product(c.uop, a.uop, b.uop, address.uop, letters))
+    c = Tensor(_product(c.uop, a.uop, b.uop, address.uop, letters, sizes))
+    return c.shrink(tuple((0, sizes[x]) for x in letters_c))
 
 
-def _product(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str]) -> UOp:
+def _product(
+    c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str], sizes: dict[str, sint]
+) -> UOp:
     """c, holding the product of a and b. The gradients are two more such products."""
     letters_a, letters_b, letters_c = letters
-    _, *sides = _sizes(letters, a, b)
 
     def gradient(of_c: UOp, call: UOp) -> tuple:
         # The address is the one among the call's own sources: within a traced function a captured
         # one would be another, empty buffer.
         _, _, a, b, address = call.src
         of_a, of_b = (UOp.new_buffer(x.device, x.numel(), x.dtype).reshape(x.shape) for x in (a, b))
-        if 1 in sides:  # behind a norm over one value it is a constant, which has no memory
+        if 1 in _sizes(letters, sizes)[1:]:  # behind a norm over one value a constant: no memory
             of_c = of_c.contiguous()
-        of_a = _product(of_a, of_c, b, address, (letters_c, letters_b, letters_a))
-        of_b = _product(of_b, of_c, a, address, (letters_c, letters_a, letters_b))
+        of_a = _product(of_a, of_c, b, address, (letters_c, letters_b, letters_a), sizes)
+        of_b = _product(of_b, of_c, a, address, (letters_c, letters_a, letters_b), sizes)
         return None, of_a, of_b, None
 
-    kernel = functools.partial(_sgemm_kernel, letters=letters)
+    kernel = functools.partial(_sgemm_kernel, letters=letters, sizes=sizes)
     return UOp.custom_kernel(c, a, b, address, fxn=kernel, grad_fxn=gradient)[0]
 
 
@@ -75,9 +86,8 @@ def _groups(letters: tuple[str, str, str]) -> tuple[list[str], ...]:
     )
 
 
-def _sizes(letters: tuple[str, str, str], a: UOp, b: UOp) -> tuple[int, ...]:
+def _sizes(letters: tuple[str, str, str], sizes: dict[str, sint]) -> tuple[sint, ...]:
     """The numbers of batches, of c's rows and columns, and of the terms of a sum."""
-    sizes = dict(zip(letters[0] + letters[1], a.shape + b.shape, strict=True))
     return tuple(math.prod(sizes[x] for x in group) for group in _groups(letters))
 
 
@@ -97,47 +107,54 @@ def _operand(
     return tensor.flatten()[place], 111 + is_transposed, step
 
 
-def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str]) -> UOp:
+def _sgemm_kernel(
+    c: UOp,
+    a: UOp,
+    b: UOp,
+    address: UOp,
+    letters: tuple[str, str, str],
+    sizes: dict[str, sint],
+) -> UOp:
     """Calls BLAS once for each batch; the cores share the batches or, in one batch, the rows or the
     columns, whichever are more: BLAS repacks the other operand on each core."""
     letters_a, letters_b, letters_c = letters
     batches, rows, columns, summed = _groups(letters)
-    n_batches, m, n, k = _sizes(letters, a, b)
+    sizes = {letter: in_kernel(size) for letter, size in sizes.items()}
+    n_batches, m, n, k = _sizes(letters, sizes)
     if letters_c[-1] in rows:  # BLAS writes along rows: (a b)' = b' a'
         a, b, letters_a, letters_b = b, a, letters_b, letters_a
         rows, columns, m, n = columns, rows, n, m
 
-    sizes = dict(zip(letters_c, c.shape, strict=True))
-    batches.sort(key=lambda x: -largest_divisor(sizes[x], NUM_CPU_THREADS.value))  # 1 text: heads
-    shared = sizes[batches[0]] if batches else max(m, n)
-    n_cores = largest_divisor(shared, NUM_CPU_THREADS.value)
-    if n_batches * m * n * k < MIN_SHARED_WORK:
-        n_cores = 1
-    core, share = UOp.range(n_cores, 0, AxisType.THREAD), shared // n_cores
+    batches.sort(key=lambda x: -evenness(sizes[x]))  # in one text the heads
+    are_rows_shared = at_most(m) >= at_most(n)
+    shared = sizes[batches[0]] if batches else m if are_rows_shared else n
+    is_small = at_most(n_batches * m * n * k) < MIN_SHARED_WORK
+    core, first, share = share_of(shared, 0, 1 if is_small else NUM_CPU_THREADS.value)
     n_indices = [share, *(sizes[x] for x in batches[1:])] if batches else []
     ranges = [UOp.range(size, number) for number, size in enumerate(n_indices, 1)]
     indices = dict(zip(batches, ranges, strict=True))
     if batches:
-        indices[batches[0]] += core * share
-    elif m >= n:
-        indices, m = {rows[-1]: core * share}, share
+        indices[batches[0]] += first
+    elif are_rows_shared:
+        indices, m = {rows[-1]: first}, share
     else:
-        indices, n = {columns[-1]: core * share}, share
+        indices, n = {columns[-1]: first}, share
 
     a, flag_a, step_a = _operand(a, letters_a, rows, summed, indices)
     b, flag_b, step_b = _operand(b, letters_b, summed, columns, indices)
     c, _, step_c = _operand(c, letters_c, rows, columns, indices)
-    row_major, flag_a, flag_b = _constants(dtypes.int32, 101, flag_a, flag_b)
-    m, n, k, step_a, step_b, step_c = _constants(blas().integer, m, n, k, step_a, step_b, step_c)
-    alpha, beta = _constants(dtypes.float32, 1.0, 0.0)
+    row_major, flag_a, flag_b = _numbers(dtypes.int32, 101, flag_a, flag_b)
+    m, n, k, step_a, step_b, step_c = _numbers(blas().integer, m, n, k, step_a, step_b, step_c)
+    alpha, beta = _numbers(dtypes.float32, 1.0, 0.0)
     arguments = (row_major, flag_a, flag_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c)
     call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
     name = "sgemm_" + "_".join(letters)
-    return call.end(core, *ranges).sink(arg=KernelInfo(name=name, opts_to_apply=()))
+    info = KernelInfo(name=name, opts_to_apply=(), estimates=Estimates())
+    return call.end(core, *ranges).sink(arg=info)
 
 
-def _constants(dtype: DType, *numbers: float) -> list[UOp]:
-    return [UOp.const(number, dtype) for number in numbers]
+def _numbers(dtype: DType, *numbers: float | UOp) -> list[UOp]:
+    return [x.cast(dtype) if isinstance(x, UOp) else UOp.const(x, dtype) for x in numbers]
 
 
 @dataclass(frozen=True)

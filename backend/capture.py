@@ -30,13 +30,13 @@ FIRST_PLACE = 10_000  # numbers of the places of the state's buffers: those of a
 
 
 def captured(
-    function: Callable, state: Sequence[Tensor], key: object, **limits: int
+    function: Callable, state: Sequence[Tensor], key: object, **values: range
 ) -> Callable[..., None]:
     """The function as a jit that is captured at its first call, or read from the cache folder.
 
-    It takes realised tensors, always of the same shapes, and by name the numbers in `limits`, whole
-    and from 0 up to there, and returns nothing. `state` is all that it reads and writes beside
-    them, realised; `key` tells it from other functions with such a state.
+    It takes realised tensors, always of the same shapes, and by name numbers, each of its `values`,
+    and returns nothing. `state` is all that it reads and writes beside them, realised; `key` tells
+    it from other functions with such a state.
     """
     jit = TinyJit(function)
     jit.cnt = 1  # TinyJit would call it plainly once before, which only unrealised state needs
@@ -46,7 +46,7 @@ def captured(
         tensors = [*state, blas_address(device)] if blas() else state
         state = [tensor.uop.base for tensor in tensors]
         shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in state]
-        path = cache_folder() / fingerprint(function.__qualname__, key, limits, shapes)
+        path = cache_folder() / fingerprint(function.__qualname__, key, values, shapes)
         with contextlib.suppress(Exception):  # to begin with: there is none
             jit.captured = restored(pickle.loads(read_private(path)), state)
 
@@ -54,7 +54,10 @@ def captured(
         if jit.captured is not None:  # called as such: TinyJit looks for changes in all arguments
             jit.captured([tensor.uop.base for tensor in tensors], numbers)
             return
-        variables = {n: Variable(n, 0, limits[n]).bind(value) for n, value in numbers.items()}
+        variables = {
+            name: Variable(name, values[name][0], values[name][-1]).bind(number)
+            for name, number in numbers.items()
+        }
         # tinygrad need not check its own graphs, nor cut them into parts for a core
         with Context(SPEC=0, **({"JIT_BATCH_SIZE": 0} if path else {})):
             jit(*tensors, **variables)
@@ -114,10 +117,11 @@ def read_first(linear: UOp) -> Iterator[UOp]:
 
 
 def source_files() -> list[Path]:
-    """The program's: the modules beside this package, and in the packages there."""
+    """The program's, Python and C: beside this package, and in the packages there."""
     root = Path(__file__).parents[1]
+    kinds = ".py", ".c"
     folders = [root, *(path.parent for path in root.glob("*/__init__.py"))]
-    return sorted(path for folder in folders for path in folder.glob("*.py"))
+    return sorted(path for folder in folders for path in folder.iterdir() if path.suffix in kinds)
 
 
 @functools.cache

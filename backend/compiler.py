@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 
 import tinygrad.engine.worker as worker
+import tinygrad.runtime.ops_cpu as ops_cpu
 from tinygrad import Device
+from tinygrad.device import TinyELF
 from tinygrad.helpers import PARALLEL
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
@@ -65,6 +67,13 @@ class CPUCompiler(ClangCompiler):
             reason = "no C compiler: pip install ziglang, or put a clang on the PATH"
             raise ValueError(reason) from None
         return [str(Path(ziglang.__file__).parent / "zig"), "clang"]
+
+
+def compiled(source: str) -> ops_cpu.CPUProgram:
+    """C of our own, loaded; its first function is at `addr` as long as there is the program."""
+    device = Device["CPU"]
+    code = device.renderer.compiler.compile_cached(source)
+    return ops_cpu.CPUProgram(device, TinyELF(code, "", device.renderer.target, ()))
 
 
 @functools.cache

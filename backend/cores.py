@@ -5,14 +5,17 @@ import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
-import tinygrad.runtime.ops_cpu as ops_cpu
-from tinygrad import Device, UOp
+from tinygrad import UOp
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
-from tinygrad.device import TinyELF
+from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.engine.jit import GraphRunner
 from tinygrad.helpers import NUM_CPU_THREADS
+from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, Ops
+
+from backend.compiler import compiled
 
 MIN_SHARED_WORK = 1 << 14  # element operations; with fewer, waking a core costs more than it gives
 
@@ -21,23 +24,52 @@ def largest_divisor(n: int, limit: int) -> int:
     return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
 
 
-def plain_loops(kernel):
+class Kernel(Scheduler):
+    """A kernel whose cores may have unequal shares: tinygrad can't count what each computes."""
+
+    def get_optimized_ast(self, name_override: str | None = None) -> UOp:
+        ast = super().get_optimized_ast(name_override)
+        return ast.replace(arg=replace(ast.arg, estimates=Estimates()))
+
+
+def plain_loops(kernel: Scheduler) -> Kernel:
     """Leaves loops as they are: clang vectorises them better than tinygrad unrolls them."""
-    kernel = kernel.copy()
+    kernel = Kernel(kernel.ast, kernel.ren)
     # A sum down the columns of a matrix: clang can't swap the loops, so sum 8 columns at once.
     for axis in columns_summed(kernel)[-1:]:
         width = largest_divisor(kernel.full_shape[axis], 8)
         if width > 1:
             try_optimization(kernel, Opt(OptOps.UPCAST, axis, width))
 
-    if all(isinstance(n, int) for n in kernel.full_shape):
-        if math.prod(kernel.full_shape) < MIN_SHARED_WORK:
-            return kernel
-        for axis in kernel.axes_of(AxisType.WEAK):
-            n_cores = largest_divisor(kernel.full_shape[axis], NUM_CPU_THREADS.value)
-            if n_cores > 1 and try_optimization(kernel, Opt(OptOps.THREAD, axis, n_cores)):
-                break
+    sizes = [n if isinstance(n, int) else n.vmax for n in kernel.full_shape]
+    if math.prod(sizes) >= MIN_SHARED_WORK:
+        share(kernel)
     return kernel
+
+
+def share(kernel) -> None:
+    """Has the cores share the axis that is the most equal for them, of several the outermost."""
+    may_be_shared = kernel._globalizable_rngs()  # those that what is stored has
+    ranges = [r for r in kernel.rngs if r in may_be_shared and r.src[0].op is Ops.CONST]
+    if not ranges or NUM_CPU_THREADS.value == 1:
+        return
+    shared = max(ranges, key=lambda range_: evenness(range_.vmax + 1))
+    _, first, size = share_of(shared.vmax + 1, next(kernel.opt_range), NUM_CPU_THREADS.value)
+    kernel.ast = kernel.ast.substitute({shared: shared.replace(src=(size,)) + first})
+
+
+def evenness(n: int) -> float:
+    """How much of the cores' time is used when they share n equal pieces of work."""
+    n_cores = NUM_CPU_THREADS.value
+    return n / (-(-n // n_cores) * n_cores)
+
+
+def share_of(n: int, number: int, n_cores: int) -> tuple[UOp, UOp, UOp]:
+    """The range of the cores that share n pieces, and for each its first piece and how many."""
+    n_cores = min(n, n_cores)
+    core = UOp.range(n_cores, number, AxisType.THREAD)
+    first, end = (c * n // n_cores for c in (core, core + 1))
+    return core, first.simplify(), (end - first).simplify()
 
 
 def columns_summed(kernel) -> list[int]:
@@ -136,10 +168,7 @@ def run_kernels(words: ctypes.Array, n_kernels: int) -> None:
 @functools.cache
 def on_all_cores() -> tuple[ThreadPoolExecutor, Callable, ctypes.c_void_p]:
     """The threads, the function that they call, and the one that this calls while it waits."""
-    device, word, pointer = Device["CPU"], ctypes.c_uint64, ctypes.c_void_p
-    code = device.renderer.compiler.compile_cached(RUN_KERNELS)
-    elf = TinyELF(code, "run_kernels", device.renderer.target, ())
-    program = ops_cpu.CPUProgram(device, elf)
+    word, pointer, program = ctypes.c_uint64, ctypes.c_void_p, compiled(RUN_KERNELS)
     run = ctypes.CFUNCTYPE(None, pointer, word, word, word, pointer, pointer)(program.addr)
     run.program = program  # which holds the code
     yield_core = ctypes.cast(ctypes.CDLL(None).sched_yield, pointer)

@@ -68,10 +68,10 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
     if parameters.is_one:
         state += [*parameters.whole, *gradients.whole]
     key = (config.model, config.optimizer, config.dtype, n_parts, part_size, world.size)
-    limit = config.batches_per_step - 1
+    numbers = range(config.batches_per_step)
     if world.size == 1:
-        return captured(compute_and_update, state, key, batch=limit)
-    compute, update = (captured(step, state, key, batch=limit) for step in (compute, update))
+        return captured(compute_and_update, state, key, batch=numbers)
+    compute, update = (captured(step, state, key, batch=numbers) for step in (compute, update))
 
     def train_batch(starts: Tensor, keys: Tensor, rates: Tensor, batch: int) -> None:
         compute(starts, keys, batch=batch)

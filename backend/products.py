@@ -1,0 +1,57 @@
+"""Products of a matrix with few vectors, by C of our own: on the CPU, as fast as memory is read."""
+
+import functools
+from pathlib import Path
+
+from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad.helpers import NUM_CPU_THREADS
+from tinygrad.renderer import Estimates
+from tinygrad.uop.ops import KernelInfo
+
+from backend.compiler import compiled
+from backend.cores import MIN_SHARED_WORK, share_of
+
+
+def multiply(matrix: Tensor, x: Tensor) -> Tensor:
+    """matrix (n, k), x (t, k) -> x matrix', float32 (t, n), on the CPU.
+
+    For one vector, x is float32 and the matrix float32 or float16; else x is int16, the matrix
+    int8, or float16, which is rounded to whole numbers. For the sums of these see `multiply` in
+    products.c.
+    """
+    y = Tensor.empty(x.shape[0], matrix.shape[0], device=x.device)
+    sources = y.uop, matrix.contiguous().uop, x.contiguous().uop, address(x.device).uop
+    return Tensor(UOp.custom_kernel(*sources, fxn=call_of_multiply, grad_fxn=gradient)[0])
+
+
+def call_of_multiply(y: UOp, matrix: UOp, x: UOp, address: UOp) -> UOp:
+    (n, k), n_vectors = matrix.shape, x.shape[0]
+    is_small = n * k * n_vectors < MIN_SHARED_WORK
+    core, first, share = share_of(n, 0, 1 if is_small else NUM_CPU_THREADS.value)
+    numbers = n_vectors, first, first + share, n, k, matrix.dtype.itemsize, x.dtype == dtypes.int16
+    places = (tensor.flatten()[0] for tensor in (y, matrix, x))
+    integers = (UOp.const(0, dtypes.weakint) + number for number in numbers)
+    arguments = *places, *(integer.cast(dtypes.int32) for integer in integers)
+    call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
+    info = KernelInfo(name="multiply", opts_to_apply=(), estimates=Estimates())
+    return call.end(core).sink(arg=info)
+
+
+def gradient(of_y: UOp, call: UOp) -> tuple:
+    matrix, x, of_y = Tensor(call.src[2]), Tensor(call.src[3]), Tensor(of_y).reshape(-1, 1)
+    return None, (of_y * x).uop, (of_y * matrix).sum(0, keepdim=True).uop, None
+
+
+def functions() -> list[Tensor]:
+    """What a captured jit that calls `multiply` reads beside its operands."""
+    device = Device.DEFAULT
+    return [address(device)] if device.startswith("CPU") else []
+
+
+@functools.cache
+def address(device: str) -> Tensor:
+    """A buffer that holds the address of `multiply`."""
+    program = compiled(Path(__file__).with_name("products.c").read_text())
+    tensor = Tensor([program.addr], dtype=dtypes.uint64, device=device).realize()
+    tensor.program = program  # which holds the code
+    return tensor
