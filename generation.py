@@ -1,5 +1,6 @@
 """Continues texts with a model: the window of tokens that it sees, and the choice of the next."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -9,6 +10,7 @@ from tinygrad.nn.state import get_parameters
 from backend.capture import captured
 from backend.memory import get, put
 from backend.products import functions
+from backend.rounded import GREATEST, RoundedMatrix
 from gpt_tiny import GPT, KeyValueCache
 
 
@@ -21,7 +23,9 @@ class Generator:
     ValueError for a stride beyond the model's context.
     """
 
-    def __init__(self, model: GPT, batch: int = 1, stride: int = 1):
+    def __init__(self, model: GPT, batch: int = 1, stride: int = 1, weights: str | None = None):
+        if weights in GREATEST:
+            round_matrices(model, weights)
         self.model, self.stride = model, stride
         self.context_length = model.config.context_length
         if stride > self.context_length:
@@ -80,6 +84,22 @@ class Generator:
         put(buffer, ids.astype(np.int32, copy=False))
         step(buffer, end=start + ids.shape[1], last=last)
         return get(self.logits)
+
+
+def round_matrices(model: GPT, kind: str) -> None:
+    """Puts RoundedMatrix in the place of what tokens are multiplied by."""
+    tables = {"positional_embedding.weight"}
+    if not model.config.gpt2:  # whose head is its token embedding
+        tables.add("token_embedding.weight")
+    for name, parameter in model.parameters().items():
+        if name.endswith(".weight") and name not in tables:
+            *path, last = name.split(".")
+            owner = functools.reduce(child, path, model)
+            setattr(owner, last, RoundedMatrix.of(parameter.numpy(), kind))
+
+
+def child(parent: object, key: str) -> object:
+    return parent[int(key)] if key.isdigit() else getattr(parent, key)
 
 
 def sample(

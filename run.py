@@ -11,6 +11,7 @@ import numpy as np
 
 import command_line
 from backend import devices
+from backend.rounded import GREATEST
 from command_line import bold, number
 from generation import Generator, sample
 from models import checkpoint
@@ -35,6 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-k", type=count, help="draw from the K likeliest tokens only")
     add("--top-p", type=number(float, 0), help="draw from the likeliest tokens that sum up to P")
     add("--stride", type=count, default=1, help="tokens dropped when the context is full")
+    weights_help = "round the weights: less memory, more speed (default: as they are stored)"
+    parser.add_argument("--weights", choices=GREATEST, help=weights_help)
     arguments = parser.parse_args()
     if arguments.stop == "":
         parser.error("--stop is empty: give at least one character")
@@ -47,7 +50,7 @@ def main() -> None:
     if sys.stderr.isatty():
         print(f"device: {devices.in_use()}", file=sys.stderr)
     model, tokenizer = checkpoint.load(arguments.model_path)
-    generator = Generator(model, arguments.n_samples, arguments.stride)
+    generator = Generator(model, arguments.n_samples, arguments.stride, arguments.weights)
     rng = np.random.default_rng(arguments.seed)
 
     def choose(logits: np.ndarray) -> np.ndarray:

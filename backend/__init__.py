@@ -1,6 +1,6 @@
 """What tinygrad lacks, for any program: importing this package is enough to have it.
 
-Read `blas` (matrix products), `products` (those of generation), `sizes` (that vary),
+Read `blas` (matrix products), `products` and `rounded` (those of generation), `sizes` (that vary),
 `cores`, `compiler` and `cpu` (the CPU as a device), then `devices` (which backend), `capture` (jits
 kept for the next start), `memory` and `lookup`. Nothing here knows of a GPT.
 """

@@ -26,6 +26,8 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     Another PRODUCT_DTYPE, "bfloat16", is what operands are rounded to, in the gradients as well;
     sums stay in float32. The environment variable BLAS=0 leaves the CPU's products to tinygrad.
     """
+    if not isinstance(b, Tensor):
+        return b.product(spec, a)
     if PRODUCT_DTYPE.value != "float32":
         a, b = (x.cast(PRODUCT_DTYPE.value) for x in (a, b))
     operands, letters_c = spec.split("->")

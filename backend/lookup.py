@@ -10,6 +10,8 @@ def look_up(table: Tensor, ids: Tensor) -> Tensor:
     The gradient adds one row after the other to a table of zeros. tinygrad's own compares all rows
     with all ids, and so does a product with one-hot rows, which is faster for small tables alone.
     """
+    if not isinstance(table, Tensor):
+        return table.rows(ids)
     rows = Tensor.empty(ids.shape[0], table.shape[1], device=table.device)
     ids = ids.cast(dtypes.int32).contiguous()
     kernel = UOp.custom_kernel(rows.uop, table.uop, ids.uop, fxn=copy_rows, grad_fxn=gradient)

@@ -1,0 +1,71 @@
+"""Matrices in 8 or 16 bits a number: less memory, which is what limits the speed of generation."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from tinygrad import Tensor, dtypes
+
+from backend.blas import blas, einsum
+from backend.lookup import look_up
+from backend.products import multiply
+
+# by type, the greatest number of a matrix: of float16 what its 11 bits hold as a whole number
+GREATEST = {"int8": 127, "float16": 2047}
+
+
+@dataclass
+class RoundedMatrix:
+    """A matrix, `values * scales` (n, k), that `einsum` and `look_up` take in place of a tensor.
+
+    values (n, k) are int8, or float16 up to 2047; scales (n, 1), what a 1 stands for in each row,
+    are float32. On the CPU, products read the values as they are. With int8, and wherever several
+    vectors are multiplied, these are rounded to 13 bits or more, and whole numbers multiplied.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    @staticmethod
+    def of(matrix: np.ndarray, kind: str) -> "RoundedMatrix":
+        """The matrix (n, k) in int8 or float16, each number by itself as near as can be."""
+        values, scales = np.empty(matrix.shape, kind), np.empty((len(matrix), 1), np.float32)
+        n_rows = max(1, 2**18 // matrix.shape[1])  # at once: what a core's cache holds
+        for start in range(0, len(matrix), n_rows):
+            rows = matrix[start : start + n_rows].astype(np.float32, copy=False)
+            scale = np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30) / GREATEST[kind]
+            if kind == "float16":  # a power of 2, with which float16 stays what it was
+                scale = np.exp2(np.ceil(np.log2(scale)))
+            rows = rows / scale
+            values[start : start + n_rows] = rows if kind == "float16" else np.rint(rows)
+            scales[start : start + n_rows] = scale
+        return RoundedMatrix(Tensor(values).realize(), Tensor(scales).realize())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape
+
+    def product(self, spec: str, x: Tensor) -> Tensor:
+        """einsum(spec, x, self)"""
+        letters_x, letters, letters_y = spec.replace("->", ",").split(",")
+        if letters != letters_y[-1] + letters_x[-1]:
+            return einsum(spec, x, self.values.cast(dtypes.float32) * self.scales)
+        flat = x.reshape(-1, x.shape[-1])
+        if not (x.device.startswith("CPU") and blas()):
+            y = einsum("tk,nk->tn", flat, self.values.cast(dtypes.float32))
+        elif self.values.dtype == dtypes.half and flat.shape[0] == 1:
+            y = multiply(self.values, flat)
+        else:
+            steps = flat.abs().max(-1, keepdim=True).maximum(1e-30) / self.greatest_factor()
+            y = multiply(self.values, (flat / steps).round().cast(dtypes.int16)) * steps
+        return (y * self.scales.reshape(-1)).reshape(*x.shape[:-1], -1)
+
+    def greatest_factor(self) -> int:
+        """The greatest whole number that x may hold, so that no sum of products.c overflows: it
+        adds up in 32 bits every eighth product, or fewer."""
+        greatest = GREATEST["int8" if self.values.dtype == dtypes.int8 else "float16"]
+        return min(32767, (2**31 - 1) // (greatest * math.ceil(self.shape[1] / 8)))
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """look_up(self, numbers)"""
+        return look_up(self.values, numbers) * look_up(self.scales, numbers)

@@ -1,0 +1,122 @@
+"""Rounded weights: products of them are exact, and a model hardly notices."""
+
+import pydoc_data.topics
+
+import numpy as np
+import pytest
+from conftest import GPT2, REFERENCE, at_once
+from tinygrad import Device, Tensor
+
+import run
+from backend import einsum, look_up
+from backend.products import multiply
+from backend.rounded import GREATEST, RoundedMatrix
+from generation import Generator, round_matrices
+from gpt_tiny import GPT, GPTConfig, initial_weights
+from models import checkpoint
+
+on_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
+
+
+@on_cpu
+@pytest.mark.parametrize(("n", "k", "n_vectors"), [(5, 7, 1), (130, 141, 1), (131, 333, 6)])
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8"])
+def test_a_product_is_numpys(n, k, n_vectors, kind):
+    rng = np.random.default_rng(0)
+    matrix = rng.integers(-127, 128, (n, k)).astype(kind)
+    x = rng.integers(-2000, 2000, (n_vectors, k))
+    has_integers = n_vectors > 1 or kind == "int8"
+    if has_integers and kind == "float32":
+        pytest.skip("which is BLAS's")
+    x = Tensor(x.astype(np.int16 if has_integers else np.float32))
+    expected = x.numpy().astype(np.float64) @ matrix.T.astype(np.float64)
+    np.testing.assert_allclose(multiply(Tensor(matrix), x).numpy(), expected, rtol=1e-6, atol=1)
+
+
+@pytest.mark.parametrize("kind", GREATEST)
+def test_a_matrix_is_rounded_to_the_nearest(kind):
+    matrix = np.random.default_rng(0).standard_normal((40, 50), np.float32)
+    matrix[3] = 0
+    rounded = RoundedMatrix.of(matrix, kind)
+    values, scales = rounded.values.numpy().astype(np.float32), rounded.scales.numpy()
+    assert np.abs(values).max() <= GREATEST[kind]
+    if kind == "float16":
+        assert np.array_equal(values * scales, matrix.astype(np.float16))
+    else:
+        assert np.all(np.abs(values * scales - matrix) <= scales * 0.500001)
+
+
+@pytest.mark.parametrize("kind", GREATEST)
+@pytest.mark.parametrize("n_vectors", [1, 6])
+def test_a_product_with_a_rounded_matrix_is_numpys(kind, n_vectors):
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((130, 300), np.float32)
+    x = rng.standard_normal((1, n_vectors, 300), np.float32)
+    x[0, 0, 7] = 100  # one number far above the others
+    rounded = RoundedMatrix.of(matrix, kind)
+    matrix = rounded.values.numpy().astype(np.float64) * rounded.scales.numpy()
+    y = einsum("bti,oi->bto", Tensor(x), rounded).numpy()
+    assert np.abs(y - x @ matrix.T).max() < 100 / 2000 * 20
+
+
+@pytest.mark.parametrize("kind", GREATEST)
+def test_the_greatest_sums_do_not_overflow(kind):
+    matrix, x = np.ones((2, 6400), np.float32), np.ones((1, 2, 6400), np.float32)
+    matrix[1] = x[0, 1] = -1
+    y = einsum("bti,oi->bto", Tensor(x), RoundedMatrix.of(matrix, kind)).numpy()
+    np.testing.assert_allclose(y, 6400 * np.array([[[1, -1], [-1, 1]]]), rtol=1e-3)
+
+
+def test_rows_are_looked_up_in_a_rounded_table():
+    table = np.random.default_rng(0).standard_normal((50, 12)).astype(np.float32)
+    rows = look_up(RoundedMatrix.of(table, "int8"), Tensor([7, 0, 49])).numpy()
+    np.testing.assert_allclose(rows, table[[7, 0, 49]], atol=np.abs(table).max() / 127)
+
+
+def bits_per_byte(model: GPT, ids: np.ndarray) -> float:
+    """Over windows of the context's length; each byte is a token."""
+    windows = ids[: len(ids) // 65 * 65].reshape(-1, 65).astype(np.int32)
+    loss = at_once(lambda ids, targets: model.loss(ids, targets).realize())
+    losses = [
+        loss(Tensor(part[:, :-1]).realize(), Tensor(part[:, 1:]).realize()).item()
+        for part in np.split(windows[:128], 4)
+    ]
+    return np.mean(losses) / np.log(2)
+
+
+@on_cpu
+@pytest.mark.parametrize("kind", GREATEST)
+def test_rounded_weights_cost_less_than_half_a_percent_of_bits(kind):
+    model, tokenizer = checkpoint.load(REFERENCE)
+    text = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    ids = tokenizer.encode(text[-len(text) // 10 :])
+    exact = bits_per_byte(model, ids)
+    round_matrices(model, kind)
+    assert bits_per_byte(model, ids) == pytest.approx(exact, rel=0.005)
+
+
+@pytest.mark.parametrize("gpt2", [False, True])
+def test_prompts_and_tokens_agree_on_rounded_weights(gpt2):
+    config = GPTConfig(
+        context_length=20, vocab_size=31, n_layers=2, n_heads=2, d_model=12, d_hidden=48, gpt2=gpt2
+    )
+    weights = {name: 12 * values for name, values in initial_weights(config, 5).items()}
+    model, prompt = GPT(config, weights), np.array([[1, 2, 3]], np.int32)
+    generator, all_logits = Generator(model, weights="int8"), []
+
+    def choose(logits: np.ndarray) -> np.ndarray:
+        all_logits.append(logits)
+        return logits.argmax(-1)
+
+    new = np.concatenate(list(generator(prompt, 8, choose)))
+    assert len(np.unique(new)) > 2
+    [again] = generator(np.concatenate([prompt[0], new[:-1]])[None], 1, choose)
+    assert again == new[-1]
+    np.testing.assert_allclose(all_logits[-1], all_logits[-2], atol=0.01 * all_logits[-1].std())
+
+
+@pytest.mark.parametrize("model", [REFERENCE, GPT2])
+def test_run_takes_rounded_weights(call, model):
+    result = call(run.main, model, "--weights", "int8", "-n", "20", "-p", "the value")
+    assert result.status == 0, result.err
+    assert len(result.out) > 20
