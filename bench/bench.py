@@ -1,4 +1,4 @@
-"""gpt-tiny beside PyTorch and Hugging Face: python bench/bench.py; README.md says more.
+"""gpt-tiny beside other software: python bench/bench.py; README.md says more.
 
 A ratio counts and not a time, for a machine's speed drifts: ours and the peers take turns, each in
 a process of its own that stands still while another's turn lasts, and each turn gives one ratio.
@@ -24,6 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+SCRIPTS_OF_PEERS = ("peers.py", "engines.py")
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Row:
     name: str
     title: str
     contestants: dict[str, tuple[str, dict, dict]]
-    amount: int = 0  # of what is counted per second; 0: the seconds themselves count
+    amount: float = 0  # of what is counted per second; 0: the seconds themselves count
     runs: dict[str, list[dict]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -65,7 +66,7 @@ class Worker:
 
     def __init__(self, python: str, script: str, job: dict, environment: dict):
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
-        # peers.py must not find the project's tokenizers.py, which would hide Hugging Face's
+        # peers must not find the project's tokenizers.py, which would hide Hugging Face's
         path = {"PYTHONPATH": str(ROOT) if script == "ours.py" else ""}
         command = [python, str(HERE / script), json.dumps(job)]
         if workers := job.get("workers"):
@@ -114,7 +115,7 @@ def measure(row: Row, n_turns: int, peer_python: str) -> dict:
     try:
         for who, (script, job, environment) in row.contestants.items():
             print(f"{row.name}: preparing {who}", file=sys.stderr)
-            python = peer_python if script == "peers.py" else sys.executable
+            python = peer_python if script in SCRIPTS_OF_PEERS else sys.executable
             workers[who] = Worker(python, script, job, environment)
             versions |= workers[who].prepared.get("versions", {})
         for turn in range(n_turns):
@@ -133,11 +134,31 @@ def measure(row: Row, n_turns: int, peer_python: str) -> dict:
 
 
 def all_rows(small: bool, peer_python: str) -> Iterator[Row]:
-    default = config(context_length=64, d_model=64, n_layers=2, n_heads=2)
-    large = config(context_length=128, d_model=768, n_layers=12, n_heads=12)
+    yield from training_rows(small, peer_python)
+    yield from generation_rows(large_config(small))
+    gpt2 = config(context_length=1024, d_model=768, n_layers=12, n_heads=12)
+    if small:  # 32: llama.cpp rounds as many weights together
+        gpt2 = config(context_length=16, d_model=32, n_layers=1, n_heads=2)
+    gpt2 |= {"vocab_size": 50257, "dropout": 0.1, "gpt2": True}
+    for weights in ("float32", "float16", "int8"):
+        yield from gpt2_rows(gpt2, weights, 8 if small else 100, 15 if small else 127)
+    yield finetune_row(gpt2 | {"context_length": 8 if small else 256})
+    yield run_row("8" if small else "200")
+
+
+def large_config(small: bool) -> dict:
+    if small:
+        return config(context_length=16, d_model=16, n_layers=1, n_heads=2)
+    return config(context_length=128, d_model=768, n_layers=12, n_heads=12)
+
+
+def training_rows(small: bool, peer_python: str) -> Iterator[Row]:
+    default, large = (
+        config(context_length=64, d_model=64, n_layers=2, n_heads=2),
+        large_config(small),
+    )
     trainings = {"default": (default, 32, 40), "83m": (large, 8, 2)}  # batch size, number of them
     if small:
-        large = config(context_length=16, d_model=16, n_layers=1, n_heads=2)
         trainings = {"small": (large, 4, 4)}
 
     for name, (size, batch_size, n) in trainings.items():
@@ -157,25 +178,30 @@ def all_rows(small: bool, peer_python: str) -> Iterator[Row]:
                 }
                 title = f"training with {workers} workers, {name}, batches/s"
                 yield Row(f"workers-{workers}-{name}", title, contestants, n)
+        yield from start_rows(name, job, peer_python)
 
-        flags = ["train.py", "--no-save", "--n-steps", "1", "--batch-size", str(batch_size)]
-        for key in ("context_length", "d_model", "n_layers", "n_heads"):
-            flags += [f"--{key.replace('_', '-')}", str(size[key])]
-        ours = [sys.executable, str(HERE / "launch.py"), *flags]
-        theirs = [peer_python, str(HERE / "peers.py"), json.dumps(job | {"n": 1})]
-        for caches in ("empty", "warm"):
-            title = f"start to the end of the first batch, {name}, {caches} caches, s"
-            contestants = {
-                "gpt-tiny": launched(ours, "first batch done", caches),
-                "PyTorch eager": launched(theirs, '"versions"', caches),
-            }
-            yield Row(f"start-{name}-{caches}", title, contestants)
 
+def start_rows(name: str, job: dict, peer_python: str) -> Iterator[Row]:
+    flags = ["train.py", "--no-save", "--n-steps", "1", "--batch-size", str(job["batch_size"])]
+    for key in ("context_length", "d_model", "n_layers", "n_heads"):
+        flags += [f"--{key.replace('_', '-')}", str(job["config"][key])]
+    ours = [sys.executable, str(HERE / "launch.py"), *flags]
+    theirs = [peer_python, str(HERE / "peers.py"), json.dumps(job | {"n": 1})]
+    for caches in ("empty", "warm"):
+        title = f"start to the end of the first batch, {name}, {caches} caches, s"
+        contestants = {
+            "gpt-tiny": launched(ours, "first batch done", caches),
+            "PyTorch eager": launched(theirs, '"versions"', caches),
+        }
+        yield Row(f"start-{name}-{caches}", title, contestants)
+
+
+def generation_rows(large: dict) -> Iterator[Row]:
     context, stride = large["context_length"], large["context_length"] // 4
     job = {"work": "generate", "config": large}
     within = job | {"n": context - 1, "n_prompt": 1}
     hugging_face = {"Hugging Face, cached": ("peers.py", within, {})}
-    for name, ours in {"float32": within, "half": within | {"half": True}}.items():
+    for name, ours in {"float32": within, "half": within | {"stored": "float16"}}.items():
         contestants = {"gpt-tiny": ("ours.py", ours, {}), **hugging_face}
         title = f"generation within the window, {name} weights, tokens/s"
         yield Row(f"generate-{name}", title, contestants, context - 1)
@@ -202,30 +228,62 @@ def all_rows(small: bool, peer_python: str) -> Iterator[Row]:
     }
     yield Row("first-token", f"the first token after {context - 1}, s", contestants)
 
-    gpt2 = config(context_length=1024, d_model=768, n_layers=12, n_heads=12)
-    if small:
-        gpt2 = config(context_length=16, d_model=16, n_layers=1, n_heads=2)
-    gpt2 |= {"vocab_size": 50257, "dropout": 0.1, "gpt2": True}
-    n = 8 if small else 100
+
+def gpt2_rows(gpt2: dict, weights: str, n: int, n_prompt: int) -> Iterator[Row]:
+    """GPT-2 with its weights in float32, float16 or int8."""
     job = {"work": "generate", "config": gpt2, "n": n, "n_prompt": 1}
+    contestants = gpt2_contestants(job, weights)
+    title = f"generation, GPT-2 124M, {weights}, tokens/s"
+    yield Row(f"gpt2-generate-{weights}", title, contestants, n)
+
+    first = gpt2_contestants(job | {"n": 1, "n_prompt": n_prompt}, weights)
+    title = f"the first token after {n_prompt}, GPT-2 124M, {weights}, s"
+    yield Row(f"gpt2-prompt-{weights}", title, first)
+
+    n_bytes = n_weights_read(gpt2) * {"float32": 4, "float16": 2, "int8": 1}[weights]
     contestants = {
-        "gpt-tiny": ("ours.py", job, {}),
-        "Hugging Face, cached": ("peers.py", job, {}),
+        "gpt-tiny": contestants["gpt-tiny"],
+        "a plain read of memory": ("reader.py", {"n_bytes": n_bytes, "n": n}, {}),
     }
-    yield Row("gpt2-generate", "generation, GPT-2 124M, tokens/s", contestants, n)
-    job = {"work": "train", "config": gpt2 | {"context_length": 8 if small else 256}}
-    job |= {"batch_size": 4, "n": 1}
+    title = f"reading the weights, GPT-2 124M, {weights}, GB/s"
+    yield Row(f"gpt2-read-{weights}", title, contestants, n * n_bytes / 1e9)
+
+
+def gpt2_contestants(job: dict, weights: str) -> dict[str, tuple[str, dict, dict]]:
+    ours = job | {"weights": None if weights == "float32" else weights}
+    theirs = job | {"weights": weights}
+    contestants = {
+        "gpt-tiny": ("ours.py", ours, {}),
+        "llama.cpp": ("engines.py", theirs | {"engine": "llama"}, {}),
+    }
+    if weights != "float16":  # which CTranslate2 has on GPUs alone
+        contestants["CTranslate2"] = ("engines.py", theirs | {"engine": "ctranslate2"}, {})
+    if weights == "float32":
+        contestants["Hugging Face, cached"] = ("peers.py", job, {})
+    return contestants
+
+
+def n_weights_read(gpt2: dict) -> int:
+    """That a token needs: all but the positions. The token embedding is the head as well."""
+    d_model, d_hidden = gpt2["d_model"], gpt2["d_hidden"]
+    block = 4 * d_model**2 + 2 * d_model * d_hidden + 9 * d_model + d_hidden
+    return (gpt2["vocab_size"] + 2) * d_model + gpt2["n_layers"] * block
+
+
+def finetune_row(gpt2: dict) -> Row:
+    job = {"work": "train", "config": gpt2, "batch_size": 4, "n": 1}
     contestants = {
         "gpt-tiny": ("ours.py", job, {}),
         "Hugging Face": ("peers.py", job | {"work": "finetune"}, {}),
     }
-    yield Row("gpt2-finetune", "fine-tuning, GPT-2 124M, batches/s", contestants, 1)
+    return Row("gpt2-finetune", "fine-tuning, GPT-2 124M, batches/s", contestants, 1)
 
-    n_tokens = "8" if small else "200"
+
+def run_row(n_tokens: str) -> Row:
     model = ROOT / "tests/data/gpt_burn_114k"
     ours = launched([sys.executable, str(ROOT / "run.py"), str(model), "-n", n_tokens])
     title = f"python run.py, 114k model, {n_tokens} tokens, warm caches, s"
-    yield Row("run", title, {"gpt-tiny": ours})
+    return Row("run", title, {"gpt-tiny": ours})
 
 
 def config(**sizes: int) -> dict:
@@ -301,14 +359,14 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--turns", type=int, default=5, help="times that each is measured")
     parser.add_argument("--small", action="store_true", help="tiny models, to see that it works")
     parser.add_argument("--json", action="store_true", help="print JSON, with each turn's ratio")
-    peer_help = "the Python that has PyTorch and transformers (default: this one)"
+    peer_help = "the Python that has the peers' packages (default: this one)"
     parser.add_argument("--peer-python", default=sys.executable, metavar="PATH", help=peer_help)
     return parser
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no worker is left behind
-    parser = argument_parser("Measure gpt-tiny beside PyTorch and Hugging Face.")
+    parser = argument_parser("Measure gpt-tiny beside other software.")
     names = ", ".join(row.name for row in all_rows(False, ""))
     rows_help = f"which rows, * for any characters (default: all): {names}"
     parser.add_argument("rows", nargs="*", default=["*"], help=rows_help)

@@ -38,11 +38,18 @@ def train(config: GPTConfig, n: int, batch_size: int, dtype: str = "float32"):
     return work
 
 
-def generate(config: GPTConfig, n: int, n_prompt: int, stride: int = 1, half: bool = False):
-    weights = initial_weights(config, 0)
-    if half:
-        weights = {name: values.astype(np.float16) for name, values in weights.items()}
-    generator = Generator(GPT(config, weights), stride=stride)
+def generate(
+    config: GPTConfig,
+    n: int,
+    n_prompt: int,
+    stride: int = 1,
+    weights: str | None = None,
+    stored: str = "float32",
+):
+    """`weights` is what the generator rounds them to, `stored` what it finds them in."""
+    arrays = initial_weights(config, 0)
+    arrays = {name: values.astype(stored, copy=False) for name, values in arrays.items()}
+    generator = Generator(GPT(config, arrays), stride=stride, weights=weights)
     prompt = np.zeros((1, n_prompt), np.int32)
 
     def work() -> None:

@@ -17,6 +17,13 @@ def peak_memory(who: int = resource.RUSAGE_SELF) -> int:
     return resource.getrusage(who).ru_maxrss * unit
 
 
+def n_cores() -> int:
+    """That this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def serve(prepare: Callable, memory: Callable[[], int] = peak_memory) -> None:
     """`prepare(**job)` returns the work, a function, and the versions of the software in it.
 
