@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from tinygrad import Tensor, Variable
+from tinygrad import Context, Tensor, Variable
 from tinygrad.nn.state import get_parameters
 
 from backend.capture import captured
@@ -46,8 +46,9 @@ class Generator:
     def step(self, ids: Tensor, end: Variable, last: Variable) -> None:
         """ids (batch, time) at the positions to before `end`; leaves the logits after the one with
         index `last` in `self.logits`. What stands to its right can't matter: the mask is causal."""
-        x = self.model.trunk(ids, cache=self.cache, start=end - ids.shape[1])
-        self.logits.assign(self.model.head(x[:, last : last + 1])[:, 0]).realize()
+        with Context(FEW_VECTORS=16):
+            x = self.model.trunk(ids, cache=self.cache, start=end - ids.shape[1])
+            self.logits.assign(self.model.head(x[:, last : last + 1])[:, 0]).realize()
 
     def __call__(
         self, ids: np.ndarray, n_new_tokens: int, choose: Callable[[np.ndarray], np.ndarray]

@@ -18,13 +18,15 @@ from backend.products import multiply
 from backend.sizes import at_most, in_kernel, stored
 
 PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")
+FEW_VECTORS = ContextVar("FEW_VECTORS", 0)
 
 
 def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     """`Tensor.einsum` for two tensors, by BLAS (in float32) where they are on the CPU.
 
     Another PRODUCT_DTYPE, "bfloat16", is what operands are rounded to, in the gradients as well;
-    sums stay in float32. The environment variable BLAS=0 leaves the CPU's products to tinygrad.
+    sums stay in float32. Up to FEW_VECTORS are multiplied with the rows of a matrix by products.py,
+    without a gradient. The environment variable BLAS=0 leaves the CPU's products to tinygrad.
     """
     if not isinstance(b, Tensor):
         return b.product(spec, a)
@@ -34,15 +36,14 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     letters = letters_a, letters_b, letters_c = (*operands.split(","), letters_c)
     sizes = dict(zip(letters_a + letters_b, a.shape + b.shape, strict=True))
     _, *sides = _sizes(letters, sizes)
-    is_one_row = sides[0] == 1 and sides.count(1) == 1
     calls_blas = a.device.startswith("CPU") and blas() is not None
-    if calls_blas and is_one_row and letters_b == letters_c[-1] + letters_a[-1]:
-        b = b if b.dtype == dtypes.half else b.cast(dtypes.float32)
-        y = multiply(b, a.cast(dtypes.float32).reshape(1, -1))
-        return y.reshape(*a.shape[:-1], -1)
+    if calls_blas and FEW_VECTORS and letters_b == letters_c[-1] + letters_a[-1]:
+        n_vectors = math.prod(a.shape[:-1])
+        if n_vectors <= FEW_VECTORS.value or b.dtype == dtypes.half:
+            return multiply(b, a.reshape(n_vectors, -1)).reshape(*a.shape[:-1], -1)
     if calls_blas:
         a, b = (x.cast(dtypes.float32) for x in (a, b))
-    if is_one_row:
+    if sides[0] == 1 and sides.count(1) == 1:
         # no more than reading b once, which a plain loop does best; with another side of 1 it may
         # fold to a constant, and the gradients behind it then have no memory
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32)

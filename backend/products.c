@@ -1,14 +1,16 @@
-// Products of a matrix with few vectors, y = x matrix', as fast as the matrix can be read. It holds
-// float32, float16 or int8. Several vectors, and all with int8, are int16: products of integers are
-// fast on most processors, and exact on all. Read it from the end.
+// Products of a matrix with vectors, y = x matrix', as texts in the making need them: one vector as
+// fast as the matrix is read, hundreds without the copies that BLAS makes. The matrix holds float32,
+// float16 or int8, the vectors float32 or int16: whole numbers are multiplied faster than floats on
+// most processors. Read it from the end.
 
 #if __AVX512BW__
 enum { LANES = 16, TILE = 4 };
 #else
 enum { LANES = 8, TILE = 2 };
 #endif
+enum { N_ROWS = 4, ROW_BYTES = 6144 };  // what the nearest cache holds of the matrix
 
-#define VECTOR(type, n) __attribute__((ext_vector_type(n), aligned(1))) type
+#define VECTOR(type, n) __attribute__((ext_vector_type(n), aligned(1), may_alias)) type
 typedef VECTOR(float, LANES) floats;
 typedef VECTOR(float, 8) floats_8;
 typedef VECTOR(float, 4) floats_4;
@@ -17,6 +19,7 @@ typedef VECTOR(int, LANES) ints;
 typedef VECTOR(short, 2 * LANES) shorts;
 typedef VECTOR(signed char, 2 * LANES) bytes;
 #define CONVERT __builtin_convertvector
+#define PICK __builtin_shufflevector
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE float sum(floats x) {
@@ -25,8 +28,7 @@ INLINE float sum(floats x) {
   return total;
 }
 
-INLINE floats_8 eight_sums(ints integers) {
-  floats x = CONVERT(integers, floats);
+INLINE floats_8 eight_sums(floats x) {
 #if __AVX512BW__
   return x.lo + x.hi;
 #else
@@ -34,29 +36,12 @@ INLINE floats_8 eight_sums(ints integers) {
 #endif
 }
 
-// The sums of four vectors, whose halves and quarters are added in turn.
-INLINE floats_4 four_sums(ints *of) {
-#define PAIR(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-  floats_8 a = eight_sums(of[0]), b = eight_sums(of[1]), c = eight_sums(of[2]);
-  floats_8 d = eight_sums(of[3]);
-  a = PAIR(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + PAIR(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-  c = PAIR(c, d, 0, 1, 2, 3, 8, 9, 10, 11) + PAIR(c, d, 4, 5, 6, 7, 12, 13, 14, 15);
-  a = PAIR(a, c, 0, 1, 4, 5, 8, 9, 12, 13) + PAIR(a, c, 2, 3, 6, 7, 10, 11, 14, 15);
+INLINE floats_4 four_sums(floats x[4]) {
+  floats_8 a = eight_sums(x[0]), b = eight_sums(x[1]), c = eight_sums(x[2]), d = eight_sums(x[3]);
+  a = PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  c = PICK(c, d, 0, 1, 2, 3, 8, 9, 10, 11) + PICK(c, d, 4, 5, 6, 7, 12, 13, 14, 15);
+  a = PICK(a, c, 0, 1, 4, 5, 8, 9, 12, 13) + PICK(a, c, 2, 3, 6, 7, 10, 11, 14, 15);
   return a.even + a.odd;
-}
-
-// sums[i] + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1]
-INLINE ints multiply_pairs(ints sums, shorts a, shorts b) {
-#if __AVX512VNNI__
-  return __builtin_ia32_vpdpwssd512(sums, (ints)a, (ints)b);
-#elif __AVX512BW__
-  return sums + (ints)__builtin_ia32_pmaddwd512(a, b);
-#elif __AVX2__
-  return sums + (ints)__builtin_ia32_pmaddwd256(a, b);
-#else
-  return sums + CONVERT(a.even, ints) * CONVERT(b.even, ints) +
-         CONVERT(a.odd, ints) * CONVERT(b.odd, ints);
-#endif
 }
 
 INLINE floats load(void *matrix, long at, int n_bytes) {
@@ -69,7 +54,23 @@ INLINE float element(void *matrix, long at, int n_bytes) {
   return n_bytes == 2 ? ((_Float16 *)matrix)[at] : ((float *)matrix)[at];
 }
 
-// Into the second cache, as far ahead as memory is slow: by 20 to 40 percent faster.
+INLINE short nearest(float x) { return x + (x < 0 ? -0.5f : 0.5f); }
+
+// sums[i] + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1]
+INLINE ints add_pairs(ints sums, shorts a, shorts b) {
+#if __AVX512VNNI__
+  return __builtin_ia32_vpdpwssd512(sums, (ints)a, (ints)b);
+#elif __AVX512BW__
+  return sums + (ints)__builtin_ia32_pmaddwd512(a, b);
+#elif __AVX2__
+  return sums + (ints)__builtin_ia32_pmaddwd256(a, b);
+#else
+  return sums + CONVERT(a.even, ints) * CONVERT(b.even, ints) +
+         CONVERT(a.odd, ints) * CONVERT(b.odd, ints);
+#endif
+}
+
+// Into the second cache, as far ahead as memory is slow: faster by 20 to 40 percent.
 #define READ_AHEAD(pointer) __builtin_prefetch((char *)(pointer) + 3072, 0, 1)
 
 // One row after the other, with two vectors of sums: more of either read memory no faster.
@@ -83,8 +84,8 @@ INLINE void one_vector(float *y, void *matrix, void *x, int first, int last, int
       ints a = 0, b = 0;
       for (bytes *row = (bytes *)((signed char *)matrix + i * k); j + 4 * LANES <= k; row += 2) {
         READ_AHEAD(row);
-        a = multiply_pairs(a, CONVERT(row[0], shorts), *(shorts *)(integers + j));
-        b = multiply_pairs(b, CONVERT(row[1], shorts), *(shorts *)(integers + j + 2 * LANES));
+        a = add_pairs(a, CONVERT(row[0], shorts), *(shorts *)(integers + j));
+        b = add_pairs(b, CONVERT(row[1], shorts), *(shorts *)(integers + j + 2 * LANES));
         j += 4 * LANES;
       }
       total = sum(CONVERT(a, floats) + CONVERT(b, floats));
@@ -104,51 +105,78 @@ INLINE void one_vector(float *y, void *matrix, void *x, int first, int last, int
   }
 }
 
-// `rows` holds four rows of k numbers; y is (tile, n), of which it fills n_rows columns.
-INLINE void one_tile(float *y, short *rows, short *x, int n_rows, int n, int k, int tile) {
-  ints sums[TILE][4] = {};
-  int j = 0;
-  for (; j + 2 * LANES <= k; j += 2 * LANES)
-    for (int t = 0; t < tile; t++)
-      for (int row = 0; row < 4; row++)
-        sums[t][row] = multiply_pairs(sums[t][row], *(shorts *)(rows + row * k + j),
-                                      *(shorts *)(x + (long)t * k + j));
-  for (int t = 0; t < tile; t++) {
-    floats_4 totals = four_sums(sums[t]);
-    for (int rest = j; rest < k; rest++)
-      for (int row = 0; row < 4; row++) totals[row] += rows[row * k + rest] * x[(long)t * k + rest];
-    for (int row = 0; row < n_rows; row++) y[(long)t * n + row] = totals[row];
-  }
-}
-
-INLINE void round_numbers(short *rounded, void *matrix, long at, int n, int n_bytes) {
+INLINE void unpack(char *row, void *matrix, long at, int n, int n_bytes, int is_whole) {
   for (int i = 0; i < n; i++) {
     float x = element(matrix, at + i, n_bytes);
-    rounded[i] = n_bytes == 1 ? x : x + (x < 0 ? -0.5f : 0.5f);
+    if (is_whole)
+      ((short *)row)[i] = n_bytes == 1 ? x : x + (x < 0 ? -0.5f : 0.5f);
+    else
+      ((float *)row)[i] = x;
   }
 }
 
-// Four rows, which stay in the core's nearest cache, with all vectors, and so on.
-INLINE void several_vectors(float *y, void *matrix, short *x, int n_vectors, int first, int last,
-                            int n, int k, int n_bytes) {
-  __attribute__((aligned(64))) short rows[4 * k];  // reading across a cache line takes twice as long
-  for (int i = first; i < last; i += 4) {
-    int n_rows = last - i < 4 ? last - i : 4, t = 0;
-    round_numbers(rows, matrix, (long)i * k, n_rows * k, n_bytes);
-    for (; t + TILE <= n_vectors; t += TILE)
-      one_tile(y + (long)t * n + i, rows, x + (long)t * k, n_rows, n, k, TILE);
-    for (; t < n_vectors; t++)
-      one_tile(y + (long)t * n + i, rows, x + (long)t * k, n_rows, n, k, 1);
+// y[t][i] += the products of row i and vector t (or of n numbers of them), for `tile` vectors.
+INLINE void one_tile(float *y, char *rows, char *x, int n_rows, long y_step, long x_step, int n,
+                     int tile, int is_whole, int is_first) {
+  floats sums[TILE][N_ROWS] = {};
+  ints wholes[TILE][N_ROWS] = {};
+  int size = is_whole ? 2 : 4, at = 0, end = n * size;
+  for (; at + (int)sizeof(floats) <= end; at += sizeof(floats))
+    for (int t = 0; t < tile; t++)
+      for (int i = 0; i < N_ROWS; i++) {
+        char *a = rows + i * ROW_BYTES + at, *b = x + t * x_step + at;
+        if (is_whole)
+          wholes[t][i] = add_pairs(wholes[t][i], *(shorts *)a, *(shorts *)b);
+        else
+          sums[t][i] += *(floats *)a * *(floats *)b;
+      }
+  for (int t = 0; t < tile; t++) {
+    for (int i = 0; i < N_ROWS; i++)
+      if (is_whole) sums[t][i] = CONVERT(wholes[t][i], floats);
+    floats_4 totals = four_sums(sums[t]);
+    for (int rest = at; rest < end; rest += size)
+      for (int i = 0; i < N_ROWS; i++) {
+        char *a = rows + i * ROW_BYTES + rest, *b = x + t * x_step + rest;
+        totals[i] += is_whole ? *(short *)a * *(short *)b : *(float *)a * *(float *)b;
+      }
+    for (int i = 0; i < n_rows; i++)
+      y[t * y_step + i] = is_first ? totals[i] : y[t * y_step + i] + totals[i];
   }
+}
+
+// A few rows, which stay in the core's nearest cache, with all vectors, and so on.
+INLINE void several_vectors(float *y, void *matrix, char *x, int n_vectors, int first, int last,
+                            long n, int k, int n_bytes, int is_whole) {
+  __attribute__((aligned(64))) char rows[N_ROWS * ROW_BYTES];  // a load across lines takes two
+  int size = is_whole ? 2 : 4, most = ROW_BYTES / size;
+  long step = (long)k * size;
+  for (int start = 0; start < k; start += most)
+    for (int row = first; row < last; row += N_ROWS) {
+      int n_rows = last - row < N_ROWS ? last - row : N_ROWS, t = 0;
+      int n_now = k - start < most ? k - start : most;
+      for (int i = 0; i < n_rows; i++)
+        unpack(rows + i * ROW_BYTES, matrix, (row + i) * (long)k + start, n_now, n_bytes, is_whole);
+      for (; t + TILE <= n_vectors; t += TILE)
+        one_tile(y + t * n + row, rows, x + t * step + start * size, n_rows, n, step, n_now, TILE,
+                 is_whole, !start);
+      for (; t < n_vectors; t++)
+        one_tile(y + t * n + row, rows, x + t * step + start * size, n_rows, n, step, n_now, 1,
+                 is_whole, !start);
+    }
 }
 
 // y (n_vectors, n) = x (n_vectors, k) matrix (n, k)', its columns from `first` to before `last`.
-// A number of the matrix has n_bytes; those of float16 are rounded where x holds integers.
+// A number of the matrix has n_bytes. Where x is whole, of int16, the matrix is rounded.
 void multiply(float *y, void *matrix, void *x, int n_vectors, int first, int last, int n, int k,
-              int n_bytes, int has_integers) {
-  if (n_vectors == 1 && n_bytes == 4) one_vector(y, matrix, x, first, last, k, 4);
-  else if (n_vectors == 1 && n_bytes == 2 && !has_integers) one_vector(y, matrix, x, first, last, k, 2);
-  else if (n_vectors == 1 && n_bytes == 1) one_vector(y, matrix, x, first, last, k, 1);
-  else if (n_bytes == 1) several_vectors(y, matrix, x, n_vectors, first, last, n, k, 1);
-  else several_vectors(y, matrix, x, n_vectors, first, last, n, k, 2);
+              int n_bytes, int is_whole) {
+#define ONE(n_bytes) one_vector(y, matrix, x, first, last, k, n_bytes)
+#define SEVERAL(...) several_vectors(y, matrix, x, n_vectors, first, last, n, k, __VA_ARGS__)
+  if (n_bytes == 1)
+    n_vectors == 1 ? ONE(1) : SEVERAL(1, 1);
+  else if (is_whole)
+    SEVERAL(2, 1);
+  else if (n_bytes == 2)
+    n_vectors == 1 ? ONE(2) : SEVERAL(2, 0);
+  else
+    n_vectors == 1 ? ONE(4) : SEVERAL(4, 0);
 }

@@ -1,4 +1,4 @@
-"""Products of a matrix with few vectors, by C of our own: on the CPU, as fast as memory is read."""
+"""Products of a matrix with few vectors, on the CPU, by C of our own: see products.c."""
 
 import functools
 from pathlib import Path
@@ -15,13 +15,12 @@ from backend.cores import MIN_SHARED_WORK, share_of
 def multiply(matrix: Tensor, x: Tensor) -> Tensor:
     """matrix (n, k), x (t, k) -> x matrix', float32 (t, n), on the CPU.
 
-    For one vector, x is float32 and the matrix float32 or float16; else x is int16, the matrix
-    int8, or float16, which is rounded to whole numbers. For the sums of these see `multiply` in
-    products.c.
+    x is float32 and the matrix float32 or float16; or x is int16 and the matrix int8, or float16,
+    which is then rounded to whole numbers. The sums of these must fit into 32 bits.
     """
     y = Tensor.empty(x.shape[0], matrix.shape[0], device=x.device)
     sources = y.uop, matrix.contiguous().uop, x.contiguous().uop, address(x.device).uop
-    return Tensor(UOp.custom_kernel(*sources, fxn=call_of_multiply, grad_fxn=gradient)[0])
+    return Tensor(UOp.custom_kernel(*sources, fxn=call_of_multiply)[0])
 
 
 def call_of_multiply(y: UOp, matrix: UOp, x: UOp, address: UOp) -> UOp:
@@ -35,11 +34,6 @@ def call_of_multiply(y: UOp, matrix: UOp, x: UOp, address: UOp) -> UOp:
     call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
     info = KernelInfo(name="multiply", opts_to_apply=(), estimates=Estimates())
     return call.end(core).sink(arg=info)
-
-
-def gradient(of_y: UOp, call: UOp) -> tuple:
-    matrix, x, of_y = Tensor(call.src[2]), Tensor(call.src[3]), Tensor(of_y).reshape(-1, 1)
-    return None, (of_y * x).uop, (of_y * matrix).sum(0, keepdim=True).uop, None
 
 
 def functions() -> list[Tensor]:

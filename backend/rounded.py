@@ -53,10 +53,14 @@ class RoundedMatrix:
         flat = x.reshape(-1, x.shape[-1])
         if not (x.device.startswith("CPU") and blas()):
             y = einsum("tk,nk->tn", flat, self.values.cast(dtypes.float32))
-        elif self.values.dtype == dtypes.half and flat.shape[0] == 1:
+        elif self.values.dtype == dtypes.half and flat.shape[0] == 1:  # as fast, and exact
             y = multiply(self.values, flat)
         else:
-            steps = flat.abs().max(-1, keepdim=True).maximum(1e-30) / self.greatest_factor()
+            if flat.shape[0] > 1:
+                flat = flat.contiguous()  # read three times
+            # as whole numbers, whose greatest is found with vectors: of floats one may be NaN
+            greatest = flat.abs().bitcast(dtypes.int32).max(-1, keepdim=True)
+            steps = greatest.bitcast(dtypes.float32).maximum(1e-30) / self.greatest_factor()
             y = multiply(self.values, (flat / steps).round().cast(dtypes.int16)) * steps
         return (y * self.scales.reshape(-1)).reshape(*x.shape[:-1], -1)
 
