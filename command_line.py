@@ -1,6 +1,7 @@
 """What both command lines share: help, errors of one line, and the choice of the backend."""
 
 import argparse
+import gc
 import os
 import sys
 import traceback
@@ -77,6 +78,8 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(f"error: {explain(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        gc.freeze()  # to look for garbage at the end would take a tenth of a second
 
 
 def explain(error: BaseException) -> str:

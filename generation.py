@@ -8,7 +8,7 @@ from tinygrad import Context, Tensor, Variable
 from tinygrad.nn.state import get_parameters
 
 from backend.capture import captured
-from backend.memory import get, put
+from backend.memory import filled, get, put, zeros
 from backend.products import functions
 from backend.rounded import GREATEST, RoundedMatrix
 from gpt_tiny import GPT, KeyValueCache
@@ -34,12 +34,12 @@ class Generator:
         left = self.context_length - stride + 1
         self.chunk = min(self.context_length, 128, max(32, left))
         self.cache = [KeyValueCache(model.config, batch) for _ in model.blocks]
-        self.logits = Tensor.empty(batch, model.config.vocab_size).realize()
+        self.logits = zeros(batch, model.config.vocab_size)
         state = [*model.parameters().values(), *get_parameters(self.cache), self.logits]
         state += functions()
         self.steps = {}  # by the number of tokens that they take, with a buffer for these
         for n in (1, self.chunk):
-            ids = Tensor(np.zeros((batch, n), np.int32)).realize()
+            ids = filled(np.zeros((batch, n), np.int32))
             values = {"end": range(n, self.context_length + 1), "last": range(n)}
             self.steps[n] = ids, captured(self.step, state, (model.config, n), **values)
 
@@ -88,15 +88,18 @@ class Generator:
 
 
 def round_matrices(model: GPT, kind: str) -> None:
-    """Puts RoundedMatrix in the place of what tokens are multiplied by."""
+    """Puts RoundedMatrix in the place of all that tokens are multiplied by."""
     tables = {"positional_embedding.weight"}
     if not model.config.gpt2:  # whose head is its token embedding
         tables.add("token_embedding.weight")
-    for name, parameter in model.parameters().items():
-        if name.endswith(".weight") and name not in tables:
-            *path, last = name.split(".")
-            owner = functools.reduce(child, path, model)
-            setattr(owner, last, RoundedMatrix.of(parameter.numpy(), kind))
+    parameters = model.parameters()
+    with Context(LRU=0):  # tinygrad keeps no memory of what is replaced
+        for name in list(parameters):
+            parameter = parameters.pop(name)
+            if name.endswith(".weight") and name not in tables:
+                *path, last = name.split(".")
+                rounded = RoundedMatrix.of(parameter, kind)
+                setattr(functools.reduce(child, path, model), last, rounded)
 
 
 def child(parent: object, key: str) -> object:

@@ -11,7 +11,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from backend import einsum, look_up, positions, zeros
+from backend import einsum, filled, look_up, positions, zeros
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class GPT:
         self.linear = None if config.gpt2 else Linear(config.d_model, config.vocab_size)
         parameters = self.parameters()
         for name in weights or {}:
-            parameters[name].replace(Tensor(weights[name]).realize())
+            parameters[name].replace(filled(weights[name]))
 
     def __call__(self, ids: Tensor, dropout: Callable = no_dropout) -> Tensor:
         """ids (batch, time) -> logits (batch, time, vocab_size)"""

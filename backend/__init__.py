@@ -1,16 +1,16 @@
 """What tinygrad lacks, for any program: importing this package is enough to have it.
 
 Read `blas` (matrix products), `products` and `rounded` (those of generation), `sizes` (that vary),
-`cores`, `compiler` and `cpu` (the CPU as a device), then `devices` (which backend), `capture` (jits
-kept for the next start), `memory` and `lookup`. Nothing here knows of a GPT.
+`imports`, `cores`, `compiler` and `cpu` (the CPU as a device), then `devices` (which backend),
+`capture` (jits kept for the next start), `memory` and `lookup`. Nothing here knows of a GPT.
 """
 
 from backend import cpu, devices
 from backend.blas import einsum
 from backend.lookup import look_up
-from backend.memory import zeros
+from backend.memory import filled, zeros
 from backend.sizes import positions
 
-__all__ = ["cpu", "devices", "einsum", "look_up", "positions", "zeros"]
+__all__ = ["cpu", "devices", "einsum", "filled", "look_up", "positions", "zeros"]
 
 devices.choose()

@@ -14,6 +14,7 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, sint
 
 from backend.cores import MIN_SHARED_WORK, evenness, share_of
+from backend.memory import filled
 from backend.products import multiply
 from backend.sizes import at_most, in_kernel, stored
 
@@ -187,4 +188,4 @@ def blas() -> Blas | None:
 @functools.cache
 def blas_address(device: str) -> Tensor:
     """A buffer that holds the address of `sgemm`: unlike the code, it may change with each run."""
-    return Tensor([blas().sgemm], dtype=dtypes.uint64, device=device).realize()
+    return filled(np.array([blas().sgemm], np.uint64), device)

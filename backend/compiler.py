@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 
 import tinygrad.engine.worker as worker
-import tinygrad.runtime.ops_cpu as ops_cpu
 from tinygrad import Device
 from tinygrad.device import TinyELF
 from tinygrad.helpers import PARALLEL
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
+
+from backend.imports import ops_cpu
 
 # Clang vectorises a sum only with leave to reorder it. -ffast-math as a whole would also take
 # infinities and NaN for impossible. -O3 takes longer to compile, for code that is no faster.

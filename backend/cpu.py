@@ -4,13 +4,13 @@ import platform
 
 import tinygrad.codegen.opt.heuristic as heuristic
 import tinygrad.engine.realize as realize
-import tinygrad.runtime.ops_cpu as ops_cpu
 from tinygrad.helpers import getenv
 from tinygrad.renderer import cstyle
 from tinygrad.runtime.support.hcq2 import HCQ2Compiled
 
 from backend.compiler import CPUCompiler, compiling_processes
 from backend.cores import CPUGraph, plain_loops
+from backend.imports import ops_cpu
 
 
 class ClangRenderer(cstyle.ClangRenderer):

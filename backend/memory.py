@@ -3,10 +3,14 @@
 import functools
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tinygrad import Device, Tensor
+from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad.dtype import _to_np_dtype
+from tinygrad.helpers import NUM_CPU_THREADS
 
+MIN_SHARED_BYTES = 1 << 20
 ALIGNMENT = 16  # floats: a cache line, and the longest vector of a processor
 
 
@@ -17,7 +21,18 @@ def zeros(*shape: int) -> Tensor:
         tensor = Tensor.from_blob(array.ctypes.data, shape)
         tensor.uop.buffer.memory = array  # as long as there is the buffer
         return tensor
-    return Tensor(np.zeros(shape, np.float32)).realize()
+    return filled(np.zeros(shape, np.float32))
+
+
+def filled(array: np.ndarray, device: str | None = None) -> Tensor:
+    """A realised tensor with a copy of the array, made without tinygrad's scheduler, whose start
+    alone takes a tenth of a second."""
+    dtype = getattr(dtypes, array.dtype.name)
+    buffer = UOp.new_buffer(Device.canonicalize(device), array.size, dtype)
+    tensor = Tensor(buffer.reshape(array.shape))
+    tensor.uop.base.buffer.ensure_allocated()
+    put(tensor, array)
+    return tensor
 
 
 def aligned_zeros(n: int) -> np.ndarray:
@@ -30,12 +45,30 @@ def put(tensor: Tensor, array: np.ndarray) -> None:
     """Copies an array into a realised tensor of its size, without tinygrad's scheduler, which takes
     longer than a token of a small model."""
     buffer = tensor.uop.base.buffer
-    buffer.allocator._copyin(buffer._buf, memoryview(np.ascontiguousarray(array)).cast("B"))
+    if not buffer.device.startswith("CPU"):
+        array = np.ascontiguousarray(array)
+        return buffer.allocator._copyin(buffer._buf, memoryview(array).cast("B"))
+    memory, n_cores = on_cpu(tensor).reshape(array.shape), NUM_CPU_THREADS.value
+    if array.nbytes < MIN_SHARED_BYTES:
+        memory[...] = array
+        return None
+    parts = (np.array_split(x, n_cores) for x in (memory, array))
+    with ThreadPoolExecutor(n_cores) as threads:
+        list(threads.map(np.copyto, *parts))
+
+
+def on_cpu(tensor: Tensor) -> np.ndarray:
+    """The numbers of a realised tensor; on the CPU they are the tensor's own memory."""
+    buffer = tensor.uop.base.buffer
+    if not buffer.device.startswith("CPU"):
+        return get(tensor)
+    memory = buffer.allocator._as_buffer(buffer._buf)
+    return np.frombuffer(memory, _to_np_dtype(tensor.dtype), tensor.numel()).reshape(tensor.shape)
 
 
 def get(tensor: Tensor) -> np.ndarray:
-    """A copy of a realised tensor's numbers (float32)."""
-    array, buffer = np.empty(tensor.shape, np.float32), tensor.uop.base.buffer
+    """A copy of a realised tensor's numbers."""
+    array, buffer = np.empty(tensor.shape, _to_np_dtype(tensor.dtype)), tensor.uop.base.buffer
     buffer.allocator._copyout(memoryview(array).cast("B"), buffer._buf)
     return array
 

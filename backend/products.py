@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.helpers import NUM_CPU_THREADS
 from tinygrad.renderer import Estimates
@@ -10,6 +11,7 @@ from tinygrad.uop.ops import KernelInfo
 
 from backend.compiler import compiled
 from backend.cores import MIN_SHARED_WORK, share_of
+from backend.memory import filled
 
 
 def multiply(matrix: Tensor, x: Tensor) -> Tensor:
@@ -46,6 +48,6 @@ def functions() -> list[Tensor]:
 def address(device: str) -> Tensor:
     """A buffer that holds the address of `multiply`."""
     program = compiled(Path(__file__).with_name("products.c").read_text())
-    tensor = Tensor([program.addr], dtype=dtypes.uint64, device=device).realize()
+    tensor = filled(np.array([program.addr], np.uint64), device)
     tensor.program = program  # which holds the code
     return tensor

@@ -1,13 +1,16 @@
 """Matrices in 8 or 16 bits a number: less memory, which is what limits the speed of generation."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from tinygrad import Tensor, dtypes
+from tinygrad.helpers import NUM_CPU_THREADS
 
 from backend.blas import blas, einsum
 from backend.lookup import look_up
+from backend.memory import filled, on_cpu
 from backend.products import multiply
 
 # by type, the greatest number of a matrix: of float16 what its 11 bits hold as a whole number
@@ -27,11 +30,13 @@ class RoundedMatrix:
     scales: Tensor
 
     @staticmethod
-    def of(matrix: np.ndarray, kind: str) -> "RoundedMatrix":
-        """The matrix (n, k) in int8 or float16, each number by itself as near as can be."""
+    def of(matrix: Tensor, kind: str) -> "RoundedMatrix":
+        """A realised matrix (n, k) in int8 or float16, each number as near as can be."""
+        matrix = on_cpu(matrix)
         values, scales = np.empty(matrix.shape, kind), np.empty((len(matrix), 1), np.float32)
         n_rows = max(1, 2**18 // matrix.shape[1])  # at once: what a core's cache holds
-        for start in range(0, len(matrix), n_rows):
+
+        def round_rows(start: int) -> None:
             rows = matrix[start : start + n_rows].astype(np.float32, copy=False)
             scale = np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30) / GREATEST[kind]
             if kind == "float16":  # a power of 2, with which float16 stays what it was
@@ -39,7 +44,10 @@ class RoundedMatrix:
             rows = rows / scale
             values[start : start + n_rows] = rows if kind == "float16" else np.rint(rows)
             scales[start : start + n_rows] = scale
-        return RoundedMatrix(Tensor(values).realize(), Tensor(scales).realize())
+
+        with ThreadPoolExecutor(NUM_CPU_THREADS.value) as threads:
+            list(threads.map(round_rows, range(0, len(matrix), n_rows)))
+        return RoundedMatrix(filled(values), filled(scales))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -16,6 +16,26 @@ def test_columns_of_any_number_are_summed(n_columns):
     np.testing.assert_allclose(sums, rows.sum(0, dtype=np.float64), atol=1e-3)
 
 
+@pytest.mark.parametrize("n_cores", [1, 2, 3, 6])
+@pytest.mark.parametrize(("n_rows", "n_columns"), [(1, 30_011), (5, 4001), (1733, 64), (2, 20_000)])
+def test_cores_share_any_size(n_cores, n_rows, n_columns):
+    rows = np.random.default_rng(0).standard_normal((n_rows, n_columns), np.float32)
+    with Context(NUM_CPU_THREADS=n_cores, NOOPT=0):
+        x = Tensor(rows).realize() * 2
+        sums, doubled = x.sum(-1).numpy(), x.numpy()
+    np.testing.assert_array_equal(doubled, 2 * rows)
+    np.testing.assert_allclose(sums, 2 * rows.sum(-1, dtype=np.float64), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("n_cores", [2, 3])
+def test_products_share_any_size(n_cores):
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((1, 65, 37), np.float32), rng.standard_normal((59, 37), np.float32)
+    with Context(NUM_CPU_THREADS=n_cores):
+        product = einsum("bti,oi->bto", Tensor(a).realize(), Tensor(b).realize()).numpy()
+    np.testing.assert_allclose(product, a @ b.T, rtol=1e-4, atol=1e-4)
+
+
 def test_a_captured_jit_on_all_cores_gives_what_plain_calls_give():
     rng = np.random.default_rng(0)
     table = Tensor(rng.standard_normal((16, 64, 128), np.float32)).realize()

@@ -1,9 +1,10 @@
 """Memory: what is written to the parts of a whole is in the whole, and the other way round."""
 
 import numpy as np
-from tinygrad import Tensor
+import pytest
+from tinygrad import Tensor, dtypes
 
-from backend.memory import Flat, get, put, zeros
+from backend.memory import Flat, filled, get, on_cpu, put, zeros
 
 SHAPES = [(3, 5), (17,), (1,)]
 
@@ -28,3 +29,13 @@ def test_get_copies_what_put_copied():
     np.testing.assert_array_equal(ours, array)
     put(tensor, np.zeros((2, 3), np.float32))
     np.testing.assert_array_equal(ours, array)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint16", "int8"])
+@pytest.mark.parametrize("n", [7, 1201])  # the greater one is shared by all cores
+def test_a_filled_tensor_holds_the_array(dtype, n):
+    array = np.random.default_rng(0).integers(0, 100, (n, 999)).astype(dtype).T
+    tensor = filled(array)
+    np.testing.assert_array_equal(tensor.numpy(), array)
+    np.testing.assert_array_equal(on_cpu(tensor), array)
+    assert tensor.dtype == getattr(dtypes, dtype)

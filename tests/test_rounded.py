@@ -18,6 +18,10 @@ from models import checkpoint
 on_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
 
 
+def of(matrix: np.ndarray, kind: str) -> RoundedMatrix:
+    return RoundedMatrix.of(Tensor(matrix).realize(), kind)
+
+
 @on_cpu
 @pytest.mark.parametrize(("n", "k", "n_vectors"), [(5, 7, 1), (130, 141, 1), (131, 333, 6)])
 @pytest.mark.parametrize("kind", ["float32", "float16", "int8"])
@@ -37,7 +41,7 @@ def test_a_product_is_numpys(n, k, n_vectors, kind):
 def test_a_matrix_is_rounded_to_the_nearest(kind):
     matrix = np.random.default_rng(0).standard_normal((40, 50), np.float32)
     matrix[3] = 0
-    rounded = RoundedMatrix.of(matrix, kind)
+    rounded = of(matrix, kind)
     values, scales = rounded.values.numpy().astype(np.float32), rounded.scales.numpy()
     assert np.abs(values).max() <= GREATEST[kind]
     if kind == "float16":
@@ -53,7 +57,7 @@ def test_a_product_with_a_rounded_matrix_is_numpys(kind, n_vectors):
     matrix = rng.standard_normal((130, 300), np.float32)
     x = rng.standard_normal((1, n_vectors, 300), np.float32)
     x[0, 0, 7] = 100  # one number far above the others
-    rounded = RoundedMatrix.of(matrix, kind)
+    rounded = of(matrix, kind)
     matrix = rounded.values.numpy().astype(np.float64) * rounded.scales.numpy()
     y = einsum("bti,oi->bto", Tensor(x), rounded).numpy()
     assert np.abs(y - x @ matrix.T).max() < 100 / 2000 * 20
@@ -63,13 +67,13 @@ def test_a_product_with_a_rounded_matrix_is_numpys(kind, n_vectors):
 def test_the_greatest_sums_do_not_overflow(kind):
     matrix, x = np.ones((2, 6400), np.float32), np.ones((1, 2, 6400), np.float32)
     matrix[1] = x[0, 1] = -1
-    y = einsum("bti,oi->bto", Tensor(x), RoundedMatrix.of(matrix, kind)).numpy()
+    y = einsum("bti,oi->bto", Tensor(x), of(matrix, kind)).numpy()
     np.testing.assert_allclose(y, 6400 * np.array([[[1, -1], [-1, 1]]]), rtol=1e-3)
 
 
 def test_rows_are_looked_up_in_a_rounded_table():
     table = np.random.default_rng(0).standard_normal((50, 12)).astype(np.float32)
-    rows = look_up(RoundedMatrix.of(table, "int8"), Tensor([7, 0, 49])).numpy()
+    rows = look_up(of(table, "int8"), Tensor([7, 0, 49])).numpy()
     np.testing.assert_allclose(rows, table[[7, 0, 49]], atol=np.abs(table).max() / 127)
 
 

@@ -8,7 +8,7 @@ from tinygrad import Context, Tensor, Variable
 
 from backend.capture import captured
 from backend.cores import largest_divisor
-from backend.memory import Flat, get, put, zeros
+from backend.memory import Flat, filled, get, put, zeros
 from gpt_tiny import Dropout
 from training.distributed import World
 from training.optimizers import learning_rate
@@ -28,7 +28,7 @@ def make_plan(training: Training, rng: np.random.Generator, world: World) -> lis
     numbers = range(step * n_batches + 1, (step + 1) * n_batches + 1)
     rates = [training.optimizer.rates(learning_rate(config, n), n) for n in numbers]
     plan = (world.part(starts), world.part(keys).astype(np.uint32), np.array(rates, np.float32))
-    return [Tensor(np.ascontiguousarray(array)).realize() for array in plan]
+    return [filled(array) for array in plan]
 
 
 def capture_training(training: Training, world: World) -> Callable[..., None]:
@@ -36,7 +36,7 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
     parameters and the moments, and leaves its loss, of all a share, in `training.losses`."""
     config, model, parameters = training.config, training.model, training.parameters
     optimizer, losses, gradients = training.optimizer, training.losses, Flat(parameters.shapes)
-    ids = Tensor(training.training_ids).realize()
+    ids = filled(training.training_ids)
     n_parts = config.accumulate
     part_size = config.batch_size // world.size // n_parts
 
@@ -84,11 +84,11 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
 def capture_validation(training: Training, world: World) -> Callable[[np.random.Generator], float]:
     """A function that draws windows with a random generator and returns their mean loss."""
     config, model = training.config, training.model
-    ids = Tensor(training.validation_ids).realize()
+    ids = filled(training.validation_ids)
     # no more memory than training takes
     limit = config.batch_size // config.accumulate // world.size
     size = largest_divisor(config.validation_size, limit)
-    row, loss = Tensor(np.zeros(size, np.int32)).realize(), zeros(1)
+    row, loss = filled(np.zeros(size, np.int32)), zeros(1)
 
     def validate(starts: Tensor) -> None:
         inputs, targets = windows(ids, starts, config.model.context_length)
