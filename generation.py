@@ -9,7 +9,7 @@ from tinygrad.nn.state import get_parameters
 
 from backend.capture import captured
 from backend.memory import filled, get, put, zeros
-from backend.products import functions
+from backend.products import few_vectors, functions
 from backend.rounded import GREATEST, RoundedMatrix
 from gpt_tiny import GPT, KeyValueCache
 
@@ -46,7 +46,7 @@ class Generator:
     def step(self, ids: Tensor, end: Variable, last: Variable) -> None:
         """ids (batch, time) at the positions to before `end`; leaves the logits after the one with
         index `last` in `self.logits`. What stands to its right can't matter: the mask is causal."""
-        with Context(FEW_VECTORS=16):
+        with Context(FEW_VECTORS=few_vectors()):
             x = self.model.trunk(ids, cache=self.cache, start=end - ids.shape[1])
             self.logits.assign(self.model.head(x[:, last : last + 1])[:, 0]).realize()
 

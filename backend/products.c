@@ -154,8 +154,12 @@ INLINE void several_vectors(float *y, void *matrix, char *x, int n_vectors, int 
     for (int row = first; row < last; row += N_ROWS) {
       int n_rows = last - row < N_ROWS ? last - row : N_ROWS, t = 0;
       int n_now = k - start < most ? k - start : most;
-      for (int i = 0; i < n_rows; i++)
-        unpack(rows + i * ROW_BYTES, matrix, (row + i) * (long)k + start, n_now, n_bytes, is_whole);
+      for (int i = 0; i < n_rows; i++) {
+        long at = (row + i) * (long)k + start, next = at + N_ROWS * (long)k;
+        unpack(rows + i * ROW_BYTES, matrix, at, n_now, n_bytes, is_whole);
+        for (int byte = 0; byte < n_now * n_bytes; byte += 64)
+          __builtin_prefetch((char *)matrix + next * n_bytes + byte, 0, 1);
+      }
       for (; t + TILE <= n_vectors; t += TILE)
         one_tile(y + t * n + row, rows, x + t * step + start * size, n_rows, n, step, n_now, TILE,
                  is_whole, !start);

@@ -9,7 +9,7 @@ from tinygrad.helpers import NUM_CPU_THREADS
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo
 
-from backend.compiler import compiled
+from backend.compiler import compiled, processor
 from backend.cores import MIN_SHARED_WORK, share_of
 from backend.memory import filled
 
@@ -36,6 +36,12 @@ def call_of_multiply(y: UOp, matrix: UOp, x: UOp, address: UOp) -> UOp:
     call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
     info = KernelInfo(name="multiply", opts_to_apply=(), estimates=Estimates())
     return call.end(core).sink(arg=info)
+
+
+@functools.cache
+def few_vectors() -> int:
+    """How many are multiplied faster so than by BLAS, which copies the matrix, in float32."""
+    return 256 if "avx512bw" in processor() else 16
 
 
 def functions() -> list[Tensor]:
