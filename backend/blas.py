@@ -38,7 +38,8 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     sizes = dict(zip(letters_a + letters_b, a.shape + b.shape, strict=True))
     _, *sides = _sizes(letters, sizes)
     calls_blas = a.device.startswith("CPU") and blas() is not None
-    if calls_blas and FEW_VECTORS and letters_b == letters_c[-1] + letters_a[-1]:
+    are_rows = letters_b == letters_c[-1] + letters_a[-1]
+    if calls_blas and FEW_VECTORS and are_rows and b.dtype in (dtypes.half, dtypes.float32):
         n_vectors = math.prod(a.shape[:-1])
         if n_vectors <= FEW_VECTORS.value or b.dtype == dtypes.half:
             return multiply(b, a.reshape(n_vectors, -1)).reshape(*a.shape[:-1], -1)
