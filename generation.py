@@ -20,11 +20,14 @@ class Generator:
     While the context has room, a token costs one row through the model; the rest is in the cache.
     Then every new token shifts all positions, which are learned and absolute, and the window is
     computed anew: for each token, or with `stride` N once for N, the N oldest dropped at a time.
-    ValueError for a stride beyond the model's context.
+    `weights`, "int8" or "float16", is what the model's matrices are rounded to, in place.
+    ValueError for other weights, and for a stride beyond the model's context.
     """
 
     def __init__(self, model: GPT, batch: int = 1, stride: int = 1, weights: str | None = None):
-        if weights in GREATEST:
+        if weights not in (None, *GREATEST):
+            raise ValueError(f"weights are rounded to {' or '.join(GREATEST)}, not {weights!r}")
+        if weights:
             round_matrices(model, weights)
         self.model, self.stride = model, stride
         self.context_length = model.config.context_length

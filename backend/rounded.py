@@ -22,8 +22,9 @@ class RoundedMatrix:
     """A matrix, `values * scales` (n, k), that `einsum` and `look_up` take in place of a tensor.
 
     values (n, k) are int8, or float16 up to 2047; scales (n, 1), what a 1 stands for in each row,
-    are float32. On the CPU, products read the values as they are. With int8, and wherever several
-    vectors are multiplied, these are rounded to 13 bits or more, and whole numbers multiplied.
+    are float32. On the CPU, products read the values as they are; with int8, and wherever several
+    vectors are multiplied, these are rounded, too, to whole numbers as great as sums of 32 bits
+    allow, and whole numbers are multiplied.
     """
 
     values: Tensor

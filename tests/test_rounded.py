@@ -119,6 +119,11 @@ def test_prompts_and_tokens_agree_on_rounded_weights(gpt2):
     np.testing.assert_allclose(all_logits[-1], all_logits[-2], atol=0.01 * all_logits[-1].std())
 
 
+def test_weights_of_another_kind_are_refused(reference):
+    with pytest.raises(ValueError, match="rounded to int8 or float16, not 'int4'"):
+        Generator(reference[0], weights="int4")
+
+
 @pytest.mark.parametrize("model", [REFERENCE, GPT2])
 def test_run_takes_rounded_weights(call, model):
     result = call(run.main, model, "--weights", "int8", "-n", "20", "-p", "the value")
