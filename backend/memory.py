@@ -1,7 +1,10 @@
 """Memory: zeros, copies, and tensors side by side, which one kernel or one message serves all."""
 
+import contextlib
 import functools
 import math
+import mmap
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +13,7 @@ from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.dtype import _to_np_dtype
 from tinygrad.helpers import NUM_CPU_THREADS
 
-MIN_SHARED_BYTES = 1 << 20
+MIN_SHARED_BYTES, MIN_HUGE_BYTES = 1 << 20, 1 << 18
 ALIGNMENT = 16  # floats: a cache line, and the longest vector of a processor
 
 
@@ -27,12 +30,42 @@ def zeros(*shape: int) -> Tensor:
 def filled(array: np.ndarray, device: str | None = None) -> Tensor:
     """A realised tensor with a copy of the array, made without tinygrad's scheduler, whose start
     alone takes a tenth of a second."""
-    dtype = getattr(dtypes, array.dtype.name)
-    buffer = UOp.new_buffer(Device.canonicalize(device), array.size, dtype)
-    tensor = Tensor(buffer.reshape(array.shape))
-    tensor.uop.base.buffer.ensure_allocated()
+    device, dtype = Device.canonicalize(device), getattr(dtypes, array.dtype.name)
+    tensor = Tensor(UOp.new_buffer(device, array.size, dtype).reshape(array.shape))
+    buffer = tensor.uop.base.buffer
+    if device.startswith("CPU") and array.nbytes >= MIN_HUGE_BYTES and sys.platform == "linux":
+        buffer.memory = huge_pages.take(array.nbytes)  # as long as there is the buffer
+        buffer.allocate(external_ptr=buffer.memory.ctypes.data)
+    else:
+        buffer.allocate()
     put(tensor, array)
     return tensor
+
+
+class HugePages:
+    """Memory for many arrays in pages of 2 MB: read up to twice as fast as in those of 4 kB, at
+    whose ends a processor stops to read ahead. It is freed when the last of its arrays is."""
+
+    SIZE, PAGE = 32 << 20, 2 << 20
+
+    def __init__(self):
+        self.left = np.empty(0, np.uint8)
+
+    def take(self, n_bytes: int) -> np.ndarray:
+        n_aligned = -(-n_bytes // 64) * 64
+        if n_aligned > len(self.left):
+            memory = mmap.mmap(
+                -1, max(n_aligned, self.SIZE) + self.PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
+            with contextlib.suppress(OSError):  # a Linux without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self.left = np.frombuffer(memory, np.uint8)
+            self.left = self.left[-self.left.ctypes.data % self.PAGE :]
+        taken, self.left = self.left[:n_bytes], self.left[n_aligned:]
+        return taken
+
+
+huge_pages = HugePages()
 
 
 def aligned_zeros(n: int) -> np.ndarray:
