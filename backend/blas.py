@@ -34,9 +34,10 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     if PRODUCT_DTYPE.value != "float32":
         a, b = (x.cast(PRODUCT_DTYPE.value) for x in (a, b))
     operands, letters_c = spec.split("->")
-    letters = letters_a, letters_b, letters_c = (*operands.split(","), letters_c)
+    letters_a, letters_b = operands.split(",")
     sizes = dict(zip(letters_a + letters_b, a.shape + b.shape, strict=True))
-    _, *sides = _sizes(letters, sizes)
+    axes = Axes(letters_a, letters_b, letters_c, sizes)
+    _, *sides = axes.counts()
     calls_blas = a.device.startswith("CPU") and blas() is not None
     are_rows = letters_b == letters_c[-1] + letters_a[-1]
     if calls_blas and FEW_VECTORS and are_rows and b.dtype in (dtypes.half, dtypes.float32):
@@ -55,45 +56,51 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     a, b = stored(a), stored(b)
     c = Tensor.empty(*(at_most(sizes[x]) for x in letters_c), device=a.device)
     address = blas_address(a.device)
-    c = Tensor(_product(c.uop, a.uop, b.uop, address.uop, letters, sizes))
+    c = Tensor(_product(c.uop, a.uop, b.uop, address.uop, axes))
     return c.shrink(tuple((0, sizes[x]) for x in letters_c))
 
 
-def _product(
-    c: UOp, a: UOp, b: UOp, address: UOp, letters: tuple[str, str, str], sizes: dict[str, sint]
-) -> UOp:
+@dataclass(frozen=True)
+class Axes:
+    """The letters of a product's operands and of its result, and the size of each."""
+
+    of_a: str
+    of_b: str
+    of_c: str
+    sizes: dict[str, sint]
+
+    def groups(self) -> tuple[list[str], ...]:
+        """The letters of the batches, of c's rows and columns, and of the sums."""
+        return (
+            [x for x in self.of_c if x in self.of_a and x in self.of_b],
+            [x for x in self.of_c if x not in self.of_b],
+            [x for x in self.of_c if x not in self.of_a],
+            [x for x in self.of_a if x in self.of_b and x not in self.of_c],
+        )
+
+    def counts(self) -> tuple[sint, ...]:
+        """The numbers of batches, of c's rows and columns, and of the terms of a sum."""
+        return tuple(math.prod(self.sizes[x] for x in group) for group in self.groups())
+
+
+def _product(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
     """c, holding the product of a and b. The gradients are two more such products."""
-    letters_a, letters_b, letters_c = letters
 
     def gradient(of_c: UOp, call: UOp) -> tuple:
         # The address is the one among the call's own sources: within a traced function a captured
         # one would be another, empty buffer.
         _, _, a, b, address = call.src
         of_a, of_b = (UOp.new_buffer(x.device, x.numel(), x.dtype).reshape(x.shape) for x in (a, b))
-        if 1 in _sizes(letters, sizes)[1:]:  # behind a norm over one value a constant: no memory
+        if 1 in axes.counts()[1:]:  # behind a norm over one value it is a constant: no memory
             of_c = of_c.contiguous()
-        of_a = _product(of_a, of_c, b, address, (letters_c, letters_b, letters_a), sizes)
-        of_b = _product(of_b, of_c, a, address, (letters_c, letters_a, letters_b), sizes)
+        axes_a = Axes(axes.of_c, axes.of_b, axes.of_a, axes.sizes)
+        axes_b = Axes(axes.of_c, axes.of_a, axes.of_b, axes.sizes)
+        of_a = _product(of_a, of_c, b, address, axes_a)
+        of_b = _product(of_b, of_c, a, address, axes_b)
         return None, of_a, of_b, None
 
-    kernel = functools.partial(_sgemm_kernel, letters=letters, sizes=sizes)
+    kernel = functools.partial(_sgemm_kernel, axes=axes)
     return UOp.custom_kernel(c, a, b, address, fxn=kernel, grad_fxn=gradient)[0]
-
-
-def _groups(letters: tuple[str, str, str]) -> tuple[list[str], ...]:
-    """The letters of the batches, of c's rows and columns, and of the sums."""
-    letters_a, letters_b, letters_c = letters
-    return (
-        [x for x in letters_c if x in letters_a and x in letters_b],
-        [x for x in letters_c if x not in letters_b],
-        [x for x in letters_c if x not in letters_a],
-        [x for x in letters_a if x in letters_b and x not in letters_c],
-    )
-
-
-def _sizes(letters: tuple[str, str, str], sizes: dict[str, sint]) -> tuple[sint, ...]:
-    """The numbers of batches, of c's rows and columns, and of the terms of a sum."""
-    return tuple(math.prod(sizes[x] for x in group) for group in _groups(letters))
 
 
 def _operand(
@@ -112,20 +119,14 @@ def _operand(
     return tensor.flatten()[place], 111 + is_transposed, step
 
 
-def _sgemm_kernel(
-    c: UOp,
-    a: UOp,
-    b: UOp,
-    address: UOp,
-    letters: tuple[str, str, str],
-    sizes: dict[str, sint],
-) -> UOp:
+def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
     """Calls BLAS once for each batch; the cores share the batches or, in one batch, the rows or the
     columns, whichever are more: BLAS repacks the other operand on each core."""
-    letters_a, letters_b, letters_c = letters
-    batches, rows, columns, summed = _groups(letters)
-    sizes = {letter: in_kernel(size) for letter, size in sizes.items()}
-    n_batches, m, n, k = _sizes(letters, sizes)
+    sizes = {letter: in_kernel(size) for letter, size in axes.sizes.items()}
+    axes = Axes(axes.of_a, axes.of_b, axes.of_c, sizes)
+    batches, rows, columns, summed = axes.groups()
+    n_batches, m, n, k = axes.counts()
+    letters_a, letters_b, letters_c = axes.of_a, axes.of_b, axes.of_c
     if letters_c[-1] in rows:  # BLAS writes along rows: (a b)' = b' a'
         a, b, letters_a, letters_b = b, a, letters_b, letters_a
         rows, columns, m, n = columns, rows, n, m
@@ -153,7 +154,7 @@ def _sgemm_kernel(
     alpha, beta = _numbers(dtypes.float32, 1.0, 0.0)
     arguments = (row_major, flag_a, flag_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c)
     call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
-    name = "sgemm_" + "_".join(letters)
+    name = f"sgemm_{axes.of_a}_{axes.of_b}_{axes.of_c}"
     info = KernelInfo(name=name, opts_to_apply=(), estimates=Estimates())
     return call.end(core, *ranges).sink(arg=info)
 
