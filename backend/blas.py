@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
-from tinygrad.helpers import NUM_CPU_THREADS, ContextVar
+from tinygrad.helpers import ContextVar
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, sint
 
-from backend.cores import MIN_SHARED_WORK, evenness, share_of
+from backend.cores import evenness, share_of
 from backend.memory import filled
 from backend.products import multiply
 from backend.sizes import at_most, in_kernel, stored
@@ -134,8 +134,7 @@ def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
     batches.sort(key=lambda x: -evenness(sizes[x]))  # in one text the heads
     are_rows_shared = at_most(m) >= at_most(n)
     shared = sizes[batches[0]] if batches else m if are_rows_shared else n
-    is_small = at_most(n_batches * m * n * k) < MIN_SHARED_WORK
-    core, first, share = share_of(shared, 0, 1 if is_small else NUM_CPU_THREADS.value)
+    core, first, share = share_of(shared, 0, at_most(n_batches * m * n * k))
     n_indices = [share, *(sizes[x] for x in batches[1:])] if batches else []
     ranges = [UOp.range(size, number) for number, size in enumerate(n_indices, 1)]
     indices = dict(zip(batches, ranges, strict=True))

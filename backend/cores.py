@@ -54,7 +54,7 @@ def share(kernel) -> None:
     if not ranges or NUM_CPU_THREADS.value == 1:
         return
     shared = max(ranges, key=lambda range_: evenness(range_.vmax + 1))
-    _, first, size = share_of(shared.vmax + 1, next(kernel.opt_range), NUM_CPU_THREADS.value)
+    _, first, size = share_of(shared.vmax + 1, next(kernel.opt_range))
     kernel.ast = kernel.ast.substitute({shared: shared.replace(src=(size,)) + first})
 
 
@@ -64,9 +64,10 @@ def evenness(n: int) -> float:
     return n / (-(-n // n_cores) * n_cores)
 
 
-def share_of(n: int, number: int, n_cores: int) -> tuple[UOp, UOp, UOp]:
-    """The range of the cores that share n pieces, and for each its first piece and how many."""
-    n_cores = min(n, n_cores)
+def share_of(n: int, number: int, work: int = MIN_SHARED_WORK) -> tuple[UOp, UOp, UOp]:
+    """The range of the cores that share n pieces of all the work, and for each its first piece and
+    how many."""
+    n_cores = min(n, NUM_CPU_THREADS.value) if work >= MIN_SHARED_WORK else 1
     core = UOp.range(n_cores, number, AxisType.THREAD)
     first, end = (c * n // n_cores for c in (core, core + 1))
     return core, first.simplify(), (end - first).simplify()

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
-from tinygrad.helpers import NUM_CPU_THREADS
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo
 
 from backend.compiler import compiled, processor
-from backend.cores import MIN_SHARED_WORK, share_of
+from backend.cores import share_of
 from backend.memory import filled
 
 
@@ -27,8 +26,7 @@ def multiply(matrix: Tensor, x: Tensor) -> Tensor:
 
 def call_of_multiply(y: UOp, matrix: UOp, x: UOp, address: UOp) -> UOp:
     (n, k), n_vectors = matrix.shape, x.shape[0]
-    is_small = n * k * n_vectors < MIN_SHARED_WORK
-    core, first, share = share_of(n, 0, 1 if is_small else NUM_CPU_THREADS.value)
+    core, first, share = share_of(n, 0, n * k * n_vectors)
     numbers = n_vectors, first, first + share, n, k, matrix.dtype.itemsize, x.dtype == dtypes.int16
     places = (tensor.flatten()[0] for tensor in (y, matrix, x))
     integers = (UOp.const(0, dtypes.weakint) + number for number in numbers)

@@ -29,6 +29,7 @@ class RoundedMatrix:
 
     values: Tensor
     scales: Tensor
+    kind: str
 
     @staticmethod
     def of(matrix: Tensor, kind: str) -> "RoundedMatrix":
@@ -48,7 +49,7 @@ class RoundedMatrix:
 
         with ThreadPoolExecutor(NUM_CPU_THREADS.value) as threads:
             list(threads.map(round_rows, range(0, len(matrix), n_rows)))
-        return RoundedMatrix(filled(values), filled(scales))
+        return RoundedMatrix(filled(values), filled(scales), kind)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,7 +63,7 @@ class RoundedMatrix:
         flat = x.reshape(-1, x.shape[-1])
         if not (x.device.startswith("CPU") and blas()):
             y = einsum("tk,nk->tn", flat, self.values.cast(dtypes.float32))
-        elif self.values.dtype == dtypes.half and flat.shape[0] == 1:  # as fast, and exact
+        elif self.kind == "float16" and flat.shape[0] == 1:  # as fast, and exact
             y = multiply(self.values, flat)
         else:
             if flat.shape[0] > 1:
@@ -76,8 +77,8 @@ class RoundedMatrix:
     def greatest_factor(self) -> int:
         """The greatest whole number that x may hold, so that no sum of products.c overflows: it
         adds up in 32 bits every eighth product, or fewer."""
-        greatest = GREATEST["int8" if self.values.dtype == dtypes.int8 else "float16"]
-        return min(32767, (2**31 - 1) // (greatest * math.ceil(self.shape[1] / 8)))
+        n_summed = math.ceil(self.shape[1] / 8)
+        return min(32767, (2**31 - 1) // (GREATEST[self.kind] * n_summed))
 
     def rows(self, numbers: Tensor) -> Tensor:
         """look_up(self, numbers)"""
