@@ -7,6 +7,7 @@ import numpy as np
 from tinygrad import Context, Tensor, Variable
 from tinygrad.nn.state import get_parameters
 
+from backend.blas import FEW_VECTORS
 from backend.capture import captured
 from backend.memory import filled, get, put, zeros
 from backend.products import few_vectors, functions
@@ -49,7 +50,7 @@ class Generator:
     def step(self, ids: Tensor, end: Variable, last: Variable) -> None:
         """ids (batch, time) at the positions to before `end`; leaves the logits after the one with
         index `last` in `self.logits`. What stands to its right can't matter: the mask is causal."""
-        with Context(FEW_VECTORS=few_vectors()):
+        with Context(FEW_VECTORS=FEW_VECTORS.value or few_vectors()):
             x = self.model.trunk(ids, cache=self.cache, start=end - ids.shape[1])
             self.logits.assign(self.model.head(x[:, last : last + 1])[:, 0]).realize()
 
@@ -128,9 +129,9 @@ def sample(
     weights = np.take_along_axis(weights, order, -1)  # the likeliest first
     if top_k is not None:
         weights[:, top_k:] = 0
+    totals = weights.cumsum(-1)
     if top_p is not None:
-        before = weights.cumsum(-1) - weights
-        weights[:, 1:][(before >= top_p * weights.sum(-1, keepdims=True))[:, 1:]] = 0
+        weights[:, 1:][(totals - weights >= top_p * totals[:, -1:])[:, 1:]] = 0
     totals = weights.cumsum(-1)
     places = (totals <= (rng.random(len(logits)) * totals[:, -1])[:, None]).sum(-1)
     return np.take_along_axis(order, places[:, None], -1)[:, 0]

@@ -20,14 +20,26 @@ from models import checkpoint
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.ArgumentParser("Continue a text with a trained GPT.")
     parser.usage = "python %(prog)s MODEL_PATH [OPTION]..."
-    count = number(int, 1, 2**31)
     model_help = "folder of a model: ours, gpt-burn's or GPT-2"
-    parser.add_argument("model_path", type=Path, help=model_help)
+    add, count = parser.add_argument, number(int, 1, 2**31)
+    add("model_path", type=Path, help=model_help)
+    add("--n-samples", type=count, default=1, help="continuations, generated side by side")
+    weights_help = "round the weights: less memory, more speed (default: as they are stored)"
+    add("--weights", choices=GREATEST, help=weights_help)
+    add_text_options(parser)
+    arguments = parser.parse_args()
+    if arguments.stop == "":
+        parser.error("--stop is empty: give at least one character")
+    return arguments
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """The options that exported programs have as well."""
+    count = number(int, 1, 2**31)
     add = parser.add_argument_group("text").add_argument
     prompt_help = "text to continue, - for standard input (default: a line break)"
     add("-p", "--prompt", default="\n", help=prompt_help)
     add("-n", "--n-new-tokens", type=count, default=1000, help="tokens to generate")
-    add("--n-samples", type=count, default=1, help="continuations, generated side by side")
     add("--stop", metavar="TEXT", help="end a continuation where this text would come")
     add("-i", "--interactive", action="store_true", help="continue each line of standard input")
     add = parser.add_argument_group("sampling").add_argument
@@ -36,12 +48,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-k", type=count, help="draw from the K likeliest tokens only")
     add("--top-p", type=number(float, 0), help="draw from the likeliest tokens that sum up to P")
     add("--stride", type=count, default=1, help="tokens dropped when the context is full")
-    weights_help = "round the weights: less memory, more speed (default: as they are stored)"
-    parser.add_argument("--weights", choices=GREATEST, help=weights_help)
-    arguments = parser.parse_args()
-    if arguments.stop == "":
-        parser.error("--stop is empty: give at least one character")
-    return arguments
 
 
 def main() -> None:

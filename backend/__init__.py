@@ -2,7 +2,8 @@
 
 Read `blas` (matrix products), `products` and `rounded` (those of generation), `sizes` (that vary),
 `imports`, `cores`, `compiler` and `cpu` (the CPU as a device), then `devices` (which backend),
-`capture` (jits kept for the next start), `memory` and `lookup`. Nothing here knows of a GPT.
+`capture` (jits kept for the next start), `rendered` (kernels as C), `memory` and `lookup`.
+Nothing here knows of a GPT.
 """
 
 from backend import cpu, devices

@@ -105,16 +105,25 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, in place of what is there."""
+@contextlib.contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A new file to write, which at the end takes the place of `path`, whole or not at all."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".gpt-tiny-{uuid.uuid4().hex}")
     try:
-        new.write_bytes(data)
+        yield new
         sync(new)
         os.replace(new, path)
         sync(path.parent)
     finally:
         new.unlink(missing_ok=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    with replacing_file(path) as new:
+        new.write_bytes(data)
 
 
 def claim(path: Path) -> Path:

@@ -26,6 +26,7 @@ TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "4"]
 def cache_folder(tmp_path_factory) -> Path:
     """Keeps the jits that the tests capture apart from the user's."""
     folder = tmp_path_factory.mktemp("cache")
+    os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(Path.home() / ".cache" / "zig"))
     os.environ["XDG_CACHE_HOME"] = str(folder)
     return folder
 

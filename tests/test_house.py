@@ -7,11 +7,13 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"gpt_tiny", "tokenizers"}
+KINDS = (".c", ".h", ".js", ".html")  # of what is not Python
 MAY_IMPORT = {
     "tokenizers": set(),
     "backend": {"backend"},
     "gpt_tiny": {"backend"},
     "models": {"models", "gpt_tiny", "tokenizers"},
+    "runtime": {"runtime", "backend", "tokenizers"},
     "training": {"training", "models", "backend", "gpt_tiny", "tokenizers"},
 }
 
@@ -40,9 +42,14 @@ def test_the_model_imports_the_backend_in_one_line():
     assert sum("backend" in line for line in lines if "import" in line) == 1
 
 
-@pytest.mark.parametrize("wing", ["backend", "models", "training"])
+@pytest.mark.parametrize("wing", ["backend", "models", "runtime", "training"])
 def test_a_wing_says_what_is_in_it(wing):
     page = " ".join(ast.get_docstring(ast.parse((ROOT / wing / "__init__.py").read_text())).split())
     files = {path.stem for path in (ROOT / wing).glob("*.py")} - {"__init__"}
     assert all(f"`{name}`" in page for name in files), files
     assert "Nothing here knows of" in page
+
+
+def test_the_files_that_an_exported_model_is_made_of_stay_few():
+    paths = [path for path in (ROOT / "runtime").iterdir() if path.suffix in KINDS]
+    assert sum(len(path.read_text().splitlines()) for path in paths) <= 1000

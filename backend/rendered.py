@@ -1,0 +1,77 @@
+"""The kernels of a function as C, which a compiler for any processor can make a program of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest.mock import patch
+
+from tinygrad import Context, Device, Tensor, UOp, Variable
+from tinygrad.device import Buffer
+from tinygrad.engine.jit import jit_lower
+from tinygrad.engine.realize import capturing, get_call_arg_uops
+from tinygrad.uop.ops import Ops, buffers
+
+N_SHARES = 24  # for 2, 3, 4, 6, 8, 12 or 24 cores they are equal
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a kernel: C of one function, its name there, and what it is called with.
+
+    That is buffers, each with the place in it, in bytes, and then variables by name. `core_id` is
+    one of these if the kernel comes in shares: it counts them.
+    """
+
+    source: str
+    name: str
+    n_shares: int
+    buffers: list[tuple[Buffer, int]]
+    variables: list[str]
+
+
+class Recorder:
+    def __init__(self):
+        self.kernels: list[UOp] = []
+
+    def add_linear(self, linear: UOp, _) -> None:
+        self.kernels += linear.src
+
+
+def rendered(function: Callable, *tensors: Tensor, **values: range) -> list[Call]:
+    """What `function` would run on the CPU, in shares for up to N_SHARES cores.
+
+    It takes realised tensors, and by name numbers, each of its `values`. Nothing is compiled, and
+    nothing is run.
+    """
+    variables = {
+        name: Variable(name, numbers[0], numbers[-1]).bind(numbers[0])
+        for name, numbers in values.items()
+    }
+    recorder, compiler = Recorder(), Device["CPU"].renderer.compiler
+    shares = Context(SPEC=0, PARALLEL=0, NUM_CPU_THREADS=N_SHARES)
+    with shares, patch.object(compiler, "compile_cached", lambda source: b""):
+        capturing.append(recorder)
+        try:
+            function(*tensors, **variables)
+        finally:
+            capturing.clear()
+        held = set(buffers)
+        linear = jit_lower(UOp(Ops.LINEAR, src=tuple(recorder.kernels)), held, [])
+    return [call_of(kernel) for graph in linear.src for kernel in kernels_of(graph)]
+
+
+def kernels_of(call: UOp) -> tuple[UOp, ...]:
+    is_graph = call.src[0].op is Ops.CUSTOM_FUNCTION
+    return call.src[0].src[0].src if is_graph else (call,)
+
+
+def call_of(kernel: UOp) -> Call:
+    program, info = kernel.src[0], kernel.src[0].arg
+    source = next(part.arg for part in program.src if part.op is Ops.SOURCE)
+    arguments = [argument.buffer for argument in get_call_arg_uops(kernel)]
+    return Call(
+        source,
+        info.function_name,
+        info.global_size[0],
+        [(buffer.base, buffer.offset) for buffer in arguments],
+        [variable.expr for variable in info.vars],
+    )

@@ -1,0 +1,94 @@
+// Continues a text: the window of tokens that the model sees, and the text of the new ones, as
+// generation.py and run.py have them.
+#include "runtime.h"
+
+int has_ended, is_finite;
+
+static int window[CONTEXT_LENGTH + 1], n_window, n_cached;
+static byte undecoded[LONGEST_TOKEN + 3], text[LONGEST_STOP + 3 * sizeof undecoded];
+static byte shown[sizeof text];
+static long n_undecoded, n_text;
+static Text stop;
+
+// Returns how many tokens of the prompt are unknown; `ids` has twice as much room as it has bytes.
+long begin(Text prompt, Text stop_text, int *ids) {
+  long n = encode(prompt.text, prompt.n, ids, ids + prompt.n), n_unknown = 0;
+  for (long i = 0; i < n; i++) n_unknown += ids[i] == UNKNOWN;
+  n_window = n < CONTEXT_LENGTH ? n : CONTEXT_LENGTH;
+  for (int i = 0; i < n_window; i++) window[i] = ids[n - n_window + i];
+  n_cached = n_undecoded = n_text = has_ended = 0;
+  is_finite = 1;
+  stop = stop_text;
+  return n_unknown;
+}
+
+// Runs the model on n tokens to before `end`; leaves the logits after the one with index `last`.
+static void read(int n, int end, int last) {
+  int *ids = (int *)(memory + (n == 1 ? ID : IDS));
+  for (int i = 0; i < n; i++) ids[i] = i <= last ? window[end - n + i] : 0;
+  Team team = {.n = n, .end = end, .last = last};
+  run(&team);
+}
+
+// Brings the cache up to the window's end; the logits after it.
+static const float *logits(void) {
+  if (n_window - n_cached == 1) read(1, n_window, 0), n_cached++;
+  for (; n_cached < n_window; n_cached += CHUNK) {
+    int first = n_cached < CONTEXT_LENGTH - CHUNK ? n_cached : CONTEXT_LENGTH - CHUNK;
+    int left = n_window - first;
+    read(CHUNK, first + CHUNK, (left < CHUNK ? left : CHUNK) - 1);
+  }
+  n_cached = n_window;
+  return (const float *)(memory + LOGITS);
+}
+
+// What is certain of the text with these bytes more: whole characters, and not the stop text.
+static Text add(const byte *bytes, long n, int is_last) {
+  for (long i = 0; i < n; i++) undecoded[n_undecoded++] = bytes[i];
+  long at = 0, end = 0, equal = 0;
+  for (int length; at < n_undecoded; at += length) {
+    unsigned code_point;
+    length = character(undecoded + at, n_undecoded - at, &code_point);
+    if (!length && !is_last) break;
+    for (int i = 0; i < length; i++) text[n_text++] = undecoded[at + i];
+    for (int i = 0; i < 3 && length <= 0; i++) text[n_text++] = "\xEF\xBF\xBD"[i];
+    if (length <= 0) length = length ? -length : n_undecoded - at;
+  }
+  for (long i = at; i < n_undecoded; i++) undecoded[i - at] = undecoded[i];
+  n_undecoded -= at;
+
+  for (; stop.n && end < n_text; end++) {
+    for (equal = 0; end + equal < n_text && equal < stop.n;) {
+      if (text[end + equal] != stop.text[equal]) break;
+      equal++;
+    }
+    if (equal == stop.n) has_ended = is_last = 1;
+    if (equal == stop.n || (end + equal == n_text && !is_last)) break;
+  }
+  if (!stop.n) end = n_text;
+  for (long i = 0; i < n_text; i++) i < end ? (shown[i] = text[i]) : (text[i - end] = text[i]);
+  n_text -= end;
+  return (Text){shown, end};
+}
+
+Text rest(void) { return has_ended ? (Text){} : add(0, 0, 1); }
+
+// The text that is certain after one more token.
+Text next(int stride, const Sampling *sampling) {
+  if (n_window > CONTEXT_LENGTH) {
+    for (int i = stride; i < n_window; i++) window[i - stride] = window[i];
+    n_window -= stride;
+    n_cached = 0;
+  }
+  const float *scores = logits();
+  for (int i = 0; i < VOCAB_SIZE; i++) is_finite &= scores[i] - scores[i] == 0;
+  int id = is_finite ? sample(scores, sampling) : END;
+  if (!is_finite || id == END) {
+    Text last = rest();
+    has_ended = 1;
+    return last;
+  }
+  long n;
+  const byte *bytes = token(window[n_window++] = id, &n);
+  return add(bytes, n, 0);
+}

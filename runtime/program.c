@@ -1,0 +1,169 @@
+// A model as a program, with the flags of run.py. The model is at the end of the program's file.
+#include <getopt.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "runtime.h"
+
+#if _WIN32
+#include <fcntl.h>
+#include <io.h>
+#include <windows.h>
+#include <shellapi.h>
+#endif
+
+const byte *model;
+const void *halves;
+byte memory[MEMORY_BYTES] __attribute__((aligned(64)));
+
+void fail(int status, const char *format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  fputs("error: ", stderr);
+  vfprintf(stderr, format, arguments);
+  fputc('\n', stderr);
+  exit(status);
+}
+
+static void *resized(void *old, size_t n_bytes) {
+  void *new = realloc(old, n_bytes + 1);
+  if (!new) fail(1, "out of memory");
+  return new;
+}
+
+// The file ends with the place of the model, these 8 letters, and a checksum of all before it.
+static void find_model(void) {
+  long long size, n;
+  const byte *file = own_file(&size);
+  if (!file) fail(1, "this program can't read its own file");
+  const uint64_t *words = (const uint64_t *)file;
+  uint64_t sum = 0;
+  n = size % 8 ? 0 : size / 8;
+  int is_whole = n > 3 && !memcmp(words + n - 2, "gpt-tiny", 8);
+  for (long long i = 0; is_whole && i < n - 1; i++) sum += words[i] * (2 * i + 1);
+  if (!is_whole || sum != words[n - 1]) fail(1, "this program is truncated or altered");
+  model = file + words[n - 3];
+}
+
+static const struct option known[] = {
+    {"prompt", 1, 0, 'p'},      {"n-new-tokens", 1, 0, 'n'}, {"stop", 1, 0, 'S'},
+    {"interactive", 0, 0, 'i'}, {"seed", 1, 0, 's'},         {"temperature", 1, 0, 't'},
+    {"top-k", 1, 0, 'K'},       {"top-p", 1, 0, 'P'},        {"stride", 1, 0, 'r'},
+    {"help", 0, 0, 'h'},        {0}};
+
+static const char *program, *prompt = "\n", *stop = "";
+static int n_new_tokens = 1000, stride = 1, is_interactive;
+static Sampling sampling = {.temperature = 1, .top_p = INFINITY};
+
+static double number(const char *option, int is_count) {
+  char *end;
+  double number = strtod(optarg, &end);
+  int is_number = *optarg && !*end && number >= is_count && number < INFINITY;
+  if (!is_number || (is_count && (number > INT32_MAX || number != (int)number)))
+    fail(2, "argument --%s: '%s' is not a %snumber of at least %d; see %s --help", option, optarg,
+         is_count ? "whole " : "", is_count, program);
+  return number;
+}
+
+static void parse(int n_words, char **words) {
+  program = words[0];
+  seed((byte *)"0", 1);
+  opterr = 0;
+  for (int at = 1, letter, i;
+       (letter = getopt_long(n_words, words, "+:p:n:s:i", known, NULL)) != -1; at = optind) {
+    for (i = 0; known[i].val && known[i].val != letter;) i++;
+    const char *option = known[i].name;
+    if (letter == 'h') exit(printf("usage: %s [OPTION]...\n\n%s", program, HELP) < 0);
+    if (letter == 'p') prompt = optarg;
+    if (letter == 'n') n_new_tokens = number(option, 1);
+    if (letter == 'S') stop = optarg;
+    if (letter == 'i') is_interactive = 1;
+    if (letter == 's' && !seed((byte *)optarg, strlen(optarg)))
+      fail(2, "argument --seed: '%s' is not a whole number of at least 0", optarg);
+    if (letter == 't') sampling.temperature = number(option, 0);
+    if (letter == 'K') sampling.top_k = number(option, 1);
+    if (letter == 'P') sampling.top_p = number(option, 0);
+    if (letter == 'r') stride = number(option, 1);
+    if (letter == 'S' && (!*stop || strlen(stop) > LONGEST_STOP))
+      fail(2, "--stop is empty or too long: give 1 to %d bytes", LONGEST_STOP);
+    if (letter == ':') fail(2, "argument %s: expected one argument", words[at]);
+    if (letter == '?') fail(2, "unrecognized arguments: %s; see %s --help", words[at], program);
+  }
+  if (optind < n_words) fail(2, "unrecognized arguments: %s; see %s --help", words[optind], program);
+  if (stride > CONTEXT_LENGTH)
+    fail(1, "a stride of %d is beyond the context of %d", stride, CONTEXT_LENGTH);
+}
+
+// Standard input up to a line's end, which is left out, or to its own, where `text` is NULL.
+static Text read_input(int is_line) {
+  static byte *text;
+  static long size;
+  static int letter;
+  long n = 0;
+  for (int previous = letter; (letter = getchar()) != EOF; previous = letter) {
+    if (letter == '\n' && previous == '\r') continue;  // a line's end on Windows
+    if (is_line && (letter == '\n' || letter == '\r')) break;
+    if (n == size) text = resized(text, size = 2 * n + 1000);
+    text[n++] = letter == '\r' ? '\n' : letter;
+  }
+  return (Text){letter == EOF && !n ? NULL : n ? text : (byte *)"", n};
+}
+
+static void show(Text text) {
+  fwrite(text.text, 1, text.n, stdout);
+  if (fflush(stdout)) exit(1);
+}
+
+static void continue_text(Text prompt) {
+  static int *ids;
+  unsigned code_point;
+  if (!prompt.n) fail(1, "the prompt is empty: give at least one character");
+  for (long at = 0, length; at < prompt.n; at += length)
+    if ((length = character(prompt.text + at, prompt.n - at, &code_point)) <= 0)
+      fail(1, "the prompt is not UTF-8: invalid byte 0x%02x at offset %ld", prompt.text[at], at);
+  ids = resized(ids, 2 * prompt.n * sizeof(int));
+  long n_unknown = begin(prompt, (Text){(byte *)stop, strlen(stop)}, ids);
+  if (n_unknown)
+    fprintf(stderr, "warning: %ld tokens of the prompt are not in the vocabulary\n", n_unknown);
+  int is_bold = isatty(1) && !is_interactive;
+  if (is_bold) fputs("\033[1m", stdout);
+  if (!is_interactive) show(prompt);
+  if (is_bold) fputs("\033[0m", stdout);
+  for (int i = 0; i < n_new_tokens && !has_ended; i++) show(next(stride, &sampling));
+  show(rest());
+  if (!is_finite) fail(1, "the model's logits are not finite: its weights are far too large");
+  show((Text){(byte *)"\n", 1});
+}
+
+int main(int n_words, char **words) {
+#if _WIN32
+  wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n_words);
+  for (int i = 0; i < n_words; i++) {
+    int n = WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, NULL, 0, NULL, NULL);
+    words[i] = resized(NULL, n);
+    WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, words[i], n, NULL, NULL);
+  }
+  _setmode(0, _O_BINARY);
+  _setmode(1, _O_BINARY);
+  SetConsoleOutputCP(CP_UTF8);
+#endif
+  parse(n_words, words);
+  find_model();
+  choose_step();
+  if (!is_interactive) {
+    int is_given = strcmp(prompt, "-");
+    continue_text(is_given ? (Text){(byte *)prompt, strlen(prompt)} : read_input(0));
+  }
+  while (is_interactive) {
+    if (isatty(0)) fputs("> ", stderr);
+    Text line = read_input(1);
+    if (line.n) continue_text(line);
+    if (!line.text) break;
+  }
+  return 0;
+}

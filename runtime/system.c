@@ -1,0 +1,114 @@
+// What a program asks of the system that it runs on: its own file, cores, and the processor's kind.
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "runtime.h"
+
+#if _WIN32
+#include <windows.h>
+#else
+#include <sys/mman.h>
+#endif
+#if __APPLE__
+#include <mach-o/dyld.h>
+#endif
+#if __x86_64__
+#include <cpuid.h>
+#endif
+
+// This program's own file, mapped, or NULL.
+const byte *own_file(long long *size) {
+#if _WIN32
+  static wchar_t path[32768];
+  GetModuleFileNameW(NULL, path, 32768);
+  HANDLE file = CreateFileW(path, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, 0, NULL);
+  LARGE_INTEGER length;
+  if (file == INVALID_HANDLE_VALUE || !GetFileSizeEx(file, &length)) return NULL;
+  *size = length.QuadPart;
+  HANDLE mapping = CreateFileMappingW(file, NULL, PAGE_READONLY, 0, 0, NULL);
+  return mapping ? MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0) : NULL;
+#else
+  char path[4096] = "/proc/self/exe";
+#if __APPLE__
+  uint32_t length = sizeof path;
+  _NSGetExecutablePath(path, &length);
+#endif
+  int file = open(path, O_RDONLY);
+  *size = lseek(file, 0, SEEK_END);
+  void *mapped = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, file, 0);
+  return mapped == MAP_FAILED ? NULL : mapped;
+#endif
+}
+
+#if __x86_64__
+// Which vectors the processor and the system have: 1 for AVX2, 2 for AVX-512 with VNNI, as well.
+static int vectors(void) {
+  const unsigned avx = 3 << 27 | 1 << 29 | 1 << 12, avx2 = 1 << 3 | 1 << 5 | 1 << 8;
+  const unsigned avx512 = 1 << 16 | 1 << 17 | 1 << 28 | 1 << 30 | 1u << 31, vnni = 1 << 11;
+  unsigned a, b, c, d, more, saved;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & avx) != avx) return 0;
+  __asm__("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+  if (!__get_cpuid_count(7, 0, &a, &more, &c, &d) || (more & avx2) != avx2) return 0;
+  if ((more & avx512) == avx512 && c & vnni && (saved & 0xE6) == 0xE6) return 2;
+  return (saved & 6) == 6;
+}
+#endif
+
+static Step *step;
+
+// The step for this processor; VECTORS=0 or 1 has it do without the newest vectors.
+void choose_step(void) {
+  halves = model;
+#if __x86_64__
+  extern Step step_sse2, step_avx2, step_avx512;
+  Step *const steps[] = {step_sse2, step_avx2, step_avx512};
+  const char *limit = getenv("VECTORS");
+  int best = vectors(), most = limit ? atoi(limit) : best;
+  step = steps[best < most ? best : most < 0 ? 0 : most];
+  if (step != step_sse2) return;
+  float *single = malloc(4ll * N_HALVES + 1);
+  if (!single) fail(1, "out of memory");
+  for (long long i = 0; i < N_HALVES; i++) single[i] = widen(((const unsigned short *)model)[i]);
+  halves = single;
+#else
+  extern Step step_any;
+  step = step_any;
+#endif
+}
+
+void give_way(void) { sched_yield(); }
+
+static int n_cores(void) {
+  const char *limit = getenv("NUM_CPU_THREADS");
+#if _WIN32
+  int n = pthread_num_processors_np();
+#else
+  int n = sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+  if (limit && atoi(limit) < n) n = atoi(limit);
+  return n < 1 || !IS_LARGE ? 1 : n < N_SHARES ? n : N_SHARES;
+}
+
+static Team *running;
+
+static void *run_core(void *core) {
+  step(running, (intptr_t)core);
+  return NULL;
+}
+
+void run(Team *team) {
+  static int n;
+  pthread_t threads[N_SHARES];
+  if (!n) n = n_cores();
+  running = team;
+  team->n_cores = n;
+  for (intptr_t core = 1; core < n; core++)
+    if (pthread_create(threads + core, NULL, run_core, (void *)core))
+      fail(1, "the system gives no thread: set NUM_CPU_THREADS=1");
+  step(team, 0);
+  for (int core = 1; core < n; core++) pthread_join(threads[core], NULL);
+}

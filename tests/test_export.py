@@ -1,0 +1,202 @@
+"""export.py: a model as a program, beside run.py.
+
+With GPT_TINY_TARGETS=1 also programs for other machines, where qemu-aarch64-static and wine are.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import DATA, GPT2, REFERENCE, assert_error
+
+import export
+import run
+from gpt_tiny import GPTConfig, initial_weights
+from models import checkpoint
+from tokenizers import SimpleVowelTokenizer
+
+PROMPTS = json.loads((REFERENCE / "expected.json").read_text())
+GREEDY = ["-n", "200", "--temperature", "0"]
+DRAWN = [
+    ["-s", "7"],
+    ["-s", "123456789012345678901234567890", "--temperature", "0.7", "--top-k", "9"],
+    ["--top-p", "0.8", "--stride", "5", "-s7"],
+    ["--temperature=1.5", "--stop", "e", "--seed=3"],
+    ["--stop", "no such text", "-s", "2"],
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[dict, Path]:
+    return {}, tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture
+def program(made, call):
+    """Makes a program of a model, with options of export.py, or finds it."""
+    programs, folder = made
+
+    def program(model: Path, *options: str) -> Path:
+        if (model, options) not in programs:
+            path = folder / f"program_{len(programs)}.exe"
+            assert call(export.main, model, "-o", path, *options).status == 0
+            programs[model, options] = path
+        return programs[model, options]
+
+    return program
+
+
+def started(*words, stdin: str | bytes = b"", **environment: str) -> subprocess.CompletedProcess:
+    stdin = stdin.encode() if isinstance(stdin, str) else stdin
+    environment = {**os.environ, "WINEDEBUG": "-all", **environment}
+    return subprocess.run(
+        list(map(str, words)), input=stdin, capture_output=True, env=environment, timeout=300
+    )
+
+
+def output(*words, **options) -> str:
+    process = started(*words, **options)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.decode()
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory) -> Path:
+    """A model of two shares of one piece each, with the tokenizer for pieces of words."""
+    tokenizer = SimpleVowelTokenizer.load(DATA / "tokenizers" / "vowel.bin")
+    config = GPTConfig(9, tokenizer.vocab_size, n_layers=1, n_heads=3, d_model=21, d_hidden=50)
+    folder = tmp_path_factory.mktemp("models") / "pieces"
+    weights = initial_weights(config, 1)
+    settings = {name: value for name, value in vars(config).items() if name != "gpt2"}
+    checkpoint.save(folder, {"model": settings}, weights, tokenizer)
+    return folder
+
+
+@pytest.mark.parametrize("vectors", ["0", "1", "2"])
+def test_greedy_texts_are_gpt_burns_with_all_vectors_that_processors_have(program, vectors):
+    for prompt in PROMPTS:
+        words = [program(REFERENCE), "-p", prompt["prompt"], *GREEDY]
+        assert output(*words, VECTORS=vectors) == prompt["greedy"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [("char", None), ("char", "int8"), ("pieces", "int8"), ("gpt2", None), ("gpt2", "float16")],
+)
+def test_a_program_writes_what_run_py_writes(program, call, request, model, weights):
+    if model == "gpt2":
+        pytest.importorskip("tiktoken")
+    folder = {"char": REFERENCE, "gpt2": GPT2}.get(model) or request.getfixturevalue("pieces")
+    options = ["--weights", weights] if weights else []
+    story = program(folder, *options)
+    for words in (GREEDY, *DRAWN):
+        words = ["-p", "Hello, it's the 1st", "-n", "70", *words]
+        assert output(story, *words) == call(run.main, folder, *options, *words).out
+
+
+def test_prompts_come_from_standard_input_whole_or_line_by_line(program, call):
+    story, short = program(REFERENCE), ["-n", "20", "--temperature", "0"]
+    whole = output(story, "-p", "The\n class", *short)
+    assert output(story, "-p", "-", *short, stdin="The\r\n class") == whole
+    lines = [output(story, "-p", line, *short).removeprefix(line) for line in ("A", "The b")]
+    assert output(story, "-i", *short, stdin="A\n\nThe b") == "".join(lines)
+
+
+def test_unknown_characters_are_a_warning_and_characters_come_whole(program):
+    process = started(program(REFERENCE), "-p", "日本The ", "-n", "5")
+    assert process.stderr.decode().startswith("warning: 2 tokens of the prompt")
+    assert process.stdout.decode().startswith("日本The ")
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["-n", "0"], 2, "argument --n-new-tokens: '0' is not a whole number of at least 1"),
+        (["--top-k", "x"], 2, "argument --top-k: 'x' is not a whole number of at least 1"),
+        (["--temperature", "nan"], 2, "argument --temperature: 'nan' is not a number"),
+        (["-s", "-1"], 2, "argument --seed: '-1' is not a whole number of at least 0"),
+        (["--stride", "65"], 1, "a stride of 65 is beyond the context of 64"),
+        (["--stop", ""], 2, "--stop is empty"),
+        (["--stop", "x" * 1001], 2, "give 1 to 1000 bytes"),
+        (["-n5", "--no-such"], 2, "unrecognized arguments: --no-such"),
+        (["-n", "5", "-p"], 2, "argument -p: expected one argument"),
+        (["other"], 2, "unrecognized arguments: other"),
+        (["-p", ""], 1, "the prompt is empty"),
+        ([b"-p", b"a\xff"], 1, "not UTF-8: invalid byte 0xff at offset 1"),
+    ],
+)
+def test_wrong_usage_of_a_program_is_one_line(program, words, status, says):
+    process = subprocess.run([program(REFERENCE), *words], capture_output=True)
+    assert (process.returncode, process.stdout) == (status, b"")
+    assert process.stderr.startswith(b"error: ") and process.stderr.count(b"\n") == 1
+    assert says in process.stderr.decode()
+
+
+def test_a_program_shows_its_flags(program):
+    assert "--temperature N" in output(program(REFERENCE), "--help")
+
+
+def test_a_truncated_or_altered_program_refuses(program, tmp_path):
+    data = program(REFERENCE).read_bytes()
+    place = len(data) - 100_000  # within the weights
+    altered = data[:place] + bytes([data[place] ^ 128]) + data[place + 1 :]
+    for copy in (altered, data[:-8], data[:-1], data[:place]):
+        path = tmp_path / "copy"
+        path.write_bytes(copy)
+        path.chmod(0o755)
+        process = started(path)
+        assert process.returncode == 1
+        assert process.stderr == b"error: this program is truncated or altered\n"
+
+
+def test_weights_are_in_the_precision_of_their_file(program):
+    weights = (REFERENCE / "model.mpk").stat().st_size
+    assert weights < program(REFERENCE).stat().st_size < weights + 400_000
+
+
+@pytest.mark.parametrize("cores", ["1", "2", "3", "24"])
+def test_any_number_of_cores_writes_the_same(program, monkeypatch, cores):
+    monkeypatch.setattr(export, "MIN_SHARED_BYTES", 0)
+    story = program(REFERENCE, "--weights", "int8")
+    assert output(story, *GREEDY, NUM_CPU_THREADS=cores) == output(
+        program(REFERENCE, "--weights", "int8"), *GREEDY, NUM_CPU_THREADS="1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["nowhere"], 1, "there is no model folder nowhere"),
+        ([REFERENCE, "--target", "vax-vms"], 2, "x86_64-windows"),
+        ([REFERENCE, "--target", "x86_64-linux", "--page"], 2, "--target"),
+        ([REFERENCE, "-o", DATA], 1, "is a folder"),
+        ([REFERENCE, "-o", "/proc/story"], 1, "/proc"),
+        ([], 2, "model_path"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(call, folder, words, status, says):
+    before = sorted(folder.iterdir())
+    result = call(export.main, *words)
+    assert_error(result, status, [says])
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.skipif("GPT_TINY_TARGETS" not in os.environ, reason="GPT_TINY_TARGETS is not set")
+@pytest.mark.parametrize(
+    ("target", "emulator"),
+    [("aarch64-linux", "qemu-aarch64-static"), ("x86_64-windows", "wine"), ("x86_64-macos", None)],
+)
+def test_programs_for_other_machines_write_the_same(program, target, emulator, tmp_path):
+    story = program(REFERENCE, "--target", target)
+    if emulator is None:
+        assert story.read_bytes()[:4] == b"\xcf\xfa\xed\xfe"  # Mach-O; nothing here runs it
+        return
+    assert shutil.which(emulator), emulator
+    here = program(REFERENCE)
+    prompt = PROMPTS[3]  # in German, and longer than the context
+    for words in (["-p", prompt["prompt"], *GREEDY], ["-p", "日", "-n", "100", "-s", "5"]):
+        expected = output(here, *words)
+        assert output(emulator, story, *words, WINEPREFIX=str(tmp_path)) == expected

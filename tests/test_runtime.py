@@ -1,0 +1,98 @@
+"""The C of exported models beside the Python that it stands for: tokens and sampling."""
+
+import ctypes
+import math
+
+import numpy as np
+import pytest
+from conftest import DATA, GPT2
+from hypothesis import given
+from hypothesis import strategies as st
+from texts import TEXTS, few_examples, mixed_text
+
+import export
+import tokenizers
+from generation import Generator, sample
+from gpt_tiny import GPT, GPTConfig, initial_weights
+from runtime import build
+
+# a digit, a fraction and letters that are not ASCII's, a mark that joins, a space of no width
+MARKS = "the ing's 've\n\r \u0661\xbd\xb2x \u017f\u0308 \u200b\U0001f525"
+
+
+def tokenizer_of(name: str) -> tokenizers.Tokenizer:
+    if name == "bpe":
+        pytest.importorskip("tiktoken")
+        return tokenizers.load("bpe", GPT2)
+    if name == "vowel":
+        return tokenizers.SimpleVowelTokenizer.load(DATA / "tokenizers" / "vowel.bin")
+    return tokenizers.CharTokenizer()
+
+
+class Sampling(ctypes.Structure):
+    _fields_ = (("temperature", ctypes.c_double), ("top_p", ctypes.c_double))
+    _fields_ += (("top_k", ctypes.c_int),)
+
+
+@pytest.fixture(scope="module", params=["char", "vowel", "bpe"])
+def both(request, tmp_path_factory):
+    """A tokenizer, and the C for a model with it, in this process."""
+    tokenizer, folder = tokenizer_of(request.param), tmp_path_factory.mktemp(request.param)
+    config = GPTConfig(4, tokenizer.vocab_size, n_layers=1, n_heads=1, d_model=4, d_hidden=4)
+    generator = Generator(GPT(config, initial_weights(config, 0)))
+    export.write_sources(generator, tokenizer, folder)
+    files = ["-shared", "-fPIC", "-DSTEP=step_any", "-DHALVES_ARE_SINGLE", "-Wno-everything"]
+    files += [build.RUNTIME / name for name in ("page.c", "steps.c")] + build.SHARED
+    library = ctypes.CDLL(str(build.compiled(folder, folder / "model.so", *files)))
+    library.model_place.restype = ctypes.c_void_p
+    model = (folder / "model.bin").read_bytes()
+    ctypes.memmove(library.model_place(), model, len(model))
+    return tokenizer, library
+
+
+@few_examples
+@given(st.text() | mixed_text | st.text(st.sampled_from(MARKS)))
+def test_texts_are_encoded_as_in_python(both, text):
+    tokenizer, library = both
+    text = text.encode(errors="replace")
+    ids, scratch = (np.zeros(len(text) + 1, np.int32) for _ in range(2))
+    n = library.encode(text, len(text), ids.ctypes, scratch.ctypes)
+    assert ids[:n].tolist() == tokenizer.encode(text.decode()).tolist()
+
+
+def test_a_long_text_is_encoded_as_in_python(both):
+    tokenizer, library = both
+    text = "".join(TEXTS) + " " * 300 + "a" * 300
+    data = text.encode(errors="replace")
+    ids, scratch = (np.zeros(len(data), np.int32) for _ in range(2))
+    n = library.encode(data, len(data), ids.ctypes, scratch.ctypes)
+    assert ids[:n].tolist() == tokenizer.encode(data.decode()).tolist()
+
+
+@few_examples
+@given(
+    seed=st.integers(0, 2**70),
+    temperature=st.sampled_from([0, 1e-3, 0.7, 1.0, 50.0, 1e12]),
+    top_k=st.none() | st.integers(1, 200),
+    top_p=st.none() | st.floats(0, 1.5),
+    spread=st.sampled_from([0, 1, 30]),
+)
+def test_a_seed_draws_the_tokens_that_it_draws_in_python(
+    both, seed, temperature, top_k, top_p, spread
+):
+    tokenizer, library = both
+    rng = np.random.default_rng(seed)
+    digits = str(seed).encode()
+    assert library.seed(digits, len(digits))
+    sampling = Sampling(temperature, math.inf if top_p is None else top_p, top_k or 0)
+    logits = np.random.default_rng(0).normal(0, spread, (20, 1, tokenizer.vocab_size))
+    for row in np.round(logits.astype(np.float32), 1):  # so that some are equal
+        ours = library.sample(row.ctypes, ctypes.byref(sampling))
+        if tokenizer.unknown is not None:
+            row[:, tokenizer.unknown] = -np.inf
+        assert ours == sample(row, temperature, rng, top_k, top_p)[0]
+
+
+def test_what_is_no_number_is_no_seed(both):
+    _, library = both
+    assert not any(library.seed(text, len(text)) for text in (b"-1", b"x", b"1.5", b"", b"9" * 999))
