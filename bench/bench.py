@@ -24,7 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SCRIPTS_OF_PEERS = ("peers.py", "engines.py")
+OUR_SCRIPTS, SCRIPTS_OF_PEERS = ("ours.py", "exported.py"), ("peers.py", "engines.py")
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Worker:
     def __init__(self, python: str, script: str, job: dict, environment: dict):
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         # peers must not find the project's tokenizers.py, which would hide Hugging Face's
-        path = {"PYTHONPATH": str(ROOT) if script == "ours.py" else ""}
+        path = {"PYTHONPATH": str(ROOT) if script in OUR_SCRIPTS else ""}
         command = [python, str(HERE / script), json.dumps(job)]
         if workers := job.get("workers"):
             sys.path.append(str(ROOT))
@@ -144,6 +144,7 @@ def all_rows(small: bool, peer_python: str) -> Iterator[Row]:
         yield from gpt2_rows(gpt2, weights, 8 if small else 100, 15 if small else 127)
     yield finetune_row(gpt2 | {"context_length": 8 if small else 256})
     yield run_row("8" if small else "200")
+    yield from exported_rows(large_config(small), 8 if small else 200)
 
 
 def large_config(small: bool) -> dict:
@@ -284,6 +285,28 @@ def run_row(n_tokens: str) -> Row:
     ours = launched([sys.executable, str(ROOT / "run.py"), str(model), "-n", n_tokens])
     title = f"python run.py, 114k model, {n_tokens} tokens, warm caches, s"
     return Row("run", title, {"gpt-tiny": ours})
+
+
+def exported_rows(large: dict, n: int) -> Iterator[Row]:
+    """Exported models: a program, and a page within the window and past it."""
+    small = {"model": str(ROOT / "tests/data/gpt_burn_114k"), "n": n}
+    run_py = next(iter(run_row(str(n)).contestants.values()))
+    contestants = {"program": ("exported.py", small | {"kind": "program"}, {}), "run.py": run_py}
+    yield Row("program", f"an exported program, 114k model, {n} tokens, s", contestants)
+
+    within = large["context_length"] - 1
+    job = {"config": large, "n": within, "stored": "float16"}
+    contestants = {
+        "program": ("exported.py", job | {"kind": "tokens"}, {}),
+        "gpt-tiny": ("ours.py", job | {"work": "generate", "n_prompt": 1}, {}),
+    }
+    yield Row("program-large", "an exported program, 83M, half weights, tokens/s", contestants, within)
+    pages = {"within": small | {"n": 63}, "past": small | {"n": 10 * n}, "large": job}
+    for name, job in pages.items():
+        contestants = {"page": ("exported.py", job | {"kind": "page"}, {})}
+        titles = {"within": "114k, within the window", "past": "114k, past it", "large": "83M"}
+        title = f"an exported page, {titles[name]}, tokens/s"
+        yield Row(f"page-{name}", title, contestants, job["n"])
 
 
 def config(**sizes: int) -> dict:

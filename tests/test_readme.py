@@ -33,11 +33,11 @@ def test_a_closed_pipe_ends_quietly():
 
 def test_every_flag_in_the_readme_exists():
     known = ""
-    for script in ("train.py", "run.py"):
+    for script in ("train.py", "run.py", "export.py"):
         known += subprocess.run(
             [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
         ).stdout
-    commands = re.findall(r"^.*python (?:train|run)\.py.*$", README, re.M)
+    commands = re.findall(r"^.*python (?:train|run|export)\.py.*$", README, re.M)
     assert len(commands) > 10
     for command in commands:
         for flag in re.findall(r" (--[a-z-]+)", command):

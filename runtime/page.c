@@ -1,0 +1,51 @@
+// A model in a page: what worker.js calls.
+#include "runtime.h"
+
+#define EXPORT(name) __attribute__((export_name(#name))) name
+enum { MOST_INPUT = 1 << 18 };
+
+// The file of the model lies so far behind that its halves, which are of no use here, have room to
+// become single in place.
+enum { FIRST = 2 * N_HALVES };
+static byte input[MOST_INPUT], space[FIRST + MODEL_BYTES] __attribute__((aligned(64)));
+byte memory[MEMORY_BYTES] __attribute__((aligned(64)));
+const byte *model = space + FIRST;
+const void *halves = space;
+
+static int ids[2 * MOST_INPUT];
+static Sampling sampling;
+static Text new;
+
+void run(Team *team) {
+  extern Step step_any;
+  team->n_cores = 1;
+  step_any(team, 0);
+}
+
+void give_way(void) {}
+
+byte *EXPORT(model_place)(void) { return space + FIRST; }
+int EXPORT(model_bytes)(void) { return MODEL_BYTES; }
+byte *EXPORT(input_place)(void) { return input; }
+int EXPORT(most_input)(void) { return MOST_INPUT; }
+
+// To be called when the model is in its place.
+void EXPORT(widen_halves)(void) {
+  for (long i = 0; i < N_HALVES; i++)
+    ((float *)space)[i] = widen(((const unsigned short *)model)[i]);
+}
+
+// The seed, in digits, is the input; returns whether it is one.
+int EXPORT(set_seed)(int n) { return seed(input, n); }
+
+// The prompt is the input; returns how many of its tokens are unknown.
+int EXPORT(set_prompt)(int n, double temperature, int top_k, double top_p) {
+  sampling = (Sampling){temperature, top_p, top_k};
+  return begin((Text){input, n}, (Text){}, ids);
+}
+
+// Makes a token; returns how many bytes of text are certain by it.
+int EXPORT(next_token)(void) { return (new = next(1, &sampling)).n; }
+const byte *EXPORT(text_place)(void) { return new.text; }
+int EXPORT(is_at_end)(void) { return has_ended; }
+int EXPORT(is_broken)(void) { return !is_finite; }

@@ -1,0 +1,61 @@
+// Runs the model beside the page: tells it when the model is there, and then sends text when asked.
+"use strict";
+const PATIENCE = 30; // milliseconds between two pieces of text
+let model;
+
+const memory = (place, n) => new Uint8Array(model.memory.buffer, place, n);
+
+function unpacked(base64) {
+  const pieces = [], step = 1 << 20; // letters at once; 4 of them are 3 bytes
+  const code = (letter) => letter.charCodeAt(0);
+  for (let at = 0; at < base64.length; at += step)
+    pieces.push(Uint8Array.from(atob(base64.slice(at, at + step)), code));
+  return new Response(new Blob(pieces).stream().pipeThrough(new DecompressionStream("gzip")));
+}
+
+// `program` and `weights` are packed and in base 64; weights may be at an address instead.
+async function load({ program, weights, address }) {
+  model = (await WebAssembly.instantiate(await unpacked(program).arrayBuffer())).instance.exports;
+  const response = weights ? unpacked(weights) : await fetch(address);
+  if (!response.ok) throw Error(`${address}: ${response.status} ${response.statusText}`);
+  const reader = response.body.getReader(), size = model.model_bytes();
+  let n = 0;
+  for (let piece; !(piece = await reader.read()).done; postMessage({ loaded: n / size })) {
+    if (n + piece.value.length > size) throw Error("the weights are another model's");
+    memory(model.model_place() + n, piece.value.length).set(piece.value);
+    n += piece.value.length;
+  }
+  if (n < size) throw Error("the weights are not complete");
+  model.widen_halves();
+  postMessage({ isReady: true });
+}
+
+function put(text) {
+  const bytes = new TextEncoder().encode(text);
+  if (bytes.length > model.most_input()) throw Error("the prompt is too long");
+  memory(model.input_place(), bytes.length).set(bytes);
+  return bytes.length;
+}
+
+function begin({ prompt, seed, temperature, topK, topP }) {
+  if (!model.set_seed(put(seed))) throw Error("the seed is too large");
+  postMessage({ nUnknown: model.set_prompt(put(prompt), temperature, topK, topP) });
+}
+
+// Up to so many tokens, as far as they come in a short time.
+function write({ most }) {
+  const end = performance.now() + PATIENCE;
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  let text = "", nTokens = 0;
+  for (; nTokens < most && !model.is_at_end() && performance.now() < end; nTokens++) {
+    const n = model.next_token();
+    text += decoder.decode(memory(model.text_place(), n));
+  }
+  if (model.is_broken()) throw Error("the model's numbers are not finite");
+  postMessage({ text, nTokens, isAtEnd: model.is_at_end() });
+}
+
+onmessage = ({ data }) =>
+  Promise.resolve(data)
+    .then({ load, begin, write }[data.task])
+    .catch((error) => postMessage({ error: error.message }));

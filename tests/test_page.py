@@ -1,0 +1,250 @@
+"""export.py --page in Debian's Chromium: what a person sees, and that nothing leaves the page."""
+
+import functools
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import GPT2, REFERENCE, ROOT
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+PROMPTS = json.loads((REFERENCE / "expected.json").read_text())
+expect = playwright.expect
+
+
+# All in processes of their own: a fork of this one would keep Playwright's pipe open, and its end
+# would never come.
+def exported(folder: Path, model: Path, *options: str) -> Path:
+    command = [sys.executable, ROOT / "export.py", model, "--page", "-o", folder / "story.html"]
+    subprocess.run([*command, *options], check=True)
+    return folder / "story.html"
+
+
+def exported_as_folder(folder: Path) -> subprocess.CompletedProcess:
+    code = "import command_line as c, export; export.MAX_PAGE_BYTES = 1000; c.run(export.main)"
+    command = [sys.executable, "-c", code, REFERENCE, "--page", "-o", folder]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def text_of_run_py(*words: str | Path) -> str:
+    command = [sys.executable, ROOT / "run.py", *words]
+    out = subprocess.run(command, check=True, capture_output=True).stdout.decode()
+    return out.removesuffix("\n")
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory) -> Path:
+    return exported(tmp_path_factory.mktemp("page"), REFERENCE)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, story):
+    page = browser.new_page()
+    page.requests, page.errors = [], []
+    page.on("request", lambda request: page.requests.append(request.url))
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on("console", lambda message: page.errors.append(message.text))
+    page.goto(story.as_uri())
+    expect(status(page)).to_have_text("Ready")
+    yield page
+    page.close()
+
+
+def status(page):
+    return page.locator("#status")  # the text itself has that role, too
+
+
+def write(page, prompt: str | None = None, **fields) -> str:
+    """Fills the form, writes and returns the text."""
+    names = {"top_k": "Top-k", "top_p": "Top-p"}
+    if prompt is not None:
+        page.get_by_label("Prompt").fill(prompt)
+    for name, value in fields.items():
+        page.get_by_label(names.get(name, name.capitalize()), exact=True).fill(str(value))
+    page.get_by_role("button", name="Write").click()
+    return when_written(page)
+
+
+def when_written(page) -> str:
+    expect(status(page)).to_contain_text("Written at", timeout=60_000)
+    return page.get_by_label("Text", exact=True).text_content()
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt["prompt"][:8])
+def test_greedy_texts_are_gpt_burns(page, prompt):
+    assert write(page, prompt["prompt"], tokens=200, temperature=0) == prompt["greedy"]
+
+
+def test_a_seed_writes_what_it_writes_in_run_py(page):
+    words = ["-p", "The ", "-n", "150", "--top-k", "20", "--top-p", "0.9", "-s", "5"]
+    expected = text_of_run_py(REFERENCE, *words)
+    assert write(page, "The ", tokens=150, top_k=20, top_p=0.9, seed=5) == expected
+
+
+def test_an_empty_prompt_is_a_line_break(page):
+    assert write(page, "", tokens=30) == text_of_run_py(REFERENCE, "-n", "30")
+
+
+def test_going_on_gives_the_text_that_would_have_come_at_once(page):
+    whole = write(page, "The ", tokens=100, seed=3)
+    assert write(page, "The ", tokens=50, seed=3) == whole[: len("The ") + 50]
+    page.get_by_role("button", name="Go on").click()
+    assert when_written(page) == whole
+
+
+def test_stop_is_there_while_it_writes_and_stops(page):
+    stop = page.get_by_role("button", name="Stop")
+    expect(stop).to_be_hidden()
+    page.get_by_label("Tokens").fill("1000000")
+    page.get_by_role("button", name="Write").click()
+    expect(page.get_by_label("Text", exact=True)).to_have_attribute("aria-busy", "true")
+    expect(page.get_by_text("tokens per second")).to_be_visible()
+    stop.click()
+    assert 1 < len(when_written(page)) < 1_000_000
+    expect(stop).to_be_hidden()
+
+
+def test_a_text_can_be_written_by_keyboard(page):
+    page.keyboard.press("Tab")
+    page.keyboard.type("The ")
+    for value in ("20", "0"):
+        page.keyboard.press("Tab")
+        page.keyboard.type(value)
+    for _ in range(3):
+        page.keyboard.press("Shift+Tab")
+        if page.evaluate("document.activeElement.id") == "prompt":
+            break
+    page.keyboard.press("Control+Enter")
+    assert when_written(page) == PROMPTS[1]["greedy"][: len("The ") + 20]
+    assert page.evaluate("document.activeElement.textContent") in ("", "Go on")
+
+
+def test_nothing_leaves_the_page(page):
+    write(page, "The ", tokens=10)
+    assert {url.split(":")[0] for url in page.requests} == {"file", "blob"}
+    policy = page.locator("meta[http-equiv]").get_attribute("content")
+    assert "default-src 'none'" in policy
+    assert not any(word in policy for word in ("connect-src", "http", "*", "unsafe-inline"))
+    fetched = "fetch('http://127.0.0.1:9').then(() => true, () => false)"
+    assert page.errors == []
+    assert page.evaluate(fetched) is False
+    assert "Content Security Policy" in page.errors[0]
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_its_window_in_light_and_dark(page, width, scheme):
+    page.set_viewport_size({"width": width, "height": 700})
+    page.emulate_media(color_scheme=scheme)
+    write(page, "x" * 300, tokens=300)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    red = page.evaluate("parseInt(getComputedStyle(document.body).backgroundColor.slice(4))")
+    assert red < 64 if scheme == "dark" else red > 192
+
+
+def test_it_follows_the_end_of_the_text_unless_the_reader_is_elsewhere(page):
+    page.set_viewport_size({"width": 360, "height": 700})
+    write(page, "The ", tokens=600, seed=3)
+    assert page.evaluate("scrollY > 0 && scrollY + innerHeight >= document.body.scrollHeight - 1")
+    page.evaluate("scrollTo(0, 0)")
+    page.get_by_role("button", name="Go on").press("Enter")
+    when_written(page)
+    assert page.evaluate("scrollY") == 0
+
+
+def test_unknown_characters_are_told(page):
+    assert write(page, "日本The ", tokens=5).startswith("日本The ")
+    expect(page.get_by_text("2 characters or words of the prompt")).to_be_visible()
+
+
+def test_a_field_that_is_wrong_does_not_start(page):
+    page.get_by_label("Tokens").fill("0")
+    page.get_by_role("button", name="Write").click()
+    assert page.evaluate("document.querySelector(':invalid:not(form)').id") == "tokens"
+    expect(status(page)).to_have_text("Ready")
+
+
+def test_copy_takes_the_whole_text(page):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    text = write(page, "The ", tokens=20)
+    page.get_by_role("button", name="Copy").click()
+    expect(status(page)).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == text
+
+
+def test_a_browser_without_simd_is_told_what_is_missing(browser, story):
+    page = browser.new_page()
+    page.add_init_script("WebAssembly.validate = () => false")
+    page.goto(story.as_uri())
+    expect(status(page)).to_contain_text("lacks WebAssembly's SIMD")
+    expect(page.get_by_role("button", name="Write")).to_be_disabled()
+    page.close()
+
+
+def test_the_page_of_a_small_model_is_small(story):
+    assert story.stat().st_size <= 450_000
+
+
+def test_a_gpt2_writes_in_8_bits(browser, tmp_path):
+    pytest.importorskip("tiktoken")
+    page = browser.new_page()
+    page.goto(exported(tmp_path, GPT2, "--weights", "int8").as_uri())
+    words = ["-p", "It's 2 o'clock", "-n", "70", "-s", "1", "--weights", "int8"]
+    assert write(page, "It's 2 o'clock", tokens=70, seed=1) == text_of_run_py(GPT2, *words)
+    page.close()
+
+
+def test_a_large_model_is_a_folder_whose_weights_stream(browser, tmp_path):
+    folder = tmp_path / "story"
+    assert exported_as_folder(folder).returncode == 0
+    assert sorted(os.listdir(folder)) == ["index.html", "model.bin"]
+    page = browser.new_page()
+    page.goto((folder / "index.html").as_uri())
+    expect(status(page)).to_contain_text("python -m http.server")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            page.goto(f"http://127.0.0.1:{server.server_port}/")
+            assert write(page, "The ", tokens=200, temperature=0) == PROMPTS[1]["greedy"]
+            model = (folder / "model.bin").read_bytes()
+            (folder / "model.bin").write_bytes(model[:-64])
+            page.close()
+            page = browser.new_page()  # which has nothing in its cache
+            page.goto(f"http://127.0.0.1:{server.server_port}/")
+            expect(status(page)).to_contain_text("the weights are not complete")
+        finally:
+            server.shutdown()
+    page.close()
+
+
+def test_a_folder_of_someone_elses_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("someone's")
+    result = exported_as_folder(tmp_path)
+    assert result.returncode == 1
+    assert "is no page of ours" in result.stderr
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+@pytest.mark.skipif("GPT_TINY_PICTURE" not in os.environ, reason="GPT_TINY_PICTURE is not set")
+def test_a_picture_for_the_readme(page):
+    page.set_viewport_size({"width": 1200, "height": 760})
+    write(page, "The function ", tokens=465, temperature=0.6, seed=3)
+    page.evaluate("scrollTo(0, 0)")
+    page.screenshot(path=os.environ["GPT_TINY_PICTURE"])
