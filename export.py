@@ -22,7 +22,7 @@ from runtime.tables import tables
 from tokenizers import Tokenizer
 
 MAX_PAGE_BYTES = 64 << 20  # with more, the weights are a file beside the page
-MAX_WASM_BYTES = (4 << 30) - (32 << 20)
+MAX_WASM_BYTES = (4 << 30) - (32 << 20)  # what WebAssembly can address, less code and prompt
 MIN_SHARED_BYTES = 4 << 20  # with fewer, waking a core costs more than it gives
 
 
@@ -54,15 +54,20 @@ def main() -> None:
     with Context(DEV="CPU"), TemporaryDirectory() as folder:
         model, tokenizer = checkpoint.load(arguments.model_path)
         generator = Generator(model, weights=arguments.weights)
-        write_sources(generator, tokenizer, sources := Path(folder))
+        kernels = write_sources(generator, tokenizer, sources := Path(folder))
         if arguments.page:
+            # half precision becomes single there
+            n_bytes = kernels.n_file_bytes + 2 * kernels.n_halves + kernels.n_memory_bytes
+            if n_bytes > MAX_WASM_BYTES:
+                need = f"the page would need {n_bytes / 1e9:.1f} GB, and a browser gives it 4.3"
+                raise ValueError(f"{need}: try --weights int8, or a program")
             write_page(arguments.model_path.resolve().name, sources, output)
         else:
             with folders.replacing_file(output) as new:
                 build.program(target, sources, new)
 
 
-def write_sources(generator: Generator, tokenizer: Tokenizer, folder: Path) -> None:
+def write_sources(generator: Generator, tokenizer: Tokenizer, folder: Path) -> Kernels:
     """Writes C to a folder: kernels.c, the kernels of the steps for one token and for many, one.c
     and many.c, the calls of them, and model.h, the sizes; and model.bin, the weights and tokens."""
     config, steps = generator.model.config, {"one": 1, "many": generator.chunk}
@@ -100,6 +105,7 @@ def write_sources(generator: Generator, tokenizer: Tokenizer, folder: Path) -> N
     (folder / "model.h").write_text(f"enum {{\n{''.join(lines)}}};\n#define HELP {text}\n")
     with (folder / "model.bin").open("wb") as file:
         kernels.write(file)
+    return kernels
 
 
 def help_of_program() -> str:

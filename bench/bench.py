@@ -300,7 +300,9 @@ def exported_rows(large: dict, n: int) -> Iterator[Row]:
         "program": ("exported.py", job | {"kind": "tokens"}, {}),
         "gpt-tiny": ("ours.py", job | {"work": "generate", "n_prompt": 1}, {}),
     }
-    yield Row("program-large", "an exported program, 83M, half weights, tokens/s", contestants, within)
+    yield Row(
+        "program-large", "an exported program, 83M, half weights, tokens/s", contestants, within
+    )
     pages = {"within": small | {"n": 63}, "past": small | {"n": 10 * n}, "large": job}
     for name, job in pages.items():
         contestants = {"page": ("exported.py", job | {"kind": "page"}, {})}

@@ -184,6 +184,13 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(call, folder, wo
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_page_beyond_a_browsers_memory_is_refused(call, folder, monkeypatch):
+    monkeypatch.setattr(export, "MAX_WASM_BYTES", 100_000)
+    before = sorted(folder.iterdir())
+    assert_error(call(export.main, REFERENCE, "--page"), 1, ["GB", "--weights int8"])
+    assert sorted(folder.iterdir()) == before
+
+
 @pytest.mark.skipif("GPT_TINY_TARGETS" not in os.environ, reason="GPT_TINY_TARGETS is not set")
 @pytest.mark.parametrize(
     ("target", "emulator"),
