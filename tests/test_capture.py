@@ -57,6 +57,6 @@ def test_what_is_damaged_or_not_the_users_alone_is_made_anew(folder):
 
 
 def test_a_jit_depends_on_every_file_of_the_program_and_on_no_test():
-    wings = [ROOT / wing for wing in ("backend", "models", "training")]
+    wings = [ROOT / wing for wing in ("backend", "models", "runtime", "training")]
     paths = [path for folder in (ROOT, *wings) for path in folder.glob("*.*")]
     assert capture.source_files() == sorted(x for x in paths if x.suffix in (".py", ".c"))
