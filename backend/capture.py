@@ -107,13 +107,18 @@ def restored(kept: tuple, state: list[UOp]) -> CapturedJit:
 def read_first(linear: UOp) -> Iterator[UOp]:
     """The buffers that are read as a whole before anything is written to them."""
     written = set()
+    for kernel in kernels_of(linear):
+        arguments = get_call_arg_uops(kernel)
+        outs, ins = get_call_outs_ins(kernel)
+        yield from (arguments[i] for i in ins if arguments[i] not in written)
+        written.update(arguments[i] for i in outs)
+
+
+def kernels_of(linear: UOp) -> Iterator[UOp]:
+    """The calls of kernels in a jit, one by one, also of those that a graph runs."""
     for call in linear.src:
         is_graph = call.src[0].op is Ops.CUSTOM_FUNCTION
-        for kernel in call.src[0].src[0].src if is_graph else (call,):
-            arguments = get_call_arg_uops(kernel)
-            outs, ins = get_call_outs_ins(kernel)
-            yield from (arguments[i] for i in ins if arguments[i] not in written)
-            written.update(arguments[i] for i in outs)
+        yield from call.src[0].src[0].src if is_graph else (call,)
 
 
 def source_files() -> list[Path]:

@@ -10,6 +10,8 @@ from tinygrad.engine.jit import jit_lower
 from tinygrad.engine.realize import capturing, get_call_arg_uops
 from tinygrad.uop.ops import Ops, buffers
 
+from backend.capture import kernels_of
+
 N_SHARES = 24  # for 2, 3, 4, 6, 8, 12 or 24 cores they are equal
 
 
@@ -56,12 +58,7 @@ def rendered(function: Callable, *tensors: Tensor, **values: range) -> list[Call
             capturing.clear()
         held = set(buffers)
         linear = jit_lower(UOp(Ops.LINEAR, src=tuple(recorder.kernels)), held, [])
-    return [call_of(kernel) for graph in linear.src for kernel in kernels_of(graph)]
-
-
-def kernels_of(call: UOp) -> tuple[UOp, ...]:
-    is_graph = call.src[0].op is Ops.CUSTOM_FUNCTION
-    return call.src[0].src[0].src if is_graph else (call,)
+    return [call_of(kernel) for kernel in kernels_of(linear)]
 
 
 def call_of(kernel: UOp) -> Call:
