@@ -105,5 +105,6 @@ def processor() -> str:
     """What tells this machine's processor from others that the same code may not run on."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return " ".join(sorted({x for x in lines if x.startswith(("model name", "flags"))}))
+        telling = "model name", "flags", "CPU part", "Features"  # the latter two of Arm
+        return " ".join(sorted({x for x in lines if x.startswith(telling)}))
     return platform.processor()
