@@ -13,6 +13,7 @@ from tinygrad.helpers import ContextVar
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, sint
 
+from backend import bfloat16
 from backend.cores import evenness, share_of
 from backend.memory import filled
 from backend.products import multiply
@@ -26,8 +27,9 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     """`Tensor.einsum` for two tensors, by BLAS (in float32) where they are on the CPU.
 
     Another PRODUCT_DTYPE, "bfloat16", is what operands are rounded to, in the gradients as well;
-    sums stay in float32. Up to FEW_VECTORS are multiplied with the rows of a matrix by products.py,
-    without a gradient. The environment variable BLAS=0 leaves the CPU's products to tinygrad.
+    sums stay in float32. A CPU that multiplies bfloat16 does so, by bfloat16.py. Up to FEW_VECTORS
+    are multiplied with the rows of a matrix by products.py, without a gradient. The environment
+    variable BLAS=0 leaves the CPU's products to tinygrad.
     """
     if not isinstance(b, Tensor):
         return b.product(spec, a)
@@ -44,9 +46,11 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
         n_vectors = math.prod(a.shape[:-1])
         if n_vectors <= FEW_VECTORS.value or b.dtype == dtypes.half:
             return multiply(b, a.reshape(n_vectors, -1)).reshape(*a.shape[:-1], -1)
-    if calls_blas:
+    is_one_loop = sides[0] == 1 and sides.count(1) == 1
+    is_bfloat16 = a.dtype == b.dtype == dtypes.bfloat16 and not is_one_loop
+    if calls_blas and not (is_bfloat16 and bfloat16.sbgemm()):
         a, b = (x.cast(dtypes.float32) for x in (a, b))
-    if sides[0] == 1 and sides.count(1) == 1:
+    if is_one_loop:
         # no more than reading b once, which a plain loop does best; with another side of 1 it may
         # fold to a constant, and the gradients behind it then have no memory
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32)
@@ -55,7 +59,7 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32).contiguous_backward()
     a, b = stored(a), stored(b)
     c = Tensor.empty(*(at_most(sizes[x]) for x in letters_c), device=a.device)
-    address = blas_address(a.device)
+    address = (bfloat16.address if a.dtype == dtypes.bfloat16 else blas_address)(a.device)
     c = Tensor(_product(c.uop, a.uop, b.uop, address.uop, axes))
     return c.shrink(tuple((0, sizes[x]) for x in letters_c))
 
@@ -90,7 +94,10 @@ def _product(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
         # The address is the one among the call's own sources: within a traced function a captured
         # one would be another, empty buffer.
         _, _, a, b, address = call.src
-        of_a, of_b = (UOp.new_buffer(x.device, x.numel(), x.dtype).reshape(x.shape) for x in (a, b))
+        of_a, of_b = (
+            UOp.new_buffer(x.device, x.numel(), dtypes.float32).reshape(x.shape) for x in (a, b)
+        )
+        of_c = of_c.cast(a.dtype)
         if 1 in axes.counts()[1:]:  # behind a norm over one value it is a constant: no memory
             of_c = of_c.contiguous()
         axes_a = Axes(axes.of_c, axes.of_b, axes.of_a, axes.sizes)
@@ -127,6 +134,7 @@ def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
     batches, rows, columns, summed = axes.groups()
     n_batches, m, n, k = axes.counts()
     letters_a, letters_b, letters_c = axes.of_a, axes.of_b, axes.of_c
+    is_bfloat16 = a.dtype == dtypes.bfloat16
     if letters_c[-1] in rows:  # BLAS writes along rows: (a b)' = b' a'
         a, b, letters_a, letters_b = b, a, letters_b, letters_a
         rows, columns, m, n = columns, rows, n, m
@@ -149,11 +157,12 @@ def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
     b, flag_b, step_b = _operand(b, letters_b, summed, columns, indices)
     c, _, step_c = _operand(c, letters_c, rows, columns, indices)
     row_major, flag_a, flag_b = _numbers(dtypes.int32, 101, flag_a, flag_b)
-    m, n, k, step_a, step_b, step_c = _numbers(blas().integer, m, n, k, step_a, step_b, step_c)
+    integer = dtypes.int64 if is_bfloat16 else blas().integer
+    m, n, k, step_a, step_b, step_c = _numbers(integer, m, n, k, step_a, step_b, step_c)
     alpha, beta = _numbers(dtypes.float32, 1.0, 0.0)
     arguments = (row_major, flag_a, flag_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c)
     call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
-    name = f"sgemm_{axes.of_a}_{axes.of_b}_{axes.of_c}"
+    name = f"{'sb' if is_bfloat16 else 's'}gemm_{axes.of_a}_{axes.of_b}_{axes.of_c}"
     info = KernelInfo(name=name, opts_to_apply=(), estimates=Estimates())
     return call.end(core, *ranges).sink(arg=info)
 

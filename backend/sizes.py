@@ -28,6 +28,6 @@ def stored(x: Tensor) -> Tensor:
         return x.contiguous()
     if x.uop.op is Ops.SHRINK and x.uop.src[0].shape == shape:
         return Tensor(x.uop.src[0])  # a cache, as far as it is full
-    whole = Tensor.empty(*shape, device=x.device)
+    whole = Tensor.empty(*shape, device=x.device, dtype=x.dtype)
     place = whole.shrink(tuple((0, size) for size in x.shape))
     return Tensor(whole.uop.after(place.uop.store(x.uop)))

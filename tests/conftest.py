@@ -13,6 +13,8 @@ import pytest
 from tinygrad import TinyJit
 
 import command_line
+from backend import bfloat16
+from backend.compiler import compiled
 from models import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +38,16 @@ def reference():
     """A model that gpt-burn trained, its tokenizer, and what gpt-burn makes of some prompts."""
     prompts = json.loads((REFERENCE / "expected.json").read_text())
     return *checkpoint.load(REFERENCE), prompts
+
+
+@pytest.fixture
+def sbgemm(monkeypatch):
+    """bfloat16.c, on a processor that multiplies no bfloat16 with float32 in place of it."""
+    program = bfloat16.sbgemm() or compiled(f"#define PLAIN 1\n{bfloat16.SOURCE}")
+    monkeypatch.setattr(bfloat16, "sbgemm", lambda: program)
+    bfloat16.address.cache_clear()
+    yield program
+    bfloat16.address.cache_clear()
 
 
 @dataclass

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from tinygrad import Context, Tensor, Variable
 
+from backend.bfloat16 import functions
 from backend.capture import captured
 from backend.cores import largest_divisor
 from backend.memory import Flat, filled, get, put, zeros
@@ -65,6 +66,7 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
         update(rates, batch)
 
     state = [*parameters.parts, *gradients.parts, *optimizer.state, ids, losses]
+    state += functions(config.dtype)
     if parameters.is_one:
         state += [*parameters.whole, *gradients.whole]
     key = (config.model, config.optimizer, config.dtype, n_parts, part_size, world.size)
@@ -95,7 +97,7 @@ def capture_validation(training: Training, world: World) -> Callable[[np.random.
         with Context(PRODUCT_DTYPE=config.dtype):
             loss.assign(model.loss(inputs, targets).reshape(1)).realize()
 
-    state = [*model.parameters().values(), ids, loss]
+    state = [*model.parameters().values(), ids, loss, *functions(config.dtype)]
     validate = captured(validate, state, (config.model, size, config.dtype))
 
     def validation_loss(rng: np.random.Generator) -> float:
