@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import command_line
-from backend import devices
+from backend import bfloat16, devices
 from command_line import bold, number
 from generation import Generator, sample
 from models import checkpoint, folders
@@ -21,6 +21,10 @@ from training.settings import TrainingConfig, changed, flat
 from training.state import Start, Training, begin
 
 DEFAULTS = TrainingConfig()
+ROUNDED_ONLY = (
+    "warning: --dtype bfloat16: this processor multiplies no bfloat16, so operands are rounded and "
+    "multiplied in float32"
+)
 # what may change when a training goes on; a corpus that has moved is known by its checksum
 MAY_CHANGE = {"n_steps", "text_corpus", "output_path"}
 
@@ -169,6 +173,9 @@ def from_model(path: Path, words: list[str]) -> tuple[TrainingConfig, Start]:
 
 def run(training: Training, world: distributed.World) -> int:
     config, folder = training.config, Path(training.position.output_path)
+    is_on_cpu = devices.in_use().startswith("CPU")
+    if config.dtype == "bfloat16" and is_on_cpu and not bfloat16.sbgemm():
+        print(ROUNDED_ONLY, file=sys.stderr)
     parameters = f"parameters: {config.model.n_parameters}, device: {devices.in_use()}"
     print(bold("start training"), "-", parameters)
     print(json.dumps(config.picture(), indent=2), flush=True)

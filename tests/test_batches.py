@@ -3,9 +3,12 @@
 import re
 
 import numpy as np
+import pytest
 from conftest import TINY
+from tinygrad import Device
 
 import train
+from backend import bfloat16
 from models import checkpoint
 
 
@@ -25,8 +28,23 @@ def test_accumulation_gives_the_model_of_whole_batches(call, folder):
         np.testing.assert_allclose(in_parts[name], values, atol=1e-4, err_msg=name)
 
 
-def test_products_of_bfloat16_train_almost_as_those_of_float32(call, folder):
+on_the_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="bfloat16.c is the CPU's")
+
+
+@pytest.mark.parametrize("kernel", [None, pytest.param("sbgemm", marks=on_the_cpu)])
+def test_products_of_bfloat16_train_almost_as_those_of_float32(call, folder, request, kernel):
+    if kernel:
+        request.getfixturevalue(kernel)
     losses, weights = trained(call, folder)
     rounded_losses, rounded_weights = trained(call, folder, "--dtype", "bfloat16")
     assert any((rounded_weights[name] != values).any() for name, values in weights.items())
     np.testing.assert_allclose(rounded_losses, losses, rtol=3e-3)
+
+
+@on_the_cpu
+def test_a_processor_that_multiplies_no_bfloat16_says_so(call, sbgemm, monkeypatch):
+    words = *TINY, "-n", "1", "-x", "--dtype"
+    assert train.ROUNDED_ONLY not in call(train.main, *words, "bfloat16").err
+    monkeypatch.setattr(bfloat16, "sbgemm", lambda: None)
+    assert train.ROUNDED_ONLY not in call(train.main, *words, "float32").err
+    assert train.ROUNDED_ONLY in call(train.main, *words, "bfloat16").err
