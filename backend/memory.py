@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 import mmap
 import sys
@@ -109,25 +110,29 @@ def get(tensor: Tensor) -> np.ndarray:
 class Flat:
     """Float32 tensors of these shapes, 0 at first: `parts`, and `whole`, which is all of them.
 
-    On the CPU `whole` is one tensor (n,) over the memory of the parts; elsewhere, where not every
-    backend has parts of a buffer, it is the parts. tinygrad does not know that they are the same:
-    realise what is written to one before the other is read.
+    On the CPU `whole` is one tensor (n,) over the memory of the parts, of `array` if that is given;
+    elsewhere, where not every backend has parts of a buffer, it is the parts. tinygrad does not
+    know that they are the same: realise what is written to one before the other is read.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]):
+    def __init__(self, shapes: Sequence[tuple[int, ...]], array: np.ndarray | None = None):
         self.shapes = list(shapes)
         self.is_one = Device.DEFAULT.startswith("CPU")
         if not self.is_one:
             self.whole = self.parts
             return
-        sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in self.shapes]
-        self.array = aligned_zeros(sum(sizes))
+        sizes = [padded_size(shape) for shape in self.shapes]
+        self.array = aligned_zeros(sum(sizes)) if array is None else array
         padded = np.split(self.array, np.cumsum(sizes)[:-1])
         self.arrays = [
             array[: math.prod(shape)].reshape(shape)
             for array, shape in zip(padded, self.shapes, strict=True)
         ]
         self.whole = [Tensor.from_blob(self.array.ctypes.data, self.array.shape)]
+
+    def like(self) -> "Flat":
+        """Another one, laid out alike."""
+        return Flat(self.shapes)
 
     @functools.cached_property
     def parts(self) -> list[Tensor]:
@@ -145,3 +150,54 @@ class Flat:
                 place[...] = part
             else:
                 put(place, part.astype(np.float32, copy=False))
+
+    def stack(self, whole: list[Tensor]) -> Tensor:
+        """What is laid out as `whole`, of n parts of one shape -> (n, *shape)"""
+        n, shape = len(self.shapes), self.shapes[0]
+        if not self.is_one:
+            return Tensor.stack(*whole)
+        return whole[0].reshape(n, -1)[:, : math.prod(shape)].reshape(n, *shape)
+
+    def unstack(self, stacked: Tensor) -> list[Tensor]:
+        """The way back: (n, *shape) -> what is laid out as `whole`."""
+        if not self.is_one:
+            return [stacked[i] for i in range(len(self.shapes))]
+        rows = stacked.flatten(1)
+        return [rows.pad(((0, 0), (0, padded_size(self.shapes[0]) - rows.shape[1]))).flatten()]
+
+
+class Groups(Flat):
+    """A Flat in which some parts lie side by side: `groups` are Flats of these, `indices` says of
+    which, and `whole` is the groups' wholes, one after the other."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], indices: Sequence[Sequence[int]]):
+        self.shapes, self.indices = list(shapes), list(indices)
+        self.is_one = Device.DEFAULT.startswith("CPU")
+        of_groups = [[self.shapes[i] for i in group] for group in self.indices]
+        arrays = [None] * len(of_groups)
+        if self.is_one:
+            sizes = [sum(map(padded_size, shapes)) for shapes in of_groups]
+            self.array = aligned_zeros(sum(sizes))
+            arrays = np.split(self.array, np.cumsum(sizes)[:-1])
+        self.groups = [Flat(*each) for each in zip(of_groups, arrays, strict=True)]
+        self.whole = [tensor for group in self.groups for tensor in group.whole]
+
+    def like(self) -> "Groups":
+        return Groups(self.shapes, self.indices)
+
+    @functools.cached_property
+    def parts(self) -> list[Tensor]:
+        return self._in_order(group.parts for group in self.groups)
+
+    @functools.cached_property
+    def arrays(self) -> list[np.ndarray]:
+        return self._in_order(group.arrays for group in self.groups)
+
+    def _in_order(self, of_groups: Iterable[list]) -> list:
+        """The groups' things in the order of the shapes."""
+        numbered = zip(itertools.chain(*self.indices), itertools.chain(*of_groups), strict=True)
+        return [thing for _, thing in sorted(numbered, key=lambda pair: pair[0])]
+
+
+def padded_size(shape: tuple[int, ...]) -> int:
+    return -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT

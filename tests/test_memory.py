@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from tinygrad import Tensor, dtypes
 
-from backend.memory import Flat, filled, get, on_cpu, put, zeros
+from backend.memory import Flat, Groups, filled, get, on_cpu, put, zeros
 
-SHAPES = [(3, 5), (17,), (1,)]
+SHAPES = [(3, 5), (17,), (3, 5), (1,)]
 
 
-def test_parts_and_whole_hold_the_same():
-    flat = Flat(SHAPES)
+@pytest.mark.parametrize("flat", [Flat(SHAPES), Groups(SHAPES, [[2, 0], [3, 1]]).like()])
+def test_parts_and_whole_hold_the_same(flat):
     arrays = [np.full(shape, number + 1, np.float32) for number, shape in enumerate(SHAPES)]
     flat.write(arrays)
     for ours, array in zip(flat.read(), arrays, strict=True):
@@ -19,6 +19,21 @@ def test_parts_and_whole_hold_the_same():
     Tensor.realize(*doubled)
     for part, array in zip(flat.parts, arrays, strict=True):
         np.testing.assert_array_equal(part.numpy(), 2 * array)
+
+
+def test_the_parts_of_a_group_are_a_stack_and_the_rest_another_flat():
+    flat = Groups(SHAPES, [[2, 0], [1, 3]])
+    arrays = [np.full(shape, number + 1, np.float32) for number, shape in enumerate(SHAPES)]
+    flat.write(arrays)
+    matrices, others = flat.groups
+    stacked = matrices.stack(matrices.whole)
+    np.testing.assert_array_equal(stacked.numpy(), [arrays[2], arrays[0]])
+    doubled = zip(matrices.whole, matrices.unstack(2 * stacked), strict=True)
+    Tensor.realize(*(whole.assign(new) for whole, new in doubled))
+    for number, ours in enumerate(flat.read()):
+        np.testing.assert_array_equal(ours, arrays[number] * (2 if number in (0, 2) else 1))
+    for ours, array in zip(others.read(), (arrays[1], arrays[3]), strict=True):
+        np.testing.assert_array_equal(ours, array)
 
 
 def test_get_copies_what_put_copied():
