@@ -44,11 +44,15 @@ def make_parser(defaults: TrainingConfig) -> command_line.ArgumentParser:
     add("-n", "--n-steps", type=size, help=f"steps of {defaults.batches_per_step} batches")
     add("-b", "--batch-size", type=size, help="windows in a batch")
     add("--accumulate", type=size, help="parts to compute a batch in, to save memory")
+    optimizer_help = "muon: for the matrices of the blocks, beside AdamW"
+    add("--optimizer", dest="algorithm", choices=["adamw", "muon"], help=optimizer_help)
     add("-r", "--learning-rate", type=rate, help="of AdamW")
+    add("--muon-learning-rate", type=rate, help="of Muon, which rises and decays as AdamW's")
     add("--warmup", type=number(int, 0), help="batches in which the rate rises to that")
     add("--decay", choices=["none", "cosine"], help="how the rate falls after it")
-    add("--min-learning-rate", type=rate, help="where the decay ends")
-    add("--weight-decay", type=rate, help="of AdamW")
+    min_help = "where the decay of AdamW's rate ends, and Muon's at the same share"
+    add("--min-learning-rate", type=rate, help=min_help)
+    add("--weight-decay", type=rate, help="of AdamW and Muon")
     clip_help = "the longest that a gradient may be (default: any length)"
     add("--grad-clip", dest="grad_clipping", type=rate, help=clip_help)
     add("--dropout", type=number(float, 0, 1), help="share of values dropped")
@@ -88,8 +92,8 @@ def configure(words: list[str], began: TrainingConfig | None = None) -> Training
 
 def flag(name: str, value: object) -> str:
     """A setting as one writes it."""
-    name = {"grad_clipping": "grad_clip", "max_vocab_size": "vocab_size"}.get(name, name)
-    return f"--{name.replace('_', '-')} {value}"
+    given = {"grad_clipping": "grad_clip", "max_vocab_size": "vocab_size", "algorithm": "optimizer"}
+    return f"--{given.get(name, name).replace('_', '-')} {value}"
 
 
 def refuse_contradictions(

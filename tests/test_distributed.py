@@ -72,6 +72,14 @@ def test_dropout_differs_between_workers(tmp_path, of_one):
     assert with_dropout[0]["checksum"] == with_dropout[1]["checksum"]
 
 
+def test_workers_with_muon_give_the_losses_of_one_and_hold_the_same_bits(tmp_path, mpi):
+    words = ["--dropout", "0", "--optimizer", "muon", "--accumulate", "2", "--grad-clip", "1"]
+    [alone], records = ranks(tmp_path, 1, *words), ranks(tmp_path, 2, *words)
+    for record in records:
+        np.testing.assert_allclose(record["losses"], alone["losses"], rtol=0, atol=1e-4)
+    assert records[0]["checksum"] == records[1]["checksum"]
+
+
 def in_namespaces() -> list[str] | None:
     """Two network namespaces as hosts with a link between them; None where that is not allowed."""
     commands = """

@@ -1,15 +1,20 @@
-"""AdamW is gpt-burn's and PyTorch's; so are the learning rates (tests/data/options.json)."""
+"""AdamW is gpt-burn's and PyTorch's, Muon PyTorch's; so are the learning rates
+(tests/data/options.json)."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from conftest import DATA, at_once
-from tinygrad import Tensor
+from tinygrad import Device, Tensor
 
+from backend import memory
 from backend.memory import Flat
 from gpt_tiny import GPT, GPTConfig
 from models import gpt_burn
-from training.optimizers import AdamW, clipped, learning_rate
+from training.optimizers import AdamW, Muon, clipped, learning_rate, learning_rates
 from training.settings import OptimizerConfig, TrainingConfig
 from training.state import flat_parameters
 
@@ -61,6 +66,18 @@ def test_without_options_the_learning_rate_is_constant():
     assert {learning_rate(config, n) for n in (1, 50, 5000)} == {0.5}
 
 
+def test_muons_learning_rate_keeps_its_share_of_adamws():
+    optimizer = OptimizerConfig(algorithm="muon")
+    schedule = {"n_steps": 2, "warmup": 8, "decay": "cosine", "min_learning_rate": 0.0003}
+    config = TrainingConfig(optimizer=optimizer, muon_learning_rate=0.03, **schedule)
+    for number in (1, 8, 100, 200):
+        rate, muon_rate = learning_rates(config, number)
+        assert rate == learning_rate(config, number)
+        assert muon_rate == pytest.approx(10 * rate, rel=1e-9)
+    config = TrainingConfig(optimizer=optimizer, learning_rate=0, decay="cosine")
+    assert learning_rates(config, 1)[0] == 0 < learning_rates(config, 1)[1]
+
+
 def test_gradients_are_clipped_as_by_pytorch():
     figures = FIGURES["grad_clip"]
     gradients = [Tensor(gradient) for gradient in figures["gradients"]]
@@ -82,3 +99,97 @@ def test_weight_decay_equals_pytorchs_adamw():
         optimizer.step(gradients.whole, rates)
         expected = figures["parameters"][number - 1]
         np.testing.assert_allclose(parameters.read()[0], expected, atol=1e-6)
+
+
+def muon_in_numpy(start: list, gradients: list, config: OptimizerConfig, rate: float) -> list:
+    """The matrices after the updates with these gradients, one by one, as the paper has it."""
+    matrices = [matrix.copy() for matrix in start]
+    momenta = [np.zeros_like(matrix) for matrix in start]
+    for of_update in gradients:
+        for matrix, momentum, gradient in zip(matrices, momenta, of_update, strict=True):
+            momentum[...] = config.momentum * momentum + (1 - config.momentum) * gradient
+            x = config.momentum * momentum + (1 - config.momentum) * gradient
+            x = x.T if (is_tall := x.shape[0] > x.shape[1]) else x
+            x = x / (np.linalg.norm(x) + np.float32(1e-7))
+            for _ in range(5):
+                square = x @ x.T
+                x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+            x = x.T if is_tall else x
+            scale = math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
+            matrix[...] = matrix - rate * config.weight_decay * matrix - rate * scale * x
+    return matrices
+
+
+def muon_in_ours(shapes: dict, start: list, gradients: list, config: OptimizerConfig) -> list:
+    """All parameters after each of the updates, by a jit as in a training, and the optimizer."""
+    parameters = Muon.memory(shapes)
+    parameters.write(start)
+    optimizer, of_loss = Muon(parameters, config), parameters.like()
+    step = at_once(lambda rates: optimizer.step(of_loss.whole, rates))
+    results = []
+    for number, of_update in enumerate(gradients, 1):
+        of_loss.write(of_update)
+        step(Tensor(optimizer.rates(0.003, 0.02, number)).realize())
+        results.append([array.copy() for array in parameters.read()])
+    return results
+
+
+BLOCK = {
+    "pwff.linear_1.weight": (12, 6),
+    "pwff.linear_1.bias": (12,),
+    "multi_head.query.weight": (6, 6),
+    "pwff.linear_2.weight": (6, 12),
+    "multi_head.key.weight": (6, 6),
+}
+SHAPES = {
+    "token_embedding.weight": (5, 6),
+    **{f"blocks.{i}.{name}": shape for i in range(3) for name, shape in BLOCK.items()},
+    "linear.weight": (6, 6),  # a matrix, but of no block
+}
+
+
+@pytest.mark.parametrize("is_one", [True, False])
+def test_six_steps_of_muon_equal_those_in_numpy_beside_adamw(monkeypatch, is_one):
+    if not is_one:  # as on a GPU
+        other = SimpleNamespace(DEFAULT="GPU", canonicalize=Device.canonicalize)
+        monkeypatch.setattr(memory, "Device", other)
+    rng = np.random.default_rng(0)
+    start, *gradients = (
+        [rng.standard_normal(shape, np.float32) for shape in SHAPES.values()] for _ in range(7)
+    )
+    config = OptimizerConfig(algorithm="muon", weight_decay=0.1)
+    ours = dict(zip(SHAPES, muon_in_ours(SHAPES, start, gradients, config)[-1], strict=True))
+
+    is_matrix = [name.startswith("blocks.") and "bias" not in name for name in SHAPES]
+    names = [name for name, chosen in zip(SHAPES, is_matrix, strict=True) if chosen]
+    start_of_matrices, *of_matrices = (
+        [array for array, chosen in zip(arrays, is_matrix, strict=True) if chosen]
+        for arrays in (start, *gradients)
+    )
+    expected = muon_in_numpy(start_of_matrices, of_matrices, config, 0.02)
+    for name, array in zip(names, expected, strict=True):
+        np.testing.assert_allclose(ours[name], array, atol=1e-5, err_msg=name)
+
+    parameters, of_loss = Flat(list(SHAPES.values())), Flat(list(SHAPES.values()))
+    parameters.write(start)
+    adamw = AdamW(parameters, config)
+    for number, of_update in enumerate(gradients, 1):
+        of_loss.write(of_update)
+        adamw.step(of_loss.whole, Tensor(adamw.rates(0.003, number)))
+    for name, array in zip(SHAPES, parameters.read(), strict=True):
+        if name not in names:
+            np.testing.assert_allclose(ours[name], array, atol=1e-6, err_msg=name)
+
+
+def test_muon_equals_pytorchs_with_its_newton_schulz_steps_in_float32():
+    figures = FIGURES["muon"]
+    start, *gradients = (
+        [*(np.array(matrix, np.float32) for matrix in matrices), np.zeros(1, np.float32)]
+        for matrices in (figures["start"], *figures["gradients"])
+    )
+    shapes = {f"blocks.{i}.weight": array.shape for i, array in enumerate(start)}
+    config = OptimizerConfig(algorithm="muon", weight_decay=figures["weight_decay"])
+    results = muon_in_ours(shapes, start, gradients, config)
+    for ours, expected in zip(results, figures["parameters"], strict=True):
+        for matrix, theirs in zip(ours[:-1], expected, strict=True):
+            np.testing.assert_allclose(matrix, theirs, atol=1e-5)

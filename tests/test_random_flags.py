@@ -23,6 +23,7 @@ TRAINING = {
     **{"-c": [1, 2, 3, 8, 64, 65], "-d": [1, 3, 4, 8, 48], "-l": [1, 2], "-h": [1, 2, 3, 4]},
     **{"-b": [1, 2, 3, 8], "--accumulate": [1, 2, 3], "-n": [1, 2, 3], "-s": [0, 2**62]},
     **{"-r": [0, 0.003, 1, 1e30], "--warmup": [0, 3, 1000], "--decay": ["none", "cosine", "x"]},
+    **{"--optimizer": ["adamw", "muon"], "--muon-learning-rate": [0, 0.02, 1e30]},
     **{"--min-learning-rate": [0, 0.1], "--weight-decay": [0, 1, 1e30]},
     **{"--grad-clip": [0, 1e-9, 1], "--dropout": [0, 0.1, 0.99, 1]},
     **{"--dtype": ["float32", "bfloat16"], "--validation-size": [1, 3, 8]},

@@ -1,5 +1,6 @@
 """Trainings that are interrupted, killed, or out of disk, as their user sees them."""
 
+import functools
 import os
 import random
 import re
@@ -7,14 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, start
 
-from models import checkpoint
+from gpt_tiny import GPTConfig
+from models import checkpoint, safetensors
 from training import resume
 
+MUON = ["--optimizer", "muon", "--grad-clip", "1", "--decay", "cosine"]
 N_KILLS = int(os.environ.get("GPT_TINY_KILLS", "3"))
 
 
@@ -31,16 +35,24 @@ def step_lines(out: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[list[str], bytes]:
-    """A training without a break: the lines of its steps, and its model."""
-    folder = tmp_path_factory.mktemp("whole")
-    out = train(folder, *TINY, "-n", "4", "-o", "model")
-    return step_lines(out), (folder / "model" / "model.safetensors").read_bytes()
+def whole(tmp_path_factory) -> Callable[..., tuple[list[str], bytes]]:
+    """A training with these words, without a break: the lines of its steps, and its model."""
+
+    @functools.cache
+    def trained(*words: str) -> tuple[list[str], bytes]:
+        folder = tmp_path_factory.mktemp("whole")
+        out = train(folder, *TINY, *words, "-n", "4", "-o", "model")
+        return step_lines(out), (folder / "model" / "model.safetensors").read_bytes()
+
+    return trained
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_resumed_training_equals_uninterrupted(tmp_path, whole, number, status):
-    training = start(tmp_path, *TINY, "-n", "4", "-o", "model")
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, []), (signal.SIGINT, 130, MUON)],
+)
+def test_resumed_training_equals_uninterrupted(tmp_path, whole, number, status, words):
+    training = start(tmp_path, *TINY, *words, "-n", "4", "-o", "model")
     before = training.stdout.readline()
     while not before.endswith("\n") or "step   1/4" not in before.splitlines()[-1]:
         before += training.stdout.readline()
@@ -51,7 +63,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path, whole, number, status):
     assert not (tmp_path / "model" / "config.json").exists()
 
     rest = train(tmp_path, *command)
-    lines, model = whole
+    lines, model = whole(*words)
     assert step_lines(before + out) + step_lines(rest) == lines
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
 
@@ -59,14 +71,19 @@ def test_resumed_training_equals_uninterrupted(tmp_path, whole, number, status):
 def test_a_finished_training_goes_on_for_longer(tmp_path, whole):
     train(tmp_path, *TINY, "-n", "2", "-o", "model", "--checkpoint-every", "1")
     rest = train(tmp_path, "--resume", ".data/checkpoints", "-n", "4")
-    assert step_lines(rest) == whole[0][2:]
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == whole[1]
+    lines, model = whole()
+    assert step_lines(rest) == lines[2:]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
 
 
 def test_flags_that_contradict_the_checkpoint_are_refused(tmp_path):
     train(tmp_path, *TINY, "-n", "1", "--checkpoint-every", "1")
     for words, message in [
         (["-d", "16"], "--d-model 16 contradicts the training to go on with: it has --d-model 8"),
+        (
+            ["--optimizer", "muon"],
+            "--optimizer muon contradicts the training to go on with: it has --optimizer adamw",
+        ),
         (["-n", "0"], "'0' is not a whole number"),
         (["-t", str(ROOT / "README.md")], "--text-corpus"),
     ]:
@@ -74,6 +91,24 @@ def test_flags_that_contradict_the_checkpoint_are_refused(tmp_path):
         out, err = refused.communicate()
         assert refused.returncode in (1, 2) and err.startswith("error: ") and message in err
         assert err.count("\n") == 1 and not out
+
+
+def test_a_checkpoint_holds_what_its_optimizer_keeps_and_is_refused_to_another(tmp_path):
+    train(tmp_path, *TINY, *MUON, "-n", "1", "--checkpoint-every", "1")
+    [folder] = (tmp_path / ".data/checkpoints").iterdir()
+    kept = set(safetensors.read(folder / resume.OPTIMIZER))
+    shapes = checkpoint.shapes(GPTConfig(**checkpoint.read_config(folder)["model"]))
+    matrices = {name for name in shapes if re.search(r"blocks\..*\.weight", name)}
+    expected = {f"momentum.{name}" for name in matrices}
+    for kind in ("moments_1", "moments_2"):
+        expected |= {f"{kind}.{name}" for name in shapes if name not in matrices}
+    assert kept == expected and len(matrices) == 6
+
+    words = (folder / resume.POSITION).read_text().replace('"muon"', '"adamw"')
+    (folder / resume.POSITION).write_text(words)
+    refused = start(tmp_path, "--resume", str(folder))
+    _, err = refused.communicate()
+    assert refused.returncode == 1 and "does not hold what its training.json says" in err
 
 
 def test_a_training_goes_on_with_a_corpus_that_has_moved_and_into_a_new_folder(tmp_path):

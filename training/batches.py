@@ -9,10 +9,10 @@ from tinygrad import Context, Tensor, Variable
 from backend.bfloat16 import functions
 from backend.capture import captured
 from backend.cores import largest_divisor
-from backend.memory import Flat, filled, get, put, zeros
+from backend.memory import filled, get, put, zeros
 from gpt_tiny import Dropout
 from training.distributed import World
-from training.optimizers import learning_rate
+from training.optimizers import clipped, learning_rates
 from training.state import Training
 
 
@@ -27,7 +27,7 @@ def make_plan(training: Training, rng: np.random.Generator, world: World) -> lis
     keys = np.random.default_rng([config.seed, step, 1])
     keys = keys.integers(2**32, size=(n_batches, config.accumulate * world.size))
     numbers = range(step * n_batches + 1, (step + 1) * n_batches + 1)
-    rates = [training.optimizer.rates(learning_rate(config, n), n) for n in numbers]
+    rates = [training.optimizer.rates(*learning_rates(config, n), number=n) for n in numbers]
     plan = (world.part(starts), world.part(keys).astype(np.uint32), np.array(rates, np.float32))
     return [filled(array) for array in plan]
 
@@ -36,7 +36,7 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
     """One batch as captured jits: it takes the row `batch` of each part of the plan, updates the
     parameters and the moments, and leaves its loss, of all a share, in `training.losses`."""
     config, model, parameters = training.config, training.model, training.parameters
-    optimizer, losses, gradients = training.optimizer, training.losses, Flat(parameters.shapes)
+    optimizer, losses, gradients = training.optimizer, training.losses, parameters.like()
     ids = filled(training.training_ids)
     n_parts = config.accumulate
     part_size = config.batch_size // world.size // n_parts
@@ -59,7 +59,10 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
         losses[batch].assign(total).realize()
 
     def update(rates: Tensor, batch: Variable) -> None:
-        optimizer.step(gradients.whole, rates[batch].contiguous())
+        whole, longest = gradients.whole, config.optimizer.grad_clipping
+        if longest is not None:
+            whole = clipped(whole, longest)
+        optimizer.step(whole, rates[batch].contiguous())
 
     def compute_and_update(starts: Tensor, keys: Tensor, rates: Tensor, batch: Variable) -> None:
         compute(starts, keys, batch)

@@ -1,5 +1,5 @@
 """A training on disk: a checkpoint with what it takes to go on, in `training.json` (where it
-stands) and `optimizer.safetensors` (its moments)."""
+stands) and `optimizer.safetensors` (its optimizer's moments, or momentum)."""
 
 import json
 import time
@@ -9,7 +9,7 @@ from pathlib import Path
 import tokenizers
 from gpt_tiny import GPTConfig
 from models import checkpoint, folders, safetensors
-from training.optimizers import moment_names
+from training.optimizers import OPTIMIZERS
 from training.state import Position, Start, Training
 
 CHECKPOINTS = Path(".data/checkpoints")
@@ -21,7 +21,9 @@ def save(folder: Path, training: Training) -> None:
     weights = training.weights()
     with folders.replacing(folder) as new:
         checkpoint.write(new, training.config.picture(), weights, training.tokenizer)
-        safetensors.write(new / OPTIMIZER, training.optimizer.read(weights))
+        names = training.optimizer.state_shapes({name: w.shape for name, w in weights.items()})
+        moments = dict(zip(names, training.optimizer.read(), strict=True))
+        safetensors.write(new / OPTIMIZER, moments)
         (new / POSITION).write_text(json.dumps(asdict(training.position), indent=1))
     if training.latest:  # moments are twice as large as the model
         (training.latest / POSITION).unlink(missing_ok=True)
@@ -39,13 +41,16 @@ def load(path: Path) -> Start:
     config = checkpoint.read_config(folder)
     shapes = checkpoint.shapes(GPTConfig(**config["model"]))
     moments = safetensors.read(folder / OPTIMIZER)
-    expected = dict(zip(moment_names(shapes), 2 * list(shapes.values()), strict=True))
-    if {name: moment.shape for name, moment in moments.items()} != expected:
+    found = {name: moment.shape for name, moment in moments.items()}
+    expected = {name: each.state_shapes(shapes) for name, each in OPTIMIZERS.items()}
+    algorithm = next((name for name in expected if expected[name] == found), None)
+    if algorithm is None:
         raise ValueError(f"{folder / OPTIMIZER} does not belong to the model beside it")
     return Start(
         tokenizers.load(config.get("tokenizer", "char"), folder),
         checkpoint.read_weights(folder, shapes),
-        {name: moments[name] for name in expected},
+        {name: moments[name] for name in expected[algorithm]},
+        algorithm,
         position,
         folder,
         config,

@@ -15,13 +15,15 @@ CORPUS = Path(".data/corpus.txt")
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW's settings, under gpt-burn's names."""
+    """AdamW's settings, under gpt-burn's names, and then ours."""
 
     grad_clipping: float | None = None  # the longest that a gradient may be
     beta_1: float = 0.9
     beta_2: float = 0.999
     epsilon: float = 1e-5
     weight_decay: float = 1e-4
+    algorithm: str = "adamw"  # or "muon", for the matrices of the blocks
+    momentum: float = 0.95  # Muon's
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class TrainingConfig:
     tokenizer: str = "char"
     max_vocab_size: int = 2000
     accumulate: int = 1
+    muon_learning_rate: float = 0.02
     warmup: int = 0
     decay: str = "none"
     min_learning_rate: float = 0.0
@@ -71,6 +74,7 @@ class TrainingConfig:
         picture = {name: settings[name] for name in names[: names.index("tokenizer") + 1]}
         if not self.model.gpt2:
             del picture["model"]["gpt2"]
+        del picture["optimizer"]["algorithm"], picture["optimizer"]["momentum"]
         clipping = picture["optimizer"]["grad_clipping"]
         picture["optimizer"]["grad_clipping"] = clipping and {"Norm": clipping}
         return picture

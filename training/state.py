@@ -20,7 +20,7 @@ from gpt_tiny import GPT, initial_weights
 from models import checkpoint, folders
 from tokenizers import Tokenizer
 from training.distributed import World
-from training.optimizers import AdamW
+from training.optimizers import OPTIMIZERS, AdamW, Muon
 from training.settings import TrainingConfig
 
 
@@ -46,6 +46,7 @@ class Start:
     tokenizer: Tokenizer | None = None
     weights: Mapping[str, np.ndarray] = field(default_factory=dict)  # without them, random ones
     moments: Mapping[str, np.ndarray] = field(default_factory=dict)
+    algorithm: str = ""  # whose moments these are
     position: Position = field(default_factory=Position)
     folder: Path | None = None
     config: dict = field(default_factory=dict)  # its config.json
@@ -60,7 +61,7 @@ class Training:
     position: Position
     model: GPT
     parameters: Flat  # the model's memory
-    optimizer: AdamW
+    optimizer: AdamW | Muon
     losses: Tensor  # (batches_per_step,), of this rank's shares
     latest: Path | None  # the newest checkpoint
 
@@ -105,13 +106,15 @@ def begin(config: TrainingConfig, ids: np.ndarray, start: Start, world: World) -
     position.output_path = output_folder(config, position.output_path) if is_kept else ""
 
     model = GPT(config.model)
-    parameters = flat_parameters(model)
-    optimizer, losses = AdamW(parameters, config.optimizer), zeros(config.batches_per_step)
+    algorithm = config.optimizer.algorithm
+    parameters = flat_parameters(model, algorithm)
+    optimizer = OPTIMIZERS[algorithm](parameters, config.optimizer)
+    losses = zeros(config.batches_per_step)
     if world.rank == 0:
         weights = start.weights or initial_weights(config.model, config.seed)
         parameters.write([weights[name] for name in model.parameters()])
         if start.moments:
-            optimizer.write(start.moments)
+            optimizer.write(start.moments.values())
         to_come = config.batches_per_step - position.batch
         put(losses, np.pad(np.float32(position.losses), (0, to_come)))
     start.weights = start.moments = {}  # their memory is needed
@@ -121,11 +124,11 @@ def begin(config: TrainingConfig, ids: np.ndarray, start: Start, world: World) -
     return Training(config, start.tokenizer, *ids, position, *learned, start.folder)
 
 
-def flat_parameters(model: GPT) -> Flat:
+def flat_parameters(model: GPT, algorithm: str = "adamw") -> Flat:
     """Memory for the parameters, in which the model has them from now on."""
-    tensors = list(model.parameters().values())
-    parameters = Flat([tensor.shape for tensor in tensors])
-    for tensor, part in zip(tensors, parameters.parts, strict=True):
+    tensors = model.parameters()
+    parameters = OPTIMIZERS[algorithm].memory({name: p.shape for name, p in tensors.items()})
+    for tensor, part in zip(tensors.values(), parameters.parts, strict=True):
         tensor.replace(part)
     return parameters
 
@@ -157,6 +160,8 @@ def check_same_training(config: TrainingConfig, checksum: int, start: Start) -> 
     """ValueError if what goes on is not what began, but for the number of steps."""
     if {**start.config, "n_steps": 0} != {**config.picture(), "n_steps": 0}:
         raise ValueError(f"{start.folder}/config.json is not what its training.json says")
+    if start.algorithm != config.optimizer.algorithm:
+        raise ValueError(f"{start.folder} does not hold what its training.json says")
     if start.position.corpus_checksum != checksum:
         raise ValueError(
             "the corpus is not the one that the training began with: name that with --text-corpus"
