@@ -44,14 +44,14 @@ def make_parser(defaults: TrainingConfig) -> command_line.ArgumentParser:
     add("-n", "--n-steps", type=size, help=f"steps of {defaults.batches_per_step} batches")
     add("-b", "--batch-size", type=size, help="windows in a batch")
     add("--accumulate", type=size, help="parts to compute a batch in, to save memory")
-    optimizer_help = "muon: for the matrices of the blocks, beside AdamW"
+    optimizer_help = "muon: Muon for the blocks' matrices, AdamW for all else"
     add("--optimizer", dest="algorithm", choices=["adamw", "muon"], help=optimizer_help)
     add("-r", "--learning-rate", type=rate, help="of AdamW")
-    add("--muon-learning-rate", type=rate, help="of Muon, which rises and decays as AdamW's")
     add("--warmup", type=number(int, 0), help="batches in which the rate rises to that")
     add("--decay", choices=["none", "cosine"], help="how the rate falls after it")
-    min_help = "where the decay of AdamW's rate ends, and Muon's at the same share"
-    add("--min-learning-rate", type=rate, help=min_help)
+    add("--min-learning-rate", type=rate, help="where the decay ends")
+    muon_help = "of Muon; it rises, and decays to the same share of itself, as AdamW's"
+    add("--muon-learning-rate", type=rate, help=muon_help)
     add("--weight-decay", type=rate, help="of AdamW and Muon")
     clip_help = "the longest that a gradient may be (default: any length)"
     add("--grad-clip", dest="grad_clipping", type=rate, help=clip_help)
