@@ -3,21 +3,26 @@
 import ctypes
 import functools
 import math
+import platform
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 from tinygrad import UOp
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.engine.jit import GraphRunner
-from tinygrad.helpers import NUM_CPU_THREADS
+from tinygrad.helpers import NUM_CPU_THREADS, ContextVar
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, Ops
 
 from backend.compiler import compiled
 
 MIN_SHARED_WORK = 1 << 14  # element operations; with fewer, waking a core costs more than it gives
+SHARES_EACH = ContextVar("SHARES_EACH", 4)  # of a core; what it has not begun, others can take
+FUTEX = 202 if platform.machine() == "x86_64" else 98  # the number of Linux's system call
 
 
 def largest_divisor(n: int, limit: int) -> int:
@@ -42,19 +47,20 @@ def plain_loops(kernel: Scheduler) -> Kernel:
             try_optimization(kernel, Opt(OptOps.UPCAST, axis, width))
 
     sizes = [n if isinstance(n, int) else n.vmax for n in kernel.full_shape]
-    if math.prod(sizes) >= MIN_SHARED_WORK:
-        share(kernel)
+    if (work := math.prod(sizes)) >= MIN_SHARED_WORK:
+        share(kernel, work)
     return kernel
 
 
-def share(kernel) -> None:
+def share(kernel, work: int) -> None:
     """Has the cores share the axis that is the most equal for them, of several the outermost."""
     may_be_shared = kernel._globalizable_rngs()  # those that what is stored has
     ranges = [r for r in kernel.rngs if r in may_be_shared and r.src[0].op is Ops.CONST]
     if not ranges or NUM_CPU_THREADS.value == 1:
         return
     shared = max(ranges, key=lambda range_: evenness(range_.vmax + 1))
-    _, first, size = share_of(shared.vmax + 1, next(kernel.opt_range))
+    n_each = min(SHARES_EACH.value, 2 * work // MIN_SHARED_WORK // NUM_CPU_THREADS.value)
+    _, first, size = share_of(shared.vmax + 1, next(kernel.opt_range), n_each=n_each)
     kernel.ast = kernel.ast.substitute({shared: shared.replace(src=(size,)) + first})
 
 
@@ -64,13 +70,15 @@ def evenness(n: int) -> float:
     return n / (-(-n // n_cores) * n_cores)
 
 
-def share_of(n: int, number: int, work: int = MIN_SHARED_WORK) -> tuple[UOp, UOp, UOp]:
-    """The range of the cores that share n pieces of all the work, and for each its first piece and
-    how many."""
-    n_cores = min(n, NUM_CPU_THREADS.value) if work >= MIN_SHARED_WORK else 1
-    core = UOp.range(n_cores, number, AxisType.THREAD)
-    first, end = (c * n // n_cores for c in (core, core + 1))
-    return core, first.simplify(), (end - first).simplify()
+def share_of(
+    n: int, number: int, work: int = MIN_SHARED_WORK, n_each: int = 1
+) -> tuple[UOp, UOp, UOp]:
+    """The range of the shares, so many for each core, of n pieces of all the work, and for each
+    share its first piece and how many."""
+    n_shares = min(n, NUM_CPU_THREADS.value * max(1, n_each)) if work >= MIN_SHARED_WORK else 1
+    share = UOp.range(n_shares, number, AxisType.THREAD)
+    first, end = (x * n // n_shares for x in (share, share + 1))
+    return share, first.simplify(), (end - first).simplify()
 
 
 def columns_summed(kernel) -> list[int]:
@@ -96,47 +104,20 @@ def try_optimization(kernel, optimization: Opt) -> bool:
         return False
 
 
-# Of each kernel, `words` holds its address, in how many shares it comes, which of its arguments is
-# the number of the share, how many arguments it has, and these. Every core runs the whole list.
-RUN_KERNELS = """
-typedef unsigned long long word;
-typedef void kernel_8(word, word, word, word, word, word, word, word);
-typedef void kernel_64(PARAMETERS);
-void run_kernels(word *words, word n_kernels, word core, word n_cores, word *arrived,
-                 int (*yield)(void)) {
-  for (word i = 1; i <= n_kernels; i++) {
-    word kernel = words[0], n_sharing = words[1], share_argument = words[2], n = words[3], a[64];
-    words += 4;
-    for (word share = core; share < n_sharing; share += n_cores) {
-      for (word j = 0; j < n; j++) a[j] = words[j];
-      if (n_sharing > 1) a[share_argument] = share;
-      if (n <= 8) ((kernel_8 *)kernel)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]);
-      else ((kernel_64 *)kernel)(ARGUMENTS);
-    }
-    words += n;
-    __atomic_fetch_add(arrived, 1, __ATOMIC_ACQ_REL);
-    for (word spins = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < i * n_cores; spins++)
-      if (spins > 10000) yield();
-  }
-}
-"""
-RUN_KERNELS = RUN_KERNELS.replace("PARAMETERS", ", ".join(["word"] * 64))
-RUN_KERNELS = RUN_KERNELS.replace("ARGUMENTS", ", ".join(f"a[{i}]" for i in range(64)))
-
-
 class CPUGraph(GraphRunner):
     """The kernels of a captured jit, one after the other, each on all cores."""
 
     def __init__(self, linear: UOp, input_uops: tuple[UOp, ...] = ()):
         super().__init__(linear, input_uops)
-        words, self.input_words, self.variable_words = [], {}, {}
+        words, self.n_shares, self.input_words, self.variable_words = [], 0, {}, {}
         for number, (_, program, buffers, device_variables) in enumerate(self.calls):
             info = program.arg
             addresses = [buffer._buf.va_addr for buffer in buffers]
             values = [device_variables.get(variable.expr, 0) for variable in info.vars]
             core_variable = info.runtimevars.get("core_id")
-            n_sharing = 1 if core_variable is None else info.global_size[0]
-            words += [self.runtimes[number].addr, n_sharing]
+            n_shares = 1 if core_variable is None else info.global_size[0]
+            self.n_shares += n_shares
+            words += [self.runtimes[number].addr, n_shares]
             words += [len(addresses) + (core_variable or 0), len(addresses) + len(values)]
             for position, i in self.uop_replace[number]:
                 self.input_words[len(words) + position] = i
@@ -152,25 +133,29 @@ class CPUGraph(GraphRunner):
             self.words[word] = addresses[i]
         for word, name in self.variable_words.items():
             self.words[word] = var_vals[name]
-        run_kernels(self.words, len(self.calls))
+        run_kernels(self.words, len(self.calls), self.n_shares)
 
 
-def run_kernels(words: ctypes.Array, n_kernels: int) -> None:
-    """Runs the list on every core: a thread for each but the caller's, which takes part."""
-    n_cores, arrived = NUM_CPU_THREADS.value, ctypes.c_uint64(0)
-    threads, run, yield_core = on_all_cores()
-    rest = n_cores, ctypes.byref(arrived), yield_core
-    others = [threads.submit(run, words, n_kernels, core, *rest) for core in range(1, n_cores)]
-    run(words, n_kernels, 0, *rest)
-    for other in others:
-        other.result()
+def run_kernels(words: ctypes.Array, n_kernels: int, n_shares: int) -> None:
+    """Runs the list on every core: a thread for each but the caller's, which takes part. One that
+    comes late finds nothing to do, and nobody waits for it."""
+    n_cores, (threads, run, call) = NUM_CPU_THREADS.value, on_all_cores()
+    state, is_taken = (ctypes.c_uint32 * 32)(), (ctypes.c_char * n_shares)()
+    for core in reversed(range(n_cores)):
+        arguments = words, n_kernels, core, n_cores, state, is_taken, call, FUTEX
+        threads.submit(run, *arguments) if core else run(*arguments)
 
 
 @functools.cache
 def on_all_cores() -> tuple[ThreadPoolExecutor, Callable, ctypes.c_void_p]:
-    """The threads, the function that they call, and the one that this calls while it waits."""
-    word, pointer, program = ctypes.c_uint64, ctypes.c_void_p, compiled(RUN_KERNELS)
-    run = ctypes.CFUNCTYPE(None, pointer, word, word, word, pointer, pointer)(program.addr)
+    """The threads, the function that they call, and the one by which that waits and wakes."""
+    source = Path(__file__).with_name("cores.c").read_text()
+    source = source.replace("PARAMETERS", ", ".join(["word"] * 64))
+    source = source.replace("ARGUMENTS", ", ".join(f"a[{i}]" for i in range(64)))
+    word, pointer, program = ctypes.c_uint64, ctypes.c_void_p, compiled(source)
+    arguments = pointer, word, word, word, pointer, pointer, pointer, word
+    run = ctypes.CFUNCTYPE(None, *arguments)(program.addr)
     run.program = program  # which holds the code
-    yield_core = ctypes.cast(ctypes.CDLL(None).sched_yield, pointer)
-    return ThreadPoolExecutor(NUM_CPU_THREADS.value, "core"), run, yield_core
+    libc = ctypes.CDLL(None)
+    call = ctypes.cast(libc.syscall if sys.platform == "linux" else libc.sched_yield, pointer)
+    return ThreadPoolExecutor(NUM_CPU_THREADS.value, "core"), run, call

@@ -1,9 +1,12 @@
 """What all cores compute together is what one computes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from tinygrad import Context, Device, Tensor, TinyJit, Variable
 
+from backend import cores
 from backend.blas import einsum
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
@@ -36,21 +39,42 @@ def test_products_share_any_size(n_cores):
     np.testing.assert_allclose(product, a @ b.T, rtol=1e-4, atol=1e-4)
 
 
-def test_a_captured_jit_on_all_cores_gives_what_plain_calls_give():
+@pytest.fixture
+def jit_and_plain():
+    """A step as a captured jit, and as plain calls: each gives its results for four arguments."""
     rng = np.random.default_rng(0)
     table = Tensor(rng.standard_normal((16, 64, 128), np.float32)).realize()
     weight = Tensor(rng.standard_normal((128, 128), np.float32)).realize()
+    rows = [Tensor(rng.standard_normal(128, np.float32)).realize() for _ in range(4)]
 
     def step(x: Tensor, start) -> Tensor:
         y = einsum("bti,oi->bto", table * x, weight).softmax(-1)
         return (y.sum(0) + table[start] + y.max()).realize()
 
+    def results(step) -> list[np.ndarray]:
+        starts = (Variable("start", 0, 15).bind(3 * number) for number in range(4))
+        return [step(x, start).numpy() for x, start in zip(rows, starts, strict=True)]
+
     jit = TinyJit(step)
     jit.cnt = 1
-    for number in range(4):
-        x = Tensor(rng.standard_normal(128, np.float32)).realize()
-        start = Variable("start", 0, 15).bind(3 * number)
-        captured = jit(x, start).numpy()
-        with Context(JIT=0):
-            plain = step(x, start).numpy()
-        np.testing.assert_allclose(captured, plain, rtol=1e-5, atol=1e-5)
+    with Context(JIT=0):
+        plain = results(step)
+    return lambda: results(jit), plain
+
+
+@pytest.mark.parametrize("n_cores", [1, 2, 7])  # or more than there are, so that threads must wait
+def test_a_captured_jit_on_all_cores_gives_what_plain_calls_give(jit_and_plain, n_cores):
+    jit, plain = jit_and_plain
+    with Context(NUM_CPU_THREADS=n_cores):
+        for _ in range(3):
+            np.testing.assert_allclose(jit(), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_core_that_never_comes_holds_nobody_up(jit_and_plain, monkeypatch):
+    jit, plain = jit_and_plain
+    jit()
+    _, *rest = cores.on_all_cores()
+    nobody = SimpleNamespace(submit=lambda *_: None)
+    monkeypatch.setattr(cores, "on_all_cores", lambda: (nobody, *rest))
+    with Context(NUM_CPU_THREADS=2):
+        np.testing.assert_allclose(jit(), plain, rtol=1e-5, atol=1e-5)
