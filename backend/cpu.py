@@ -1,22 +1,35 @@
 """tinygrad's CPU device with our compiler, loops and all cores: importing this is enough."""
 
 import platform
+import sys
 
 import tinygrad.codegen.opt.heuristic as heuristic
 import tinygrad.engine.realize as realize
+from tinygrad.device import BufferSpec
 from tinygrad.helpers import getenv
 from tinygrad.renderer import cstyle
+from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
 from tinygrad.runtime.support.hcq2 import HCQ2Compiled
 
 from backend.compiler import CPUCompiler, compiling_processes
 from backend.cores import CPUGraph, plain_loops
 from backend.imports import ops_cpu
+from backend.memory import MIN_HUGE_BYTES, huge_pages
 
 
 class ClangRenderer(cstyle.ClangRenderer):
     def __init__(self, target):
         super().__init__(target)
         self.compiler = CPUCompiler(target.arch.split(","))
+
+
+class CPUAllocator(ops_cpu.CPUAllocator):
+    def _alloc(self, size: int, options: BufferSpec) -> HCQBuffer:
+        if options.external_ptr is not None or size < MIN_HUGE_BYTES or sys.platform != "linux":
+            return super()._alloc(size, options)
+        memory = huge_pages.take(size)
+        address, view = memory.ctypes.data, MMIOInterface(memory.ctypes.data, size, fmt="B")
+        return HCQBuffer(address, size, meta=memory, view=view, owner=self.dev)
 
 
 class CPUDevice(ops_cpu.CPUDevice):
@@ -28,7 +41,7 @@ class CPUDevice(ops_cpu.CPUDevice):
             machine = platform.machine().lower()
             machine = {"amd64": "x86_64", "aarch64": "arm64"}.get(machine, machine)
             renderers = [ClangRenderer, ops_cpu.CPULLVMRenderer]
-            allocator, arch = ops_cpu.CPUAllocator(self), f"{machine},native"
+            allocator, arch = CPUAllocator(self), f"{machine},native"
             HCQ2Compiled.__init__(self, device, allocator, renderers, ops_cpu.CPUProgram, arch=arch)
         self.graph = CPUGraph
 
