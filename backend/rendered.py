@@ -49,7 +49,7 @@ def rendered(function: Callable, *tensors: Tensor, **values: range) -> list[Call
         for name, numbers in values.items()
     }
     recorder, compiler = Recorder(), Device["CPU"].renderer.compiler
-    shares = Context(SPEC=0, PARALLEL=0, NUM_CPU_THREADS=N_SHARES)
+    shares = Context(SPEC=0, PARALLEL=0, NUM_CPU_THREADS=N_SHARES, SHARES_EACH=1)
     with shares, patch.object(compiler, "compile_cached", lambda source: b""):
         capturing.append(recorder)
         try:
