@@ -22,8 +22,8 @@ from training.state import Start, Training, begin
 
 DEFAULTS = TrainingConfig()
 ROUNDED_ONLY = (
-    "warning: --dtype bfloat16: this processor multiplies no bfloat16, so operands are rounded and "
-    "multiplied in float32"
+    "warning: --dtype bfloat16: this processor has no fast products of it, so operands are rounded "
+    "and multiplied in float32"
 )
 # what may change when a training goes on; a corpus that has moved is known by its checksum
 MAY_CHANGE = {"n_steps", "text_corpus", "output_path"}

@@ -42,7 +42,7 @@ def test_products_of_bfloat16_train_almost_as_those_of_float32(call, folder, req
 
 
 @on_the_cpu
-def test_a_processor_that_multiplies_no_bfloat16_says_so(call, sbgemm, monkeypatch):
+def test_a_processor_without_fast_products_of_bfloat16_says_so(call, sbgemm, monkeypatch):
     words = *TINY, "-n", "1", "-x", "--dtype"
     assert train.ROUNDED_ONLY not in call(train.main, *words, "bfloat16").err
     monkeypatch.setattr(bfloat16, "sbgemm", lambda: None)
