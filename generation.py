@@ -8,7 +8,7 @@ from tinygrad import Context, Tensor, Variable
 from tinygrad.nn.state import get_parameters
 
 from backend.blas import FEW_VECTORS
-from backend.capture import captured
+from backend.capture import Captured
 from backend.memory import filled, get, put, zeros
 from backend.products import few_vectors, functions
 from backend.rounded import GREATEST, RoundedMatrix
@@ -45,7 +45,7 @@ class Generator:
         for n in (1, self.chunk):
             ids = filled(np.zeros((batch, n), np.int32))
             values = {"end": range(n, self.context_length + 1), "last": range(n)}
-            self.steps[n] = ids, captured(self.step, state, (model.config, n), **values)
+            self.steps[n] = ids, Captured(self.step, state, (model.config, n), **values)
 
     def step(self, ids: Tensor, end: Variable, last: Variable) -> None:
         """ids (batch, time) at the positions to before `end`; leaves the logits after the one with

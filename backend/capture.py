@@ -23,49 +23,61 @@ from tinygrad.helpers import ContextVar
 from tinygrad.uop.ops import Ops
 
 from backend.blas import blas, blas_address
-from backend.compiler import processor
+from backend.compiler import forked, processor
 
 N_KEPT = 32  # files of a few MB each
 FIRST_PLACE = 10_000  # numbers of the places of the state's buffers: those of arguments are small
 
 
-def captured(
-    function: Callable, state: Sequence[Tensor], key: object, **values: range
-) -> Callable[..., None]:
-    """The function as a jit that is captured at its first call, or read from the cache folder.
+class Captured:
+    """A function as a jit that is captured at its first call, or read from the cache folder.
 
     It takes realised tensors, always of the same shapes, and by name numbers, each of its `values`,
     and returns nothing. `state` is all that it reads and writes beside them, realised; `key` tells
     it from other functions with such a state.
     """
-    jit = TinyJit(function)
-    jit.cnt = 1  # TinyJit would call it plainly once before, which only unrealised state needs
-    device = state[0].device
-    path = None
-    if device.startswith("CPU"):  # where it is tested
-        tensors = [*state, blas_address(device)] if blas() else state
-        state = [tensor.uop.base for tensor in tensors]
-        shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in state]
-        path = cache_folder() / fingerprint(function.__qualname__, key, values, shapes)
-        with contextlib.suppress(Exception):  # to begin with: there is none
-            jit.captured = restored(pickle.loads(read_private(path)), state)
 
-    def call(*tensors: Tensor, **numbers: int) -> None:
-        if jit.captured is not None:  # called as such: TinyJit looks for changes in all arguments
-            jit.captured([tensor.uop.base for tensor in tensors], numbers)
-            return
+    def __init__(self, function: Callable, state: Sequence[Tensor], key: object, **values: range):
+        self.jit, self.values = TinyJit(function), values
+        self.jit.cnt = 1  # else it would call it plainly once, which only unrealised state needs
+        self.path, self.process, device = None, None, state[0].device
+        if device.startswith("CPU"):  # where it is tested
+            tensors = [*state, blas_address(device)] if blas() else state
+            self.state = [tensor.uop.base for tensor in tensors]
+            shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in self.state]
+            self.path = cache_folder() / fingerprint(function.__qualname__, key, values, shapes)
+            self.restore()
+
+    def restore(self) -> None:
+        with contextlib.suppress(Exception):  # to begin with: there is none
+            self.jit.captured = restored(pickle.loads(read_private(self.path)), self.state)
+
+    def begin(self, *tensors: Tensor, **numbers: int) -> None:
+        """Captures it in another process, for whose file the first call waits: two jits that are
+        captured at once keep all cores at work."""
+        if self.path and self.jit.captured is None:
+            self.process = forked(functools.partial(self.capture, *tensors, **numbers))
+
+    def __call__(self, *tensors: Tensor, **numbers: int) -> None:
+        if self.process:
+            self.process.join()
+            self.process = self.restore()
+        if self.jit.captured is None:
+            self.capture(*tensors, **numbers)
+        else:  # called as such: TinyJit looks for changes in all arguments
+            self.jit.captured([tensor.uop.base for tensor in tensors], numbers)
+
+    def capture(self, *tensors: Tensor, **numbers: int) -> None:
         variables = {
-            name: Variable(name, values[name][0], values[name][-1]).bind(number)
+            name: Variable(name, self.values[name][0], self.values[name][-1]).bind(number)
             for name, number in numbers.items()
         }
         # tinygrad need not check its own graphs, nor cut them into parts for a core
-        with Context(SPEC=0, **({"JIT_BATCH_SIZE": 0} if path else {})):
-            jit(*tensors, **variables)
-        if path:
+        with Context(SPEC=0, **({"JIT_BATCH_SIZE": 0} if self.path else {})):
+            self.jit(*tensors, **variables)
+        if self.path:
             with contextlib.suppress(Exception):  # a full disk, say: nothing is lost but time
-                keep(path, jit.captured, state)
-
-    return call
+                keep(self.path, self.jit.captured, self.state)
 
 
 def places(buffers: Sequence[UOp]) -> dict[UOp, UOp]:

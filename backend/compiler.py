@@ -2,8 +2,10 @@
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import hashlib
+import mmap
 import multiprocessing
 import os
 import platform
@@ -12,11 +14,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import tinygrad.engine.worker as worker
-from tinygrad import Device
+from tinygrad import Device, helpers
 from tinygrad.device import TinyELF
+from tinygrad.engine.jit import CapturedJit
 from tinygrad.helpers import PARALLEL
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
@@ -27,6 +33,7 @@ from backend.imports import ops_cpu
 FLAGS = (
     "-O2 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math"
 )
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 FREESTANDING = "-c -x c -fPIC -ffreestanding -nostdlib -fno-ident"
 # What tinygrad writes is C with clang's vectors.
 PROBE = "typedef float f4 __attribute__((ext_vector_type(4))); f4 f(f4 x) { return x + x.wzyx; }"
@@ -77,6 +84,41 @@ def compiled(source: str) -> ops_cpu.CPUProgram:
     return ops_cpu.CPUProgram(device, TinyELF(code, "", device.renderer.target, ()))
 
 
+def can_fork() -> bool:
+    """No GPU that is in use survives it."""
+    is_process = not multiprocessing.current_process().daemon
+    is_on_cpu = sys.platform == "linux" and Device.DEFAULT.startswith("CPU")
+    return is_process and is_on_cpu and PARALLEL.value > 1
+
+
+def begin_fork() -> None:
+    """A process of ours that ends with the one it was forked from, whatever ends that."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # train.py's handlers are for train.py
+        signal.signal(number, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # a connection to tinygrad's cache must not be used on both sides, nor closed on this one
+    begin_fork.connection, helpers._db_connection = helpers._db_connection, None
+
+
+def forked(capture: Callable[[], None]) -> multiprocessing.Process | None:
+    """A process that captures a jit, and runs nothing; None where no process can be forked."""
+    if not can_fork():
+        return None
+
+    def work() -> None:
+        begin_fork()
+        forked_pool.cache_clear()
+        Progress.mine = 1
+        with contextlib.suppress(Exception), patch.object(CapturedJit, "__call__", lambda *_: None):
+            capture()
+        os._exit(0)  # with the processes that compile for it
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    atexit.register(process.kill)
+    return process
+
+
 @functools.cache
 def forked_pool():
     pool = multiprocessing.get_context("fork").Pool(PARALLEL.value, start_worker)
@@ -85,7 +127,7 @@ def forked_pool():
 
 
 def start_worker() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's is for train.py
+    begin_fork()
     worker._init_worker()
 
 
@@ -94,11 +136,37 @@ tinygrads_pool = worker.get_worker_pool
 
 def compiling_processes():
     """The pool that compiles kernels, or None. tinygrad starts processes anew, which import all
-    that this one has imported; without a GPU in use, which no fork survives, they can be forks."""
+    that this one has imported; forks have it."""
     if multiprocessing.current_process().daemon or PARALLEL.value < 2:
         return None
-    can_fork = sys.platform == "linux" and Device.DEFAULT.startswith("CPU")
-    return forked_pool() if can_fork else tinygrads_pool()
+    return forked_pool() if can_fork() else tinygrads_pool()
+
+
+class Progress:
+    """A line on a terminal while kernels are compiled, here and in a fork; it goes away."""
+
+    # for each of the two processes how many are compiled, and of how many
+    counts = np.frombuffer(mmap.mmap(-1, 4 * 8), np.int64).reshape(2, 2)
+    mine = 0
+
+    def __init__(self, total: int, **_):
+        self.counts[self.mine, 1] += total
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def set_description(self, _: str) -> None:
+        pass
+
+    def update(self, n: int) -> None:
+        self.counts[self.mine, 0] += n
+        if sys.stderr.isatty():
+            done, total = self.counts.sum(0)
+            print(f"\rcompiling {done}/{total}", end="", file=sys.stderr, flush=True)
 
 
 def processor() -> str:

@@ -11,7 +11,7 @@ from tinygrad.renderer import cstyle
 from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
 from tinygrad.runtime.support.hcq2 import HCQ2Compiled
 
-from backend.compiler import CPUCompiler, compiling_processes
+from backend.compiler import CPUCompiler, Progress, compiling_processes
 from backend.cores import CPUGraph, plain_loops
 from backend.imports import ops_cpu
 from backend.memory import MIN_HUGE_BYTES, huge_pages
@@ -56,4 +56,4 @@ def optimizations(kernel):
 
 heuristic.hand_coded_optimizations = optimizations
 ops_cpu.ClangRenderer, ops_cpu.CPUDevice = ClangRenderer, CPUDevice
-realize.get_worker_pool = compiling_processes
+realize.get_worker_pool, realize.tqdm = compiling_processes, Progress

@@ -1,6 +1,7 @@
 """A jit that was kept gives what it gave when it was captured, and only the user's own is read."""
 
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "gpt-tiny"
 
 
-def powers() -> tuple[list[float], int]:
-    """Of 3, by a captured function that multiplies by a number in its state; how often it ran."""
+def powers(begins: bool = False) -> tuple[list[float], int]:
+    """Of 3, by a captured function that multiplies by a number in its state; how often it ran, but
+    for the other process in which it may have begun."""
     state, n_runs = zeros(1), 0
     put(state, np.ones(1, np.float32))
 
@@ -29,7 +31,9 @@ def powers() -> tuple[list[float], int]:
         n_runs += 1
         state.assign(state * by).realize()
 
-    multiply, numbers = capture.captured(multiply, [state], "powers"), []
+    multiply, numbers = capture.Captured(multiply, [state], "powers"), []
+    if begins:
+        multiply.begin(Tensor([5.0]).realize())
     for _ in range(3):
         multiply(Tensor([3.0]).realize())
         numbers += get(state).tolist()
@@ -41,6 +45,22 @@ def test_a_kept_jit_gives_the_same_without_capturing_again(folder):
     [kept] = folder.iterdir()
     assert kept.stat().st_mode & 0o777 == 0o600
     assert powers() == ([3, 9, 27], 0)
+
+
+def test_what_another_process_captures_is_not_captured_again_nor_run_there(folder):
+    assert powers(begins=True) == ([3, 9, 27], 0)
+
+
+def test_what_another_process_fails_to_capture_is_captured_here(folder, monkeypatch):
+    this, keep = os.getpid(), capture.keep
+
+    def keep_here(*arguments) -> None:
+        if os.getpid() != this:
+            os.kill(os.getpid(), signal.SIGKILL)
+        keep(*arguments)
+
+    monkeypatch.setattr(capture, "keep", keep_here)
+    assert powers(begins=True) == ([3, 9, 27], 1)
 
 
 def test_what_is_damaged_or_not_the_users_alone_is_made_anew(folder):

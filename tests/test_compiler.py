@@ -1,5 +1,6 @@
 """Any clang serves, and ziglang's where there is none."""
 
+import io
 import os
 import shlex
 import shutil
@@ -8,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
-from tinygrad import Device
+from tinygrad import Device, Tensor
 
-from backend.compiler import PROBE
+from backend.compiler import PROBE, Progress
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
 ZIGLANG = "ziglang"
@@ -82,3 +84,15 @@ def test_on_a_machine_without_a_compiler_the_backend_works(path, tmp_path):
         text=True,
     )
     assert (process.stdout, process.stderr) == ("[6.0]\n", "")
+
+
+def test_a_terminal_shows_what_is_compiled_in_a_line_that_goes_away(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(Progress, "counts", np.zeros((2, 2), int))
+    Progress.counts[1] = 5, 40  # the other process's
+    x = Tensor(np.ones(7, np.float32)).realize()
+    Tensor.realize(x.sum(), (x * 2).contiguous())
+    last, shown = "compiling 7/42", terminal.getvalue()
+    assert shown.split("\r") == ["", "compiling 6/42", last, "\x1b[K"]

@@ -7,7 +7,7 @@ import numpy as np
 from tinygrad import Context, Tensor, Variable
 
 from backend.bfloat16 import functions
-from backend.capture import captured
+from backend.capture import Captured
 from backend.cores import largest_divisor
 from backend.memory import filled, get, put, zeros
 from gpt_tiny import Dropout
@@ -75,8 +75,11 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
     key = (config.model, config.optimizer, config.dtype, n_parts, part_size, world.size)
     numbers = range(config.batches_per_step)
     if world.size == 1:
-        return captured(compute_and_update, state, key, batch=numbers)
-    compute, update = (captured(step, state, key, batch=numbers) for step in (compute, update))
+        train_batch = Captured(compute_and_update, state, key, batch=numbers)
+        # the validation, which comes first, is captured and computed meanwhile
+        train_batch.begin(*make_plan(training, np.random.default_rng(0), world), batch=0)
+        return train_batch
+    compute, update = (Captured(step, state, key, batch=numbers) for step in (compute, update))
 
     def train_batch(starts: Tensor, keys: Tensor, rates: Tensor, batch: int) -> None:
         compute(starts, keys, batch=batch)
@@ -101,7 +104,7 @@ def capture_validation(training: Training, world: World) -> Callable[[np.random.
             loss.assign(model.loss(inputs, targets).reshape(1)).realize()
 
     state = [*model.parameters().values(), ids, loss, *functions(config.dtype)]
-    validate = captured(validate, state, (config.model, size, config.dtype))
+    validate = Captured(validate, state, (config.model, size, config.dtype))
 
     def validation_loss(rng: np.random.Generator) -> float:
         n_starts = ids.shape[0] - config.model.context_length
