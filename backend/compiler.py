@@ -150,6 +150,8 @@ class Progress:
     mine = 0
 
     def __init__(self, total: int, **_):
+        if (self.counts[:, 0] == self.counts[:, 1]).all():
+            self.counts[:] = 0
         self.counts[self.mine, 1] += total
 
     def __enter__(self):
