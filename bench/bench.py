@@ -24,6 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+BUSY = "while True: pass"
 OUR_SCRIPTS, SCRIPTS_OF_PEERS = ("ours.py", "exported.py"), ("peers.py", "engines.py")
 
 
@@ -35,6 +36,7 @@ class Row:
     title: str
     contestants: dict[str, tuple[str, dict, dict]]
     amount: float = 0  # of what is counted per second; 0: the seconds themselves count
+    n_busy: int = 0  # loops that take a core each from whoever works
     runs: dict[str, list[dict]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -111,13 +113,14 @@ class Worker:
 
 def measure(row: Row, n_turns: int, peer_python: str) -> dict:
     """Fills the row's runs and notes; returns the versions of the software that ran."""
-    workers, versions = {}, {}
+    workers, versions, loops = {}, {}, []
     try:
         for who, (script, job, environment) in row.contestants.items():
             print(f"{row.name}: preparing {who}", file=sys.stderr)
             python = peer_python if script in SCRIPTS_OF_PEERS else sys.executable
             workers[who] = Worker(python, script, job, environment)
             versions |= workers[who].prepared.get("versions", {})
+        loops += [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(row.n_busy)]
         for turn in range(n_turns):
             for who, worker in list(workers.items())[:: -1 if turn % 2 else 1]:
                 answer = worker.run()
@@ -128,6 +131,9 @@ def measure(row: Row, n_turns: int, peer_python: str) -> dict:
                     done = f"{row.name}: turn {turn + 1} of {n_turns}"
                     print(f"{done}: {who} {answer['seconds']:.3g} s", file=sys.stderr)
     finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
         for worker in workers.values():
             worker.stop()
     return versions
@@ -158,7 +164,9 @@ def training_rows(small: bool, peer_python: str) -> Iterator[Row]:
         config(context_length=64, d_model=64, n_layers=2, n_heads=2),
         large_config(small),
     )
-    trainings = {"default": (default, 32, 40), "83m": (large, 8, 2)}  # batch size, number of them
+    words = config(context_length=64, d_model=256, n_layers=2, n_heads=4) | {"vocab_size": 50257}
+    # batch size, number of them
+    trainings = {"default": (default, 32, 40), "83m": (large, 8, 2), "vocabulary": (words, 16, 4)}
     if small:
         trainings = {"small": (large, 4, 4)}
 
@@ -170,6 +178,13 @@ def training_rows(small: bool, peer_python: str) -> Iterator[Row]:
             "torch.compile": ("peers.py", job | {"compile": True}, {}),
         }
         yield Row(f"train-{name}", f"training, {name}, batches/s", contestants, n)
+        if name == "vocabulary":
+            continue
+        pair = {who: contestants[who] for who in ("gpt-tiny", "PyTorch eager")}
+        for loops in (1, 2):
+            beside = f"training, {name}, beside {loops} busy loops, batches/s"
+            yield Row(f"busy-{loops}-{name}", beside, pair, n, loops)
+        yield from optional_rows(name, job, n)
         for workers in (2, 4, 8, 16):
             if workers <= max(2, os.cpu_count() or 1):
                 contestants = {
@@ -180,6 +195,21 @@ def training_rows(small: bool, peer_python: str) -> Iterator[Row]:
                 title = f"training with {workers} workers, {name}, batches/s"
                 yield Row(f"workers-{workers}-{name}", title, contestants, n)
         yield from start_rows(name, job, peer_python)
+
+
+def optional_rows(name: str, job: dict, n: int) -> Iterator[Row]:
+    """What train.py does when it is asked to: products of bfloat16, and Muon."""
+    low = job | {"dtype": "bfloat16"}
+    contestants = {
+        "gpt-tiny": ("ours.py", low, {}),
+        "PyTorch eager, autocast": ("peers.py", low, {}),
+    }
+    yield Row(f"bfloat16-{name}", f"training, {name}, bfloat16, batches/s", contestants, n)
+    contestants = {
+        "gpt-tiny, Muon": ("ours.py", job | {"algorithm": "muon"}, {}),
+        "gpt-tiny, AdamW": ("ours.py", job, {}),
+    }
+    yield Row(f"muon-{name}", f"training with Muon, {name}, batches/s", contestants, n)
 
 
 def start_rows(name: str, job: dict, peer_python: str) -> Iterator[Row]:

@@ -15,16 +15,15 @@ from generation import Generator
 from gpt_tiny import GPT, GPTConfig, initial_weights
 from training.batches import capture_training, make_plan
 from training.distributed import World
-from training.settings import Files, TrainingConfig
+from training.settings import Files, TrainingConfig, changed
 from training.state import Start, begin
 
 WORLD = World()
 
 
-def train(config: GPTConfig, n: int, batch_size: int, dtype: str = "float32"):
+def train(config: GPTConfig, n: int, **settings):
     """train.py's batches on made-up ids."""
-    files = Files(no_save=True)
-    config = TrainingConfig(model=config, batch_size=batch_size, dtype=dtype, files=files)
+    config = changed(TrainingConfig(model=config, files=Files(no_save=True)), settings)
     rng = np.random.default_rng(0)
     ids = rng.integers(config.model.vocab_size, size=500_000).astype(np.uint16)
     training = begin(config, ids, Start(), WORLD)

@@ -16,7 +16,17 @@ def test_the_small_bench_measures_every_row(tmp_path):
     commands = [
         [BENCH / "bench.py", "--small", "--json", "start*warm"],
         [BENCH / "accelerator.py", "--small", "--json"],
-        [BENCH / "bench.py", "--small", "--json", "train*", "generate*", "first-token", "run"],
+        [
+            BENCH / "bench.py",
+            "--small",
+            "--json",
+            "train*",
+            "busy-1*",
+            "muon*",
+            "generate*",
+            "first-token",
+            "run",
+        ],
     ]
     environment = os.environ | {"DEV": "CPU"}
     processes = [
@@ -29,6 +39,8 @@ def test_the_small_bench_measures_every_row(tmp_path):
     lines = [line for result in results for line in result["lines"]]
     assert {line["row"] for line in lines} == {
         "train-small",
+        "busy-1-small",
+        "muon-small",
         "float32-plain",
         "float32-beam",
         "bfloat16-plain",
