@@ -93,8 +93,8 @@ def can_fork() -> bool:
 
 def begin_fork() -> None:
     """A process of ours that ends with the one it was forked from, whatever ends that."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # train.py's handlers are for train.py
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's handlers are for train.py, and
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # so is a Ctrl-C, though all processes get it
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # a connection to tinygrad's cache must not be used on both sides, nor closed on this one
     begin_fork.connection, helpers._db_connection = helpers._db_connection, None

@@ -182,7 +182,7 @@ def training_rows(small: bool, peer_python: str) -> Iterator[Row]:
             continue
         pair = {who: contestants[who] for who in ("gpt-tiny", "PyTorch eager")}
         for loops in (1, 2):
-            beside = f"training, {name}, beside {loops} busy loops, batches/s"
+            beside = f"training, {name}, beside {loops} busy loop{'s' * (loops > 1)}, batches/s"
             yield Row(f"busy-{loops}-{name}", beside, pair, n, loops)
         yield from optional_rows(name, job, n)
         for workers in (2, 4, 8, 16):
