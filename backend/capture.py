@@ -23,7 +23,8 @@ from tinygrad.helpers import ContextVar
 from tinygrad.uop.ops import Ops
 
 from backend.blas import blas, blas_address
-from backend.compiler import forked, processor
+from backend.compiler import processor
+from backend.processes import forked
 
 N_KEPT = 32  # files of a few MB each
 FIRST_PLACE = 10_000  # numbers of the places of the state's buffers: those of arguments are small

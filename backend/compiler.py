@@ -1,29 +1,20 @@
 """The C compiler: `CC`, a clang on the PATH, or the one that the package ziglang carries."""
 
-import atexit
 import contextlib
 import ctypes
-import functools
 import hashlib
-import mmap
-import multiprocessing
 import os
 import platform
+import re
 import shlex
 import shutil
-import signal
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
-import numpy as np
-import tinygrad.engine.worker as worker
 from tinygrad import Device, helpers
 from tinygrad.device import TinyELF
-from tinygrad.engine.jit import CapturedJit
-from tinygrad.helpers import PARALLEL
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
 from backend.imports import ops_cpu
@@ -33,7 +24,7 @@ from backend.imports import ops_cpu
 FLAGS = (
     "-O2 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math"
 )
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+ELF, ENTRY, SHT_SYMTAB = b"\x7fELF", 24, 2  # how a file begins, and where in it is the start
 FREESTANDING = "-c -x c -fPIC -ffreestanding -nostdlib -fno-ident"
 # What tinygrad writes is C with clang's vectors.
 PROBE = "typedef float f4 __attribute__((ext_vector_type(4))); f4 f(f4 x) { return x + x.wzyx; }"
@@ -60,6 +51,25 @@ class CPUCompiler(ClangCompiler):
             raise ValueError(f"{command[0]} does not compile: {run.stderr.decode()[:300]}")
         return run.stdout
 
+    def cached_or_source(self, source: str) -> bytes:
+        return (self.cachekey and helpers.diskcache_get(self.cachekey, source)) or source.encode()
+
+    def compile_together(self, sources: list[str]) -> dict[bytes, bytes]:
+        """Source -> object, for sources of one function: the same but for where that begins."""
+        renamed, names = [], []
+        for number, source in enumerate(sources):
+            name = re.search(r"^void (\w+)\(", source, re.MULTILINE)[1]
+            names.append(f"{name}_{number}")  # each process numbers its kernels by itself
+            renamed.append(re.sub(rf"\b{name}\b", names[-1], source))
+        code = self.compile("\n".join(renamed))
+        places, libs = symbols(code), {}
+        for source, name in zip(sources, names, strict=True):
+            lib = code[:ENTRY] + places[name].to_bytes(8, "little") + code[ENTRY + 8 :]
+            libs[source.encode()] = lib
+            if self.cachekey:
+                helpers.diskcache_put(self.cachekey, source, lib)
+        return libs
+
     def find(self) -> list[str]:
         """The command of a working compiler: CC, a clang on the PATH, or ziglang's."""
         for command in (os.environ.get("CC"), shutil.which("clang")):
@@ -77,98 +87,35 @@ class CPUCompiler(ClangCompiler):
         return [str(Path(ziglang.__file__).parent / "zig"), "clang"]
 
 
-def compiled(source: str) -> ops_cpu.CPUProgram:
+def symbols(code: bytes) -> dict[str, int]:
+    """The names in an ELF file of 64 bits, and where in its section each stands."""
+    [start], (step, n) = struct.unpack_from("<Q", code, 40), struct.unpack_from("<HH", code, 58)
+    headers = [struct.unpack_from("<IIQQQQI", code, start + i * step) for i in range(n)]
+    places = {}
+    for _, kind, _, _, offset, size, link in headers:
+        for at in range(offset, offset + size, 24) if kind == SHT_SYMTAB else ():
+            name, _, _, _, place = struct.unpack_from("<IBBHQ", code, at)
+            name = code[headers[link][4] + name :].partition(b"\0")[0]
+            places[name.decode()] = place
+    return places
+
+
+class CPUProgram(ops_cpu.CPUProgram):
+    """tinygrad's, which begins where the ELF file's header says."""
+
+    def __init__(self, dev, obj: TinyELF):
+        super().__init__(dev, obj)
+        if not obj.lib.startswith(ELF):
+            return
+        self.addr += int.from_bytes(obj.lib[ENTRY : ENTRY + 8], "little")
+        self.fxn = ctypes.CFUNCTYPE(None)(self.addr)
+
+
+def compiled(source: str) -> CPUProgram:
     """C of our own, loaded; its first function is at `addr` as long as there is the program."""
     device = Device["CPU"]
     code = device.renderer.compiler.compile_cached(source)
-    return ops_cpu.CPUProgram(device, TinyELF(code, "", device.renderer.target, ()))
-
-
-def can_fork() -> bool:
-    """No GPU that is in use survives it."""
-    is_process = not multiprocessing.current_process().daemon
-    is_on_cpu = sys.platform == "linux" and Device.DEFAULT.startswith("CPU")
-    return is_process and is_on_cpu and PARALLEL.value > 1
-
-
-def begin_fork() -> None:
-    """A process of ours that ends with the one it was forked from, whatever ends that."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's handlers are for train.py, and
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # so is a Ctrl-C, though all processes get it
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # a connection to tinygrad's cache must not be used on both sides, nor closed on this one
-    begin_fork.connection, helpers._db_connection = helpers._db_connection, None
-
-
-def forked(capture: Callable[[], None]) -> multiprocessing.Process | None:
-    """A process that captures a jit, and runs nothing; None where no process can be forked."""
-    if not can_fork():
-        return None
-
-    def work() -> None:
-        begin_fork()
-        forked_pool.cache_clear()
-        Progress.mine = 1
-        with contextlib.suppress(Exception), patch.object(CapturedJit, "__call__", lambda *_: None):
-            capture()
-        os._exit(0)  # with the processes that compile for it
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    atexit.register(process.kill)
-    return process
-
-
-@functools.cache
-def forked_pool():
-    pool = multiprocessing.get_context("fork").Pool(PARALLEL.value, start_worker)
-    atexit.register(pool.terminate)
-    return pool
-
-
-def start_worker() -> None:
-    begin_fork()
-    worker._init_worker()
-
-
-tinygrads_pool = worker.get_worker_pool
-
-
-def compiling_processes():
-    """The pool that compiles kernels, or None. tinygrad starts processes anew, which import all
-    that this one has imported; forks have it."""
-    if multiprocessing.current_process().daemon or PARALLEL.value < 2:
-        return None
-    return forked_pool() if can_fork() else tinygrads_pool()
-
-
-class Progress:
-    """A line on a terminal while kernels are compiled, here and in a fork; it goes away."""
-
-    # for each of the two processes how many are compiled, and of how many
-    counts = np.frombuffer(mmap.mmap(-1, 4 * 8), np.int64).reshape(2, 2)
-    mine = 0
-
-    def __init__(self, total: int, **_):
-        if (self.counts[:, 0] == self.counts[:, 1]).all():
-            self.counts[:] = 0
-        self.counts[self.mine, 1] += total
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-    def set_description(self, _: str) -> None:
-        pass
-
-    def update(self, n: int) -> None:
-        self.counts[self.mine, 0] += n
-        if sys.stderr.isatty():
-            done, total = self.counts.sum(0)
-            print(f"\rcompiling {done}/{total}", end="", file=sys.stderr, flush=True)
+    return CPUProgram(device, TinyELF(code, "", device.renderer.target, ()))
 
 
 def processor() -> str:

@@ -11,10 +11,11 @@ from tinygrad.renderer import cstyle
 from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
 from tinygrad.runtime.support.hcq2 import HCQ2Compiled
 
-from backend.compiler import CPUCompiler, Progress, compiling_processes
+from backend.compiler import CPUCompiler, CPUProgram
 from backend.cores import CPUGraph, plain_loops
 from backend.imports import ops_cpu
 from backend.memory import MIN_HUGE_BYTES, huge_pages
+from backend.processes import Progress, compiling_processes
 
 
 class ClangRenderer(cstyle.ClangRenderer):
@@ -42,7 +43,7 @@ class CPUDevice(ops_cpu.CPUDevice):
             machine = {"amd64": "x86_64", "aarch64": "arm64"}.get(machine, machine)
             renderers = [ClangRenderer, ops_cpu.CPULLVMRenderer]
             allocator, arch = CPUAllocator(self), f"{machine},native"
-            HCQ2Compiled.__init__(self, device, allocator, renderers, ops_cpu.CPUProgram, arch=arch)
+            HCQ2Compiled.__init__(self, device, allocator, renderers, CPUProgram, arch=arch)
         self.graph = CPUGraph
 
 

@@ -1,5 +1,6 @@
 """Any clang serves, and ziglang's where there is none."""
 
+import ctypes
 import io
 import os
 import shlex
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from tinygrad import Device, Tensor
+from tinygrad.device import TinyELF
 
-from backend.compiler import PROBE, Progress
+from backend.compiler import PROBE, CPUProgram
+from backend.processes import Progress
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
 ZIGLANG = "ziglang"
@@ -96,3 +99,16 @@ def test_a_terminal_shows_what_is_compiled_in_a_line_that_goes_away(monkeypatch)
     Tensor.realize(x.sum(), (x * 2).contiguous())
     last, shown = "compiling 7/42", terminal.getvalue()
     assert shown.split("\r") == ["", "compiling 6/42", last, "\x1b[K"]
+
+
+def test_functions_compiled_together_do_what_each_says(compiler):
+    loop = "for (int i = 0; i < 8; i++) x[i] = i / 3.0f;"
+    bodies = {"x[0] += 1;": 5, loop: 0, "x[0] *= x[0];": 16}
+    sources = [f"void f(float *x) {{ {body} }}" for body in bodies]
+    libs = compiler.compile_together(sources)
+    for source, expected in zip(sources, bodies.values(), strict=True):
+        target = Device["CPU"].renderer.target
+        program = CPUProgram(Device["CPU"], TinyELF(libs[source.encode()], "", target, ()))
+        x = np.full(8, 4, np.float32)
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(program.addr)(x.ctypes.data)
+        assert x[0] == expected

@@ -1,0 +1,140 @@
+"""Processes beside this one: some compile kernels, and one may capture a jit meanwhile."""
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from unittest.mock import patch
+
+import numpy as np
+import tinygrad.engine.worker as worker
+from tinygrad import Device, UOp, helpers
+from tinygrad.engine.jit import CapturedJit
+from tinygrad.helpers import PARALLEL
+
+from backend.compiler import ELF, CPUCompiler
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+N_TOGETHER = 4  # kernels in one call: clang takes as long to start as to compile one
+
+
+def can_fork() -> bool:
+    """No GPU that is in use survives it."""
+    is_process = not multiprocessing.current_process().daemon
+    is_on_cpu = sys.platform == "linux" and Device.DEFAULT.startswith("CPU")
+    return is_process and is_on_cpu and PARALLEL.value > 1
+
+
+def begin_fork() -> None:
+    """A process of ours that ends with the one it was forked from, whatever ends that."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's handlers are for train.py, and
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # so is a Ctrl-C, though all processes get it
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # a connection to tinygrad's cache must not be used on both sides, nor closed on this one
+    begin_fork.connection, helpers._db_connection = helpers._db_connection, None
+
+
+def forked(capture: Callable[[], None]) -> multiprocessing.Process | None:
+    """A process that captures a jit, and runs nothing; None where no process can be forked."""
+    if not can_fork():
+        return None
+
+    def work() -> None:
+        begin_fork()
+        forked_pool.cache_clear()
+        Progress.mine = 1
+        with contextlib.suppress(Exception), patch.object(CapturedJit, "__call__", lambda *_: None):
+            capture()
+        os._exit(0)  # with the processes that compile for it
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    atexit.register(process.kill)
+    return process
+
+
+class ForkedPool:
+    """What tinygrad asks of its pool; here a process takes some kernels at once."""
+
+    def __init__(self):
+        self.pool = multiprocessing.get_context("fork").Pool(PARALLEL.value, start_worker)
+        atexit.register(self.pool.terminate)
+
+    def imap_unordered(self, compile_one: Callable, tasks: Iterable[tuple]) -> Iterator[tuple]:
+        tasks = list(tasks)
+        n = max(1, min(N_TOGETHER, len(tasks) // (2 * PARALLEL.value)))
+        some = [(compile_one, tasks[i : i + n]) for i in range(0, len(tasks), n)]
+        for results in self.pool.imap_unordered(compile_some, some):
+            yield from results
+
+
+def compile_some(work: tuple[Callable, list[tuple]]) -> list[tuple[int, UOp]]:
+    """Kernels by tinygrad's function for one, but for clang, which compiles them together."""
+    compile_one, tasks = work
+    with patch.object(CPUCompiler, "compile_cached", CPUCompiler.cached_or_source):
+        results = [compile_one(task) for task in tasks]
+    sources = [program.src[-1].arg for _, program in results]
+    sources = {lib.decode() for lib in sources if not lib.startswith(ELF)}
+    if not sources:
+        return results
+    libs = tasks[0][1][1].compiler.compile_together(sorted(sources))
+
+    def finished(program: UOp) -> UOp:
+        *rest, binary = program.src
+        return program.replace(src=(*rest, binary.replace(arg=libs.get(binary.arg, binary.arg))))
+
+    return [(number, finished(program)) for number, program in results]
+
+
+forked_pool = functools.cache(ForkedPool)
+
+
+def start_worker() -> None:
+    begin_fork()
+    worker._init_worker()
+
+
+tinygrads_pool = worker.get_worker_pool
+
+
+def compiling_processes():
+    """The pool that compiles kernels, or None. tinygrad starts processes anew, which import all
+    that this one has imported; forks have it."""
+    if multiprocessing.current_process().daemon or PARALLEL.value < 2:
+        return None
+    return forked_pool() if can_fork() else tinygrads_pool()
+
+
+class Progress:
+    """A line on a terminal while kernels are compiled, here and in a fork; it goes away."""
+
+    # for each of the two processes how many are compiled, and of how many
+    counts = np.frombuffer(mmap.mmap(-1, 4 * 8), np.int64).reshape(2, 2)
+    mine = 0
+
+    def __init__(self, total: int, **_):
+        if (self.counts[:, 0] == self.counts[:, 1]).all():
+            self.counts[:] = 0
+        self.counts[self.mine, 1] += total
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def set_description(self, _: str) -> None:
+        pass
+
+    def update(self, n: int) -> None:
+        self.counts[self.mine, 0] += n
+        if sys.stderr.isatty():
+            done, total = self.counts.sum(0)
+            print(f"\rcompiling {done}/{total}", end="", file=sys.stderr, flush=True)
