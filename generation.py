@@ -9,8 +9,9 @@ from tinygrad.nn.state import get_parameters
 
 from backend.blas import FEW_VECTORS
 from backend.capture import Captured
+from backend.compiler import addresses
 from backend.memory import filled, get, put, zeros
-from backend.products import few_vectors, functions
+from backend.products import few_vectors, program
 from backend.rounded import GREATEST, RoundedMatrix
 from gpt_tiny import GPT, KeyValueCache
 
@@ -40,7 +41,7 @@ class Generator:
         self.cache = [KeyValueCache(model.config, batch) for _ in model.blocks]
         self.logits = zeros(batch, model.config.vocab_size)
         state = [*model.parameters().values(), *get_parameters(self.cache), self.logits]
-        state += functions()
+        state += addresses(program)
         self.steps = {}  # by the number of tokens that they take, with a buffer for these
         for n in (1, self.chunk):
             ids = filled(np.zeros((batch, n), np.int32))

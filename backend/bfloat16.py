@@ -3,18 +3,15 @@
 import functools
 from pathlib import Path
 
-import numpy as np
-from tinygrad import Device, Tensor
+from tinygrad import Tensor
 
-from backend.compiler import compiled
-from backend.imports import ops_cpu
-from backend.memory import filled
+from backend.compiler import CPUProgram, addresses, compiled
 
 SOURCE = Path(__file__).with_name("bfloat16.c").read_text()
 
 
 @functools.cache
-def sbgemm() -> ops_cpu.CPUProgram | None:
+def sbgemm() -> CPUProgram | None:
     """A function that takes what BLAS's cblas_sgemm takes, with operands of bfloat16 and integers
     of 64 bits; None where the processor is no faster so, which the compiler tells."""
     try:
@@ -27,12 +24,4 @@ def sbgemm() -> ops_cpu.CPUProgram | None:
 
 def functions(dtype: str) -> list[Tensor]:
     """What a captured jit with products of this type reads beside its operands."""
-    device = Device.canonicalize(None)
-    is_used = dtype == "bfloat16" and device.startswith("CPU") and sbgemm()
-    return [address(device)] if is_used else []
-
-
-@functools.cache
-def address(device: str) -> Tensor:
-    """A buffer that holds the address of `sbgemm`."""
-    return filled(np.array([sbgemm().addr], np.uint64), device)
+    return addresses(sbgemm) if dtype == "bfloat16" else []

@@ -15,7 +15,7 @@ from tinygrad.uop.ops import KernelInfo, sint
 
 from backend import bfloat16
 from backend.cores import evenness, share_of
-from backend.memory import filled
+from backend.memory import address_of
 from backend.products import multiply
 from backend.sizes import at_most, in_kernel, stored
 
@@ -59,8 +59,8 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32).contiguous_backward()
     a, b = stored(a), stored(b)
     c = Tensor.empty(*(at_most(sizes[x]) for x in letters_c), device=a.device)
-    address = (bfloat16.address if a.dtype == dtypes.bfloat16 else blas_address)(a.device)
-    c = Tensor(_product(c.uop, a.uop, b.uop, address.uop, axes))
+    function = bfloat16.sbgemm().addr if a.dtype == dtypes.bfloat16 else blas().sgemm
+    c = Tensor(_product(c.uop, a.uop, b.uop, address_of(function, a.device).uop, axes))
     return c.shrink(tuple((0, sizes[x]) for x in letters_c))
 
 
@@ -193,9 +193,3 @@ def blas() -> Blas | None:
             address = ctypes.cast(sgemm, ctypes.c_void_p).value
             return Blas(address, dtypes.int64 if "64" in name else dtypes.int32)
     return None
-
-
-@functools.cache
-def blas_address(device: str) -> Tensor:
-    """A buffer that holds the address of `sgemm`: unlike the code, it may change with each run."""
-    return filled(np.array([blas().sgemm], np.uint64), device)

@@ -22,8 +22,9 @@ from tinygrad.engine.realize import get_call_arg_uops, get_call_outs_ins
 from tinygrad.helpers import ContextVar
 from tinygrad.uop.ops import Ops
 
-from backend.blas import blas, blas_address
+from backend.blas import blas
 from backend.compiler import processor
+from backend.memory import address_of
 from backend.processes import forked
 
 N_KEPT = 32  # files of a few MB each
@@ -43,7 +44,7 @@ class Captured:
         self.jit.cnt = 1  # else it would call it plainly once, which only unrealised state needs
         self.path, self.process, device = None, None, state[0].device
         if device.startswith("CPU"):  # where it is tested
-            tensors = [*state, blas_address(device)] if blas() else state
+            tensors = [*state, address_of(blas().sgemm, device)] if blas() else state
             self.state = [tensor.uop.base for tensor in tensors]
             shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in self.state]
             self.path = cache_folder() / fingerprint(function.__qualname__, key, values, shapes)

@@ -11,13 +11,15 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from tinygrad import Device, helpers
+from tinygrad import Device, Tensor, helpers
 from tinygrad.device import TinyELF
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
 from backend.imports import ops_cpu
+from backend.memory import address_of
 
 # Clang vectorises a sum only with leave to reorder it. -ffast-math as a whole would also take
 # infinities and NaN for impossible. -O3 takes longer to compile, for code that is no faster.
@@ -116,6 +118,13 @@ def compiled(source: str) -> CPUProgram:
     device = Device["CPU"]
     code = device.renderer.compiler.compile_cached(source)
     return CPUProgram(device, TinyELF(code, "", device.renderer.target, ()))
+
+
+def addresses(function: Callable[[], CPUProgram | None]) -> list[Tensor]:
+    """What a captured jit that calls the function, C of our own, reads beside its operands."""
+    device = Device.canonicalize(None)
+    program = function() if device.startswith("CPU") else None
+    return [address_of(program.addr, device)] if program else []
 
 
 def processor() -> str:

@@ -3,14 +3,13 @@
 import functools
 from pathlib import Path
 
-import numpy as np
-from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad import Tensor, UOp, dtypes
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo
 
-from backend.compiler import compiled, processor
+from backend.compiler import CPUProgram, compiled, processor
 from backend.cores import share_of
-from backend.memory import filled
+from backend.memory import address_of
 
 
 def multiply(matrix: Tensor, x: Tensor) -> Tensor:
@@ -20,7 +19,8 @@ def multiply(matrix: Tensor, x: Tensor) -> Tensor:
     which is then rounded to whole numbers. The sums of these must fit into 32 bits.
     """
     y = Tensor.empty(x.shape[0], matrix.shape[0], device=x.device)
-    sources = y.uop, matrix.contiguous().uop, x.contiguous().uop, address(x.device).uop
+    function = address_of(program().addr, x.device)
+    sources = y.uop, matrix.contiguous().uop, x.contiguous().uop, function.uop
     return Tensor(UOp.custom_kernel(*sources, fxn=call_of_multiply)[0])
 
 
@@ -42,16 +42,7 @@ def few_vectors() -> int:
     return 256 if "avx512bw" in processor() else 16
 
 
-def functions() -> list[Tensor]:
-    """What a captured jit that calls `multiply` reads beside its operands."""
-    device = Device.DEFAULT
-    return [address(device)] if device.startswith("CPU") else []
-
-
 @functools.cache
-def address(device: str) -> Tensor:
-    """A buffer that holds the address of `multiply`."""
-    program = compiled(Path(__file__).with_name("products.c").read_text())
-    tensor = filled(np.array([program.addr], np.uint64), device)
-    tensor.program = program  # which holds the code
-    return tensor
+def program() -> CPUProgram:
+    """The C of `multiply`."""
+    return compiled(Path(__file__).with_name("products.c").read_text())

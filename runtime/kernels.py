@@ -7,9 +7,9 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.device import Buffer
 
-from backend.blas import blas, blas_address
-from backend.memory import on_cpu
-from backend.products import address
+from backend.blas import blas
+from backend.memory import address_of, on_cpu
+from backend.products import program
 from backend.rendered import Call
 
 ALIGNMENT = 64  # bytes
@@ -27,9 +27,10 @@ class Kernels:
         self.n_file_bytes = self.n_halves = self.n_memory_bytes = 0
         self.names: dict[str, str] = {}  # of functions, by their source
         self.places: dict[Buffer, int] = {}  # in memory
-        self.arguments = {address("CPU").uop.base.buffer: "FUNCTION(multiply)"}
+        functions = {program().addr: "FUNCTION(multiply)"}
         if blas():
-            self.arguments[blas_address("CPU").uop.base.buffer] = "FUNCTION(sgemm)"
+            functions[blas().sgemm] = "FUNCTION(sgemm)"
+        self.arguments = {address_of(f, "CPU").uop.base.buffer: functions[f] for f in functions}
         for weight in sorted(weights, key=lambda weight: weight.dtype != dtypes.half):
             place, is_half = self.add(on_cpu(weight)), weight.dtype == dtypes.half
             argument = f"HALF({place // 2})" if is_half else f"WEIGHT({place})"

@@ -45,9 +45,7 @@ def sbgemm(monkeypatch):
     """bfloat16.c, with float32 in place of it on a processor that has no fast products of it."""
     program = bfloat16.sbgemm() or compiled(f"#define PLAIN 1\n{bfloat16.SOURCE}")
     monkeypatch.setattr(bfloat16, "sbgemm", lambda: program)
-    bfloat16.address.cache_clear()
-    yield program
-    bfloat16.address.cache_clear()
+    return program
 
 
 @dataclass
