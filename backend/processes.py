@@ -24,11 +24,14 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 N_TOGETHER = 4  # kernels in one call: clang takes as long to start as to compile one
 
 
+def may_start() -> bool:
+    """Processes, that is: those of a pool start none, and PARALLEL may forbid it."""
+    return not multiprocessing.current_process().daemon and PARALLEL.value > 1
+
+
 def can_fork() -> bool:
     """No GPU that is in use survives it."""
-    is_process = not multiprocessing.current_process().daemon
-    is_on_cpu = sys.platform == "linux" and Device.DEFAULT.startswith("CPU")
-    return is_process and is_on_cpu and PARALLEL.value > 1
+    return may_start() and sys.platform == "linux" and Device.DEFAULT.startswith("CPU")
 
 
 def begin_fork() -> None:
@@ -106,9 +109,9 @@ tinygrads_pool = worker.get_worker_pool
 def compiling_processes():
     """The pool that compiles kernels, or None. tinygrad starts processes anew, which import all
     that this one has imported; forks have it."""
-    if multiprocessing.current_process().daemon or PARALLEL.value < 2:
-        return None
-    return forked_pool() if can_fork() else tinygrads_pool()
+    if can_fork():
+        return forked_pool()
+    return tinygrads_pool() if may_start() else None
 
 
 class Progress:
