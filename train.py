@@ -11,6 +11,7 @@ import numpy as np
 
 import command_line
 from backend import bfloat16, devices
+from backend.blas import blas
 from command_line import bold, number
 from generation import Generator, sample
 from models import checkpoint, folders
@@ -22,8 +23,8 @@ from training.state import Start, Training, begin
 
 DEFAULTS = TrainingConfig()
 ROUNDED_ONLY = (
-    "warning: --dtype bfloat16: this processor has no fast products of it, so operands are rounded "
-    "and multiplied in float32"
+    "warning: --dtype bfloat16: there are no fast products of it here, so operands are rounded and "
+    "multiplied in float32"
 )
 # what may change when a training goes on; a corpus that has moved is known by its checksum
 MAY_CHANGE = {"n_steps", "text_corpus", "output_path"}
@@ -178,7 +179,7 @@ def from_model(path: Path, words: list[str]) -> tuple[TrainingConfig, Start]:
 def run(training: Training, world: distributed.World) -> int:
     config, folder = training.config, Path(training.position.output_path)
     is_on_cpu = devices.in_use().startswith("CPU")
-    if config.dtype == "bfloat16" and is_on_cpu and not bfloat16.sbgemm():
+    if config.dtype == "bfloat16" and is_on_cpu and not (blas() and bfloat16.sbgemm()):
         print(ROUNDED_ONLY, file=sys.stderr)
     parameters = f"parameters: {config.model.n_parameters}, device: {devices.in_use()}"
     print(bold("start training"), "-", parameters)

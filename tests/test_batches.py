@@ -1,6 +1,7 @@
 """A batch in parts, or in low precision, trains as a whole one does."""
 
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tinygrad import Device
 import train
 from backend import bfloat16
 from models import checkpoint
+from training import loop
 
 
 def trained(call, folder, *options: str) -> tuple[list[float], dict[str, np.ndarray]]:
@@ -42,9 +44,13 @@ def test_products_of_bfloat16_train_almost_as_those_of_float32(call, folder, req
 
 
 @on_the_cpu
-def test_a_processor_without_fast_products_of_bfloat16_says_so(call, sbgemm, monkeypatch):
+def test_without_fast_products_of_bfloat16_a_line_says_so(call, sbgemm, monkeypatch):
     words = *TINY, "-n", "1", "-x", "--dtype"
+    monkeypatch.setattr(loop, "train", lambda *_: signal.SIGTERM)  # it is printed before
     assert train.ROUNDED_ONLY not in call(train.main, *words, "bfloat16").err
+    with monkeypatch.context() as patches:
+        patches.setattr(train, "blas", lambda: None)  # as with BLAS=0
+        assert train.ROUNDED_ONLY in call(train.main, *words, "bfloat16").err
     monkeypatch.setattr(bfloat16, "sbgemm", lambda: None)
     assert train.ROUNDED_ONLY not in call(train.main, *words, "float32").err
     assert train.ROUNDED_ONLY in call(train.main, *words, "bfloat16").err
