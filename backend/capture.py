@@ -27,7 +27,7 @@ from backend.compiler import processor
 from backend.memory import address_of
 from backend.processes import forked
 
-N_KEPT = 32  # files of a few MB each
+KEPT_BYTES = 128 << 20  # of files of up to a few MB each
 FIRST_PLACE = 10_000  # numbers of the places of the state's buffers: those of arguments are small
 
 
@@ -53,6 +53,7 @@ class Captured:
     def restore(self) -> None:
         with contextlib.suppress(Exception):  # to begin with: there is none
             self.jit.captured = restored(pickle.loads(read_private(self.path)), self.state)
+            os.utime(self.path)  # those that are used stay
 
     def begin(self, *tensors: Tensor, **numbers: int) -> None:
         """Captures it in another process, for whose file the first call waits: two jits that are
@@ -105,8 +106,16 @@ def keep(path: Path, jit: CapturedJit, state: list[UOp]) -> None:
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
     temporary.replace(path)
-    for old in sorted(path.parent.iterdir(), key=os.path.getmtime)[:-N_KEPT]:
-        old.unlink()
+    drop_oldest(path.parent)
+
+
+def drop_oldest(folder: Path) -> None:
+    """Leaves the files that were used last, KEPT_BYTES of them."""
+    n_bytes = 0
+    for path in sorted(folder.iterdir(), key=os.path.getmtime, reverse=True):
+        n_bytes += path.stat().st_size
+        if n_bytes > KEPT_BYTES:
+            path.unlink()
 
 
 def restored(kept: tuple, state: list[UOp]) -> CapturedJit:

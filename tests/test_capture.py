@@ -76,6 +76,21 @@ def test_what_is_damaged_or_not_the_users_alone_is_made_anew(folder):
     assert powers() == ([3, 9, 27], 1)
 
 
+def test_the_jits_that_were_used_last_are_kept(folder, monkeypatch):
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"older_{number}").write_bytes(bytes(100_000))
+        os.utime(folder / f"older_{number}", (number, number))
+    powers()
+    [kept] = [path for path in folder.iterdir() if not path.name.startswith("older")]
+    os.utime(kept, (0, 0))
+    powers()
+    assert kept.stat().st_mtime > 4
+    monkeypatch.setattr(capture, "KEPT_BYTES", kept.stat().st_size + 250_000)
+    capture.drop_oldest(folder)
+    assert set(folder.iterdir()) == {kept, folder / "older_2", folder / "older_3"}
+
+
 def test_a_jit_depends_on_every_file_of_the_program_and_on_no_test():
     wings = [ROOT / wing for wing in ("backend", "models", "runtime", "training")]
     paths = [path for folder in (ROOT, *wings) for path in folder.glob("*.*")]
