@@ -71,6 +71,19 @@ class Captured:
             self.jit.captured([tensor.uop.base for tensor in tensors], numbers)
 
     def capture(self, *tensors: Tensor, **numbers: int) -> None:
+        """Runs it, and captures it; or, if another worker does, waits and takes that one's."""
+        if not self.path:
+            return self.capture_alone(*tensors, **numbers)
+        with alone(self.path):
+            self.restore()
+            if self.jit.captured is None:
+                self.capture_alone(*tensors, **numbers)
+                with contextlib.suppress(Exception):  # a full disk, say: nothing is lost but time
+                    keep(self.path, self.jit.captured, self.state)
+                return
+        self(*tensors, **numbers)
+
+    def capture_alone(self, *tensors: Tensor, **numbers: int) -> None:
         variables = {
             name: Variable(name, self.values[name][0], self.values[name][-1]).bind(number)
             for name, number in numbers.items()
@@ -78,9 +91,25 @@ class Captured:
         # tinygrad need not check its own graphs, nor cut them into parts for a core
         with Context(SPEC=0, **({"JIT_BATCH_SIZE": 0} if self.path else {})):
             self.jit(*tensors, **variables)
-        if self.path:
-            with contextlib.suppress(Exception):  # a full disk, say: nothing is lost but time
-                keep(self.path, self.jit.captured, self.state)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """For one process at a time, where files can be locked."""
+    lock = None
+    with contextlib.suppress(OSError, ImportError):
+        import fcntl
+
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if lock:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # closing it is not enough: forks may have it, too
+            lock.close()
+            path.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def places(buffers: Sequence[UOp]) -> dict[UOp, UOp]:

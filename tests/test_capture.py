@@ -1,7 +1,9 @@
 """A jit that was kept gives what it gave when it was captured, and only the user's own is read."""
 
+import contextlib
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -61,6 +63,34 @@ def test_what_another_process_fails_to_capture_is_captured_here(folder, monkeypa
 
     monkeypatch.setattr(capture, "keep", keep_here)
     assert powers(begins=True) == ([3, 9, 27], 1)
+
+
+def test_a_worker_takes_what_another_captured_meanwhile(folder, monkeypatch):
+    alone = capture.alone
+
+    @contextlib.contextmanager
+    def alone_after_another(path):
+        monkeypatch.setattr(capture, "alone", alone)
+        assert powers() == ([3, 9, 27], 1)
+        with alone(path):
+            yield
+
+    monkeypatch.setattr(capture, "alone", alone_after_another)
+    assert powers() == ([3, 9, 27], 0)
+
+
+def test_one_captures_at_a_time(folder):
+    def capture_another() -> None:
+        with capture.alone(folder / "jit"):
+            pass
+
+    other = threading.Thread(target=capture_another)
+    with capture.alone(folder / "jit"):
+        other.start()
+        other.join(0.1)
+        assert other.is_alive()
+    other.join()
+    assert not any(folder.iterdir())
 
 
 def test_what_is_damaged_or_not_the_users_alone_is_made_anew(folder):

@@ -50,11 +50,13 @@ class World:
             self.take_device(self.ranks.Split_type(MPI.COMM_TYPE_SHARED))
 
     def take_device(self, of_machine) -> None:
-        """A device of its own for each rank of a machine, and its share of the machine's cores."""
+        """For each rank of a machine its share of the cores, and a GPU of its own."""
         backend = devices.in_use().split(":")[0]
-        DEV.value = [Target(f"{backend}:{of_machine.rank}"), *DEV.value]
         cores = set().union(*of_machine.allgather(usable_cores()))
-        NUM_CPU_THREADS.value = PARALLEL.value = max(1, len(cores) // of_machine.size)
+        NUM_CPU_THREADS.value = max(1, len(cores) // of_machine.size)
+        if backend != "CPU":  # there, one compiles for all
+            DEV.value = [Target(f"{backend}:{of_machine.rank}"), *DEV.value]
+            PARALLEL.value = NUM_CPU_THREADS.value
 
     def check_same(self, **facts: object) -> None:
         """ValueError, with its name, if one of the facts is not the same on every rank."""
