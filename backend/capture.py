@@ -24,6 +24,7 @@ from tinygrad.uop.ops import Ops
 
 from backend.blas import blas
 from backend.compiler import processor
+from backend.machine import cache_folder
 from backend.memory import address_of
 from backend.processes import forked
 
@@ -47,7 +48,11 @@ class Captured:
             tensors = [*state, address_of(blas().sgemm, device)] if blas() else state
             self.state = [tensor.uop.base for tensor in tensors]
             shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in self.state]
-            self.path = cache_folder() / fingerprint(function.__qualname__, key, values, shapes)
+            self.path = (
+                cache_folder()
+                / "gpt-tiny"
+                / fingerprint(function.__qualname__, key, values, shapes)
+            )
             self.restore()
 
     def restore(self) -> None:
@@ -132,7 +137,7 @@ def keep(path: Path, jit: CapturedJit, state: list[UOp]) -> None:
     data = pickle.dumps((linear, expected, [(b.device, b.max_numel(), b.dtype) for b in own]))
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with open(temporary, "xb", opener=lambda *name: os.open(*name, 0o600)) as file:
         file.write(data)
     temporary.replace(path)
     drop_oldest(path.parent)
@@ -206,13 +211,10 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def cache_folder() -> Path:
-    default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or default).expanduser() / "gpt-tiny"
-
-
 def read_private(path: Path) -> bytes:
     """A file's bytes; PermissionError if anyone but the user could have written it."""
+    if sys.platform == "win32":  # a user's own folders are closed to others there
+        return path.read_bytes()
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
         for status in (os.fstat(file.fileno()), os.stat(path.parent)):
             if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

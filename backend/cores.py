@@ -3,8 +3,8 @@
 import ctypes
 import functools
 import math
+import os
 import platform
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,15 +14,25 @@ from tinygrad import UOp
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.engine.jit import GraphRunner
-from tinygrad.helpers import NUM_CPU_THREADS, ContextVar
+from tinygrad.helpers import NUM_CPU_THREADS, PARALLEL, ContextVar
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, Ops
 
+from backend import machine
 from backend.compiler import compiled
 
 MIN_SHARED_WORK = 1 << 14  # element operations; with fewer, waking a core costs more than it gives
 SHARES_EACH = ContextVar("SHARES_EACH", 4)  # of a core; what it has not begun, others can take
 FUTEX = 202 if platform.machine() == "x86_64" else 98  # the number of Linux's system call
+
+
+def count_cores() -> None:
+    """Sets how many there are for tinygrad, whose own count leaves out a container's share from
+    Python 3.13 on; a number that the user gave stays."""
+    if "NUM_CPU_THREADS" not in os.environ:
+        for variable in (NUM_CPU_THREADS, PARALLEL):
+            if variable.key not in os.environ:
+                variable.value = min(variable.value, machine.n_cores())
 
 
 def largest_divisor(n: int, limit: int) -> int:
@@ -149,13 +159,12 @@ def run_kernels(words: ctypes.Array, n_kernels: int, n_shares: int) -> None:
 @functools.cache
 def on_all_cores() -> tuple[ThreadPoolExecutor, Callable, ctypes.c_void_p]:
     """The threads, the function that they call, and the one by which that waits and wakes."""
-    source = Path(__file__).with_name("cores.c").read_text()
+    source = Path(__file__).with_name("cores.c").read_text(encoding="utf-8")
     source = source.replace("PARAMETERS", ", ".join(["word"] * 64))
     source = source.replace("ARGUMENTS", ", ".join(f"a[{i}]" for i in range(64)))
     word, pointer, program = ctypes.c_uint64, ctypes.c_void_p, compiled(source)
     arguments = pointer, word, word, word, pointer, pointer, pointer, word
     run = ctypes.CFUNCTYPE(None, *arguments)(program.addr)
     run.program = program  # which holds the code
-    libc = ctypes.CDLL(None)
-    call = ctypes.cast(libc.syscall if sys.platform == "linux" else libc.sched_yield, pointer)
+    call = ctypes.cast(machine.wait_call(), pointer)
     return ThreadPoolExecutor(NUM_CPU_THREADS.value, "core"), run, call

@@ -12,7 +12,7 @@ from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
 from tinygrad.runtime.support.hcq2 import HCQ2Compiled
 
 from backend.compiler import CPUCompiler, CPUProgram
-from backend.cores import CPUGraph, plain_loops
+from backend.cores import CPUGraph, count_cores, plain_loops
 from backend.imports import ops_cpu
 from backend.memory import MIN_HUGE_BYTES, huge_pages
 from backend.processes import Progress, compiling_processes
@@ -58,3 +58,4 @@ def optimizations(kernel):
 heuristic.hand_coded_optimizations = optimizations
 ops_cpu.ClangRenderer, ops_cpu.CPUDevice = ClangRenderer, CPUDevice
 realize.get_worker_pool, realize.tqdm = compiling_processes, Progress
+count_cores()

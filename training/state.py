@@ -1,7 +1,6 @@
 """A training: what it starts from, what it changes, and where it stands."""
 
 import contextlib
-import os
 import shutil
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tinygrad import Tensor
 
+from backend import machine
 from backend.capture import sources
 from backend.memory import Flat, put, zeros
 from gpt_tiny import GPT, initial_weights
@@ -147,7 +147,7 @@ def check_sizes(config: TrainingConfig, n_validation: int) -> None:
     n_tokens = config.batch_size // config.accumulate * model.context_length
     n_floats = 4 * model.n_parameters  # with their gradients and two moments
     n_floats += n_tokens * (model.n_layers * activations + 4 * model.vocab_size)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = machine.memory()
     if 4 * n_floats > memory:
         raise ValueError(
             f"training {model.n_parameters:,} parameters on {n_tokens:,} tokens at a time takes "

@@ -1,0 +1,121 @@
+"""What differs from one machine to another: its cores, its memory, where a user's cache is.
+
+It is imported before tinygrad, which reads variables and finds its cache when it is imported.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+LEAST = {"NUM_CPU_THREADS": 1, "PARALLEL": 0}  # that tinygrad's variables may be
+
+
+def check_variables() -> None:
+    """ValueError for a number of cores that is none."""
+    for name, least in LEAST.items():
+        text = os.environ.get(name, str(least))
+        if not text.strip().isdecimal() or int(text) < least:
+            raise ValueError(f"{name}={text}: give a whole number of at least {least}")
+
+
+def usable_cores() -> set[int]:
+    """Those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def n_cores() -> int:
+    """How many cores' work the process may do: a container's share of them may be less."""
+    return max(1, int(min(len(usable_cores()), share_of_processor())))
+
+
+def share_of_processor(root: Path = Path("/")) -> float:
+    """What Linux's control groups leave the process, in cores; of version 2 or 1 and nested."""
+    shares = [math.inf]
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            folder = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+            shares.append(quota(folder))  # its own group's may be mounted there
+            for name in filter(None, path.split("/")):
+                folder /= name
+                shares.append(quota(folder))
+    return min(shares)
+
+
+def quota(group: Path) -> float:
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+            texts = [(group / name).read_text(encoding="utf-8") for name in names]
+            time, period = map(int, " ".join(texts).split())
+            if time > 0:
+                return time / period
+    return math.inf
+
+
+def memory() -> int:
+    """The bytes of the machine's memory."""
+    if sys.platform != "win32":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX, whose second number is this
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+    return status[1]
+
+
+def wait_call() -> Callable:
+    """What a core calls that has waited long: on Linux any of its system calls, and elsewhere one
+    that lets another thread have the core."""
+    if sys.platform == "win32":
+        return ctypes.windll.kernel32.SwitchToThread
+    libc = ctypes.CDLL(None)
+    return libc.syscall if sys.platform == "linux" else libc.sched_yield
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can make anew."""
+    places = {
+        "darwin": "~/Library/Caches",
+        "win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local",
+    }
+    place = os.environ.get("XDG_CACHE_HOME") or places.get(sys.platform, "~/.cache")
+    return Path(os.path.expanduser(place))
+
+
+def find_cache() -> None:
+    """Has a folder for this process alone in place of a cache that can't be written, and says so;
+    OSError where there is none either."""
+    folder = cache_folder()
+    names = ["gpt-tiny"] + ["tinygrad"] * ("CACHEDB" not in os.environ)
+    names += ["zig"] * ("ZIG_GLOBAL_CACHE_DIR" not in os.environ)  # the compiler's, of ziglang
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if all(
+            os.access(path if (path := folder / n).exists() else folder, os.W_OK) for n in names
+        ):
+            return
+    except OSError:
+        pass
+    print(
+        f"warning: {folder} can't be written, so what is compiled is not kept for the next start: "
+        "XDG_CACHE_HOME can name another folder",
+        file=sys.stderr,
+    )
+    temporary = tempfile.mkdtemp(prefix="gpt-tiny-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    os.environ["XDG_CACHE_HOME"] = temporary  # for the processes that this one starts as well
+    if sys.platform == "win32":  # where zig does not look at it
+        os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", temporary)
+
+
+check_variables()
+find_cache()
