@@ -1,14 +1,20 @@
 """What both command lines share: help, errors of one line, and the choice of the backend."""
 
 import argparse
+import contextlib
+import errno
 import gc
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
-from backend import devices
+try:
+    from backend import devices
+except (OSError, ValueError) as error:  # of a variable, say, that tinygrad reads when imported
+    sys.exit(f"error: {error}")
 
 USER_ERRORS = (OSError, ValueError, MemoryError)  # what a user can get wrong, or a machine
 
@@ -68,8 +74,44 @@ def number(kind: type, lowest: float, below: float = float("inf")) -> Callable:
     return parse
 
 
+class LastingStream:
+    """A stream that takes what a system's encoding lacks, and what is written when the terminal is
+    gone: a training is not to end before the signal that says so."""
+
+    def __init__(self, stream: IO):
+        self.stream = stream
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    @property
+    def buffer(self) -> "LastingStream":
+        return LastingStream(self.stream.buffer)
+
+    def write(self, data: str | bytes) -> int:
+        with self.lasting():
+            self.stream.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        with self.lasting():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Ends the process with what `main` returns; what a user can get wrong is a line on stderr."""
+    sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
     try:
         sys.exit(main())
     except BrokenPipeError:  # python run.py ... | head

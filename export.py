@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tinygrad import Context
-
 import command_line
 import run
+from backend import devices
 from backend.rendered import N_SHARES, rendered
 from backend.rounded import GREATEST
 from generation import Generator
@@ -51,7 +50,7 @@ def main() -> None:
     if target is None and not arguments.page:
         raise ValueError("this machine is none of those that programs are made for: see --target")
     output = arguments.output_path or Path(f"story{'.html' if arguments.page else target.suffix}")
-    with Context(DEV="CPU"), TemporaryDirectory() as folder:
+    with devices.on_cpu(), TemporaryDirectory() as folder:
         model, tokenizer = checkpoint.load(arguments.model_path)
         generator = Generator(model, weights=arguments.weights)
         kernels = write_sources(generator, tokenizer, sources := Path(folder))
@@ -74,10 +73,9 @@ def write_sources(generator: Generator, tokenizer: Tokenizer, folder: Path) -> K
     kernels = Kernels(generator.model.parameters().values())
     for name, n in steps.items():
         values = {"end": range(n, config.context_length + 1), "last": range(n)}
-        with Context(FEW_VECTORS=2**31 - 1):  # all are multiplied by products.c
-            calls = rendered(generator.step, generator.steps[n][0], **values)
-        (folder / f"{name}.c").write_text(kernels.calls(calls))
-    (folder / "kernels.c").write_text(kernels.source())
+        calls = rendered(generator.step, generator.steps[n][0], **values)
+        (folder / f"{name}.c").write_text(kernels.calls(calls), encoding="utf-8")
+    (folder / "kernels.c").write_text(kernels.source(), encoding="utf-8")
 
     sizes = {
         "CONTEXT_LENGTH": config.context_length,
@@ -102,7 +100,8 @@ def write_sources(generator: Generator, tokenizer: Tokenizer, folder: Path) -> K
     }
     lines = (f"  {name} = {size},\n" for name, size in sizes.items())
     text = json.dumps(help_of_program())
-    (folder / "model.h").write_text(f"enum {{\n{''.join(lines)}}};\n#define HELP {text}\n")
+    header = f"enum {{\n{''.join(lines)}}};\n#define HELP {text}\n"
+    (folder / "model.h").write_text(header, encoding="utf-8")
     with (folder / "model.bin").open("wb") as file:
         kernels.write(file)
     return kernels
@@ -125,7 +124,7 @@ def write_page(title: str, sources: Path, output: Path) -> None:
     model = sources / "model.bin"
     if model.stat().st_size <= MAX_PAGE_BYTES:
         with folders.replacing_file(output) as new:
-            new.write_text(build.page(title, sources), encoding="utf-8")
+            new.write_bytes(build.page(title, sources).encode())
         return
     folder = output.with_suffix("")
     files = {"model.bin", "index.html"}

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from tinygrad import Device
+from tinygrad import Context, Device
 from tinygrad.helpers import DEV
 
 BACKENDS = ("CPU", "CUDA", "NV", "METAL", "AMD", "CL", "WEBGPU")
@@ -20,6 +20,11 @@ def choose() -> None:
     names_one = any(os.environ.get(name) == "1" for name in BACKENDS)  # see `in_use`
     if not (DEV.device or has_gpu or names_one):
         DEV.value = os.environ["DEV"] = "CPU"
+
+
+def on_cpu() -> Context:
+    """Within it, what names no device is on the CPU."""
+    return Context(DEV="CPU")
 
 
 def in_use() -> str:

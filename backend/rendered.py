@@ -8,6 +8,7 @@ from tinygrad import Context, Device, Tensor, UOp, Variable
 from tinygrad.device import Buffer
 from tinygrad.engine.jit import jit_lower
 from tinygrad.engine.realize import capturing, get_call_arg_uops
+from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.uop.ops import Ops, buffers
 
 from backend.capture import kernels_of
@@ -41,16 +42,17 @@ class Recorder:
 def rendered(function: Callable, *tensors: Tensor, **values: range) -> list[Call]:
     """What `function` would run on the CPU, in shares for up to N_SHARES cores.
 
-    It takes realised tensors, and by name numbers, each of its `values`. Nothing is compiled, and
-    nothing is run.
+    It takes realised tensors, and by name numbers, each of its `values`. All that products.c can
+    multiply it does. Nothing is compiled, and nothing is run.
     """
     variables = {
         name: Variable(name, numbers[0], numbers[-1]).bind(numbers[0])
         for name, numbers in values.items()
     }
     recorder, compiler = Recorder(), Device["CPU"].renderer.compiler
-    shares = Context(SPEC=0, PARALLEL=0, NUM_CPU_THREADS=N_SHARES, SHARES_EACH=1)
-    with shares, patch.object(compiler, "compile_cached", lambda source: b""):
+    shares = {"NUM_CPU_THREADS": N_SHARES, "SHARES_EACH": 1}
+    context = Context(SPEC=0, PARALLEL=0, FEW_VECTORS=2**31 - 1, **shares)
+    with context, patch.object(compiler, "compile_cached", lambda source: b""):
         capturing.append(recorder)
         try:
             function(*tensors, **variables)
@@ -66,7 +68,7 @@ def call_of(kernel: UOp) -> Call:
     source = next(part.arg for part in program.src if part.op is Ops.SOURCE)
     arguments = [argument.buffer for argument in get_call_arg_uops(kernel)]
     return Call(
-        source,
+        source.replace(ClangRenderer.abi, ""),  # this system's way to call is not every target's
         info.function_name,
         info.global_size[0],
         [(buffer.base, buffer.offset) for buffer in arguments],

@@ -29,6 +29,13 @@ def test_stdout_holds_the_text_alone(folder):
     assert (process.returncode, process.stderr) == (0, "")
 
 
+def test_what_the_system_cannot_show_is_no_error(folder):
+    command = [sys.executable, ROOT / "run.py", REFERENCE, "-p", "Thé ", "-n", "5"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0 and process.stdout.startswith("Th? ")
+
+
 def test_a_prompt_longer_than_the_context_is_continued_from_its_end(call):
     prompt = PROMPTS[3]
     assert len(prompt["prompt"]) > 64
