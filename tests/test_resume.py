@@ -49,14 +49,15 @@ def whole(tmp_path_factory) -> Callable[..., tuple[list[str], bytes]]:
 
 @pytest.mark.parametrize(
     ("number", "status", "words"),
-    [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, []), (signal.SIGINT, 130, MUON)],
+    [("SIGINT", 130, []), ("SIGTERM", 143, []), ("SIGHUP", 129, []), ("SIGINT", 130, MUON)],
 )
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to a process")
 def test_resumed_training_equals_uninterrupted(tmp_path, whole, number, status, words):
     training = start(tmp_path, *TINY, *words, "-n", "4", "-o", "model")
     before = training.stdout.readline()
     while not before.endswith("\n") or "step   1/4" not in before.splitlines()[-1]:
         before += training.stdout.readline()
-    training.send_signal(number)
+    training.send_signal(getattr(signal, number))
     out, err = training.communicate()
     assert (training.returncode, err.count("\n")) == (status, err.count("is missing: using"))
     command = re.search(r"python train.py (--resume \S+)", out)[1].split()
@@ -66,6 +67,40 @@ def test_resumed_training_equals_uninterrupted(tmp_path, whole, number, status, 
     lines, model = whole(*words)
     assert step_lines(before + out) + step_lines(rest) == lines
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+def test_a_training_whose_terminal_goes_away_is_stored(tmp_path):
+    shown, terminal = os.openpty()
+    command = [sys.executable, ROOT / "train.py", *TINY, "-n", "1000", "-o", "model"]
+    ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    session = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    session += "os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", session, *command]
+    training = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **ends)
+    os.close(terminal)
+    before = b""
+    while b"step   2/" not in before:
+        before += os.read(shown, 1 << 16)
+    os.close(shown)
+    assert training.wait() == 129
+    assert resume.load(tmp_path / ".data/checkpoints").position.step >= 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no nohup")
+def test_under_nohup_a_training_outlives_its_terminal(tmp_path):
+    command = ["nohup", sys.executable, ROOT / "train.py", *TINY, "-n", "1000", "-o", "model"]
+    ends = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    training = subprocess.Popen(command, cwd=tmp_path, **ends)
+    for step in (1, 2):
+        while f"step {step:>3}/" not in training.stdout.readline():
+            assert training.poll() is None
+        training.send_signal(signal.SIGHUP)
+    while "step   3/" not in training.stdout.readline():
+        assert training.poll() is None
+    training.send_signal(signal.SIGTERM)
+    training.communicate()
+    assert training.returncode == 143
 
 
 def test_a_finished_training_goes_on_for_longer(tmp_path, whole):
@@ -179,7 +214,8 @@ def test_killed_at_any_moment_the_newest_checkpoint_resumes(tmp_path):
         shutil.rmtree(tmp_path / ".data")
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small disk")
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a small disk")
+@pytest.mark.skipif(getattr(os, "geteuid", int)() != 0, reason="only root may mount")
 def test_a_full_disk_is_an_error_and_loses_no_checkpoint(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

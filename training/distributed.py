@@ -19,7 +19,7 @@ import numpy as np
 from tinygrad import Device
 from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, Target
 
-from backend import devices
+from backend import devices, machine
 from backend.memory import Flat, get, put
 
 # what the launchers of MPICH, Intel MPI, Open MPI and Slurm tell a rank
@@ -52,8 +52,9 @@ class World:
     def take_device(self, of_machine) -> None:
         """For each rank of a machine its share of the cores, and a GPU of its own."""
         backend = devices.in_use().split(":")[0]
-        cores = set().union(*of_machine.allgather(usable_cores()))
-        NUM_CPU_THREADS.value = max(1, len(cores) // of_machine.size)
+        cores = set().union(*of_machine.allgather(machine.usable_cores()))
+        n_cores = min(len(cores), machine.share_of_processor()) // of_machine.size
+        NUM_CPU_THREADS.value = max(1, int(n_cores))
         if backend != "CPU":  # there, one compiles for all
             DEV.value = [Target(f"{backend}:{of_machine.rank}"), *DEV.value]
             PARALLEL.value = NUM_CPU_THREADS.value
@@ -130,12 +131,6 @@ class World:
         self.ranks.Abort(1)
 
 
-def usable_cores() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
-
-
 def count_workers(text: str) -> int:
     """The number that --workers names; `auto` is one for each device or physical core."""
     if text != "auto":
@@ -144,8 +139,10 @@ def count_workers(text: str) -> int:
     if backend == "CPU":
         siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
         with contextlib.suppress(OSError):
-            return len({Path(siblings.format(core)).read_text() for core in usable_cores()})
-        return len(usable_cores())
+            files = [Path(siblings.format(core)) for core in machine.usable_cores()]
+            physical = {file.read_text(encoding="utf-8") for file in files}
+            return min(len(physical), machine.n_cores())
+        return machine.n_cores()
     number = 0
     with contextlib.suppress(Exception):  # whatever a driver raises past the last one
         while True:
@@ -164,8 +161,16 @@ def mpiexec(n_workers: int) -> list[str]:
         program = None
     if program is None:
         raise ValueError(f"--workers {n_workers} needs MPI: pip install '.[mpi]'")
-    is_full = n_workers == len(usable_cores()) and devices.in_use().startswith("CPU")
+    is_full = n_workers == len(machine.usable_cores()) and devices.in_use().startswith("CPU")
     return [program, *(["-bind-to", "core"] if is_full else []), "-n", str(n_workers)]
+
+
+def stop_signals() -> list[int]:
+    """Ctrl-C, SIGTERM, and what a terminal that goes away sends, unless nohup has that ignored."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 def launch(n_workers: int, words: list[str]) -> int:
@@ -183,7 +188,7 @@ def launch(n_workers: int, words: list[str]) -> int:
         signals.append(number)
         process.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, forward)
     was_killed = False
     while chunk := os.read(process.stdout.fileno(), 1 << 16):

@@ -12,7 +12,7 @@ import numpy as np
 from backend.memory import get
 from training import resume
 from training.batches import capture_training, capture_validation, make_plan
-from training.distributed import World
+from training.distributed import World, stop_signals
 from training.metrics import append_metrics, begin_metrics, progress, step_line
 from training.state import Training
 
@@ -76,7 +76,7 @@ def keep_if_best(training: Training) -> None:
 
 @contextlib.contextmanager
 def noted_signals(world: World) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM as they come, for the batch in flight to end first; a second one ends at
+    """Signals to stop as they come, for the batch in flight to end first; a second one ends at
     once, but for workers, whom only all together can end."""
     noted, previous = [], {}
 
@@ -89,7 +89,7 @@ def noted_signals(world: World) -> Iterator[list[int]]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         previous[number] = signal.signal(number, note)
     try:
         yield noted
