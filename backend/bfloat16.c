@@ -125,8 +125,8 @@ INLINE void pack(number *out, int width, number *x, long step, int is_along, lon
 
 // c (m, n) = a (m, k) b (k, n), each row by row or, where a flag is 112, column by column. It takes
 // what BLAS's cblas_sgemm takes, where order is 101, alpha 1 and beta 0. Cores may call it at once.
-void sbgemm(int order, int flag_a, int flag_b, long m, long n, long k, float alpha, number *a,
-            long a_step, number *b, long b_step, float beta, float *c, long c_step) {
+ABI void sbgemm(int order, int flag_a, int flag_b, long m, long n, long k, float alpha, number *a,
+                long a_step, number *b, long b_step, float beta, float *c, long c_step) {
   __attribute__((aligned(64))) number of_a[MOST_ROWS * DEPTH], of_b[MOST_COLUMNS * DEPTH];
   int is_a_along = flag_a != 112, is_b_along = flag_b == 112;
   for (long column = 0; column < n; column += MOST_COLUMNS)

@@ -7,7 +7,7 @@ from tinygrad import Tensor
 
 from backend.compiler import CPUProgram, addresses, compiled
 
-SOURCE = Path(__file__).with_name("bfloat16.c").read_text()
+SOURCE = Path(__file__).with_name("bfloat16.c").read_text(encoding="utf-8")
 
 
 @functools.cache

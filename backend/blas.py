@@ -4,7 +4,9 @@ import ctypes
 import functools
 import math
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
@@ -182,8 +184,11 @@ def blas() -> Blas | None:
     """The BLAS that numpy was built with (OpenBLAS, MKL or Accelerate), unless BLAS=0."""
     if os.environ.get("BLAS") == "0":
         return None
-    # Symbols are looked for in what this module was linked with, too.
-    library = ctypes.CDLL(np._core._multiarray_umath.__file__)
+    # Symbols are looked for in what this module was linked with, too, except by Windows.
+    module = np._core._multiarray_umath.__file__
+    if sys.platform == "win32":
+        module = next(Path(np.__file__).parents[1].glob("numpy.libs/*openblas*.dll"), module)
+    library = ctypes.CDLL(str(module))
     for name in ("scipy_{}64_", "{}64_", "scipy_{}", "{}"):
         if sgemm := getattr(library, name.format("cblas_sgemm"), None):
             # A kernel runs on all cores already, each of which calls BLAS for its share.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tinygrad import Device, Tensor, helpers
 from tinygrad.device import TinyELF
+from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
 from backend.imports import ops_cpu
@@ -28,6 +29,10 @@ FLAGS = (
 )
 ELF, ENTRY, SHT_SYMTAB = b"\x7fELF", 24, 2  # how a file begins, and where in it is the start
 FREESTANDING = "-c -x c -fPIC -ffreestanding -nostdlib -fno-ident"
+# How this system's programs call functions: what tinygrad renders does so, too.
+DEFINITIONS = [f"-DABI={ClangRenderer.abi}"]
+if sys.platform == "win32":  # it gives a stack its memory page by page, in their order
+    DEFINITIONS += ["-Xclang", "-fstack-clash-protection"]
 # What tinygrad writes is C with clang's vectors.
 PROBE = "typedef float f4 __attribute__((ext_vector_type(4))); f4 f(f4 x) { return x + x.wzyx; }"
 
@@ -47,7 +52,7 @@ class CPUCompiler(ClangCompiler):
 
     def call(self, command: list[str], source: str) -> bytes:
         flags = f"{FREESTANDING} --target={self.arch}-none-unknown-elf {FLAGS} - -o -"
-        command = [*command, *self.args, *flags.split()]
+        command = [*command, *self.args, *DEFINITIONS, *flags.split()]
         run = subprocess.run(command, input=source.encode(), capture_output=True)
         if run.returncode:
             raise ValueError(f"{command[0]} does not compile: {run.stderr.decode()[:300]}")
@@ -60,7 +65,7 @@ class CPUCompiler(ClangCompiler):
         """Source -> object, for sources of one function: the same but for where that begins."""
         renamed, names = [], []
         for number, source in enumerate(sources):
-            name = re.search(r"^void (\w+)\(", source, re.MULTILINE)[1]
+            name = re.search(r"^(?:\S+ )?void (\w+)\(", source, re.MULTILINE)[1]
             names.append(f"{name}_{number}")  # each process numbers its kernels by itself
             renamed.append(re.sub(rf"\b{name}\b", names[-1], source))
         code = self.compile("\n".join(renamed))
@@ -130,7 +135,7 @@ def addresses(function: Callable[[], CPUProgram | None]) -> list[Tensor]:
 def processor() -> str:
     """What tells this machine's processor from others that the same code may not run on."""
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         telling = "model name", "flags", "CPU part", "Features"  # the latter two of Arm
         return " ".join(sorted({x for x in lines if x.startswith(telling)}))
     return platform.processor()

@@ -4,9 +4,9 @@
 // wait for another program to the core that is free now.
 
 typedef unsigned long long word;
-typedef void kernel_8(word, word, word, word, word, word, word, word);
-typedef void kernel_64(PARAMETERS);
-typedef long system_call(long, ...);  // libc's syscall, or something that yields the core
+typedef ABI void kernel_8(word, word, word, word, word, word, word, word);
+typedef ABI void kernel_64(PARAMETERS);
+typedef ABI long system_call(long, ...);  // libc's syscall, or something that yields the core
 enum { FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129, ALL = 1 << 30 };
 
 typedef struct {
@@ -54,8 +54,8 @@ static void wait(Core *core, State *state, unsigned n_shares) {
 // Every core runs this. Of each kernel, `words` holds its address, in how many shares it comes,
 // which of its arguments is the number of the share, how many arguments it has, and these.
 // `is_taken` has a byte for each share of all kernels, at first 0, as has the state.
-void run_kernels(word *words, word n_kernels, word number, word n_cores, State *state,
-                 char *is_taken, system_call *call, long futex) {
+ABI void run_kernels(word *words, word n_kernels, word number, word n_cores, State *state,
+                     char *is_taken, system_call *call, long futex) {
   Core core = {1 << 16, MOST_PATIENCE, call, futex};
   word n_before = 0;
   for (word i = 0; i < n_kernels; i++) {

@@ -45,4 +45,4 @@ def few_vectors() -> int:
 @functools.cache
 def program() -> CPUProgram:
     """The C of `multiply`."""
-    return compiled(Path(__file__).with_name("products.c").read_text())
+    return compiled(Path(__file__).with_name("products.c").read_text(encoding="utf-8"))

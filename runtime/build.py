@@ -56,8 +56,9 @@ def this_machine() -> str:
 def compiled(sources: Path, output: Path, *arguments: str | Path) -> Path:
     """Calls zig for C of ours and that in the folder `sources`."""
     integer = "int" if blas() is None or blas().integer.itemsize == 4 else "long long"
-    words = [ZIG, "cc", *FLAGS.split(), "-fno-strict-aliasing", f"-DBLAS_INTEGER={integer}", "-s"]
-    words += ["-I", sources, "-I", RUNTIME, "-I", PRODUCTS, *arguments, "-o", output]
+    words = [ZIG, "cc", *FLAGS.split(), "-fno-strict-aliasing", "-s", "-DABI="]
+    words += [f"-DBLAS_INTEGER={integer}", "-I", sources, "-I", RUNTIME, "-I", PRODUCTS]
+    words += [*arguments, "-o", output]
     run = subprocess.run(words, capture_output=True, text=True)
     if run.returncode:
         raise ValueError(f"zig can't compile this model: {run.stderr[:300]}")
