@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,8 @@ def put_in_place(new: Path, folder: Path) -> None:
     At no moment, the power may fail at any, is there less than a whole model, old or new.
     """
     if not folder.exists() or not any(folder.iterdir()):
+        if sys.platform == "win32" and folder.exists():  # elsewhere an empty one is replaced
+            folder.rmdir()
         os.rename(new, folder)
     elif not (folder / "config.json").exists():  # not a model before the last of its files is there
         for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
@@ -82,7 +85,9 @@ def put_in_place(new: Path, folder: Path) -> None:
 
 def exchange(a: Path, b: Path) -> None:
     """Swaps two folders: at once on Linux, in three steps elsewhere."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    rename = None
+    if sys.platform == "linux":
+        rename = getattr(ctypes.CDLL(None), "renameat2", None)
     at_folder, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     if rename is None or rename(at_folder, os.fsencode(a), at_folder, os.fsencode(b), swap) != 0:
         aside = a.with_name(f"{a.name}-old")
@@ -96,9 +101,10 @@ def exchange(a: Path, b: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders, and syncs only what is open for writing
+    is_windows = sys.platform == "win32"
+    if is_windows and path.is_dir():  # it opens none, and syncs only what is open for writing
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

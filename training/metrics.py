@@ -63,7 +63,8 @@ def clock(seconds: float) -> str:
 def begin_metrics(training: Training) -> None:
     """A `metrics.csv` with the rows of the steps that were before, if there are any."""
     path, n_steps = metrics_file(training), training.position.step
-    rows = path.read_text().splitlines() if n_steps and path.exists() else []
+    text = path.read_text(encoding="utf-8") if n_steps and path.exists() else ""
+    rows = text.splitlines()
     folders.write_file(path, "\n".join([COLUMNS, *rows[1 : n_steps + 1], ""]).encode())
 
 
@@ -74,7 +75,7 @@ def append_metrics(training: Training, train_loss: float, tokens_per_second: flo
     row = [position.step + 1, n_batches, n_batches * config.tokens_per_batch]
     row += [train_loss, position.validation_loss, learning_rate(config, n_batches)]
     row += [tokens_per_second, position.seconds]
-    with metrics_file(training).open("a") as file:
+    with metrics_file(training).open("a", encoding="utf-8", newline="\n") as file:
         file.write(",".join(f"{number:.6g}" for number in row) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -91,7 +92,7 @@ def plot(training: Training) -> None:
     except ImportError:
         return
     path = metrics_file(training)
-    with path.open() as file:
+    with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     axes = (figure := Figure()).add_subplot(xlabel="tokens", ylabel="loss (nats a token)")
     for column in ("train_loss", "validation_loss"):

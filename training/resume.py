@@ -24,7 +24,8 @@ def save(folder: Path, training: Training) -> None:
         names = training.optimizer.state_shapes({name: w.shape for name, w in weights.items()})
         moments = dict(zip(names, training.optimizer.read(), strict=True))
         safetensors.write(new / OPTIMIZER, moments)
-        (new / POSITION).write_text(json.dumps(asdict(training.position), indent=1))
+        position = json.dumps(asdict(training.position), indent=1)
+        (new / POSITION).write_text(position, encoding="utf-8")
     if training.latest:  # moments are twice as large as the model
         (training.latest / POSITION).unlink(missing_ok=True)
         (training.latest / OPTIMIZER).unlink(missing_ok=True)
@@ -59,7 +60,7 @@ def load(path: Path) -> Start:
 
 def read_position(path: Path) -> Position:
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         position = Position(**{field.name: saved[field.name] for field in fields(Position)})
         if any(type(getattr(position, field.name)) is not field.type for field in fields(Position)):
             raise ValueError("a value of the wrong kind")
