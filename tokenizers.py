@@ -285,7 +285,7 @@ class BytePairTokenizer(Tokenizer):
         vocab = json.dumps(self.vocab, ensure_ascii=False)
         (folder / "vocab.json").write_text(vocab, encoding="utf-8")
         lines = ["#version: 0.2", *map(" ".join, self.merges), ""]
-        (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+        (folder / "merges.txt").write_bytes("\n".join(lines).encode())
 
     @classmethod
     def load(cls, folder: Path) -> "BytePairTokenizer":

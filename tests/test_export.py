@@ -173,7 +173,7 @@ def test_any_number_of_cores_writes_the_same(program, monkeypatch, cores):
         ([REFERENCE, "--target", "vax-vms"], 2, "x86_64-windows"),
         ([REFERENCE, "--target", "x86_64-linux", "--page"], 2, "--target"),
         ([REFERENCE, "-o", DATA], 1, "is a folder"),
-        ([REFERENCE, "-o", "/proc/story"], 1, "/proc"),
+        ([REFERENCE, "-o", REFERENCE / "config.json" / "story"], 1, "config.json"),
         ([], 2, "model_path"),
     ],
 )

@@ -95,7 +95,7 @@ def test_destinations_that_hold_something_else_are_refused(tmp_path, model_folde
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file"):
         folders.check_destination(tmp_path / "file")
-    with pytest.raises(ValueError, match=r"cannot save to .*: Not a directory"):
+    with pytest.raises(ValueError, match=r"cannot save to .*: \w+"):
         folders.check_destination(tmp_path / "file" / "model")
     if Path("/proc").exists():  # where no one may write, not even root
         with pytest.raises(ValueError, match="cannot save to /proc/model: "):

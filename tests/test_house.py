@@ -21,7 +21,7 @@ MAY_IMPORT = {
 def imported(path: Path) -> set[str]:
     """The modules of the project that a file imports, anywhere in it, by their first names."""
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

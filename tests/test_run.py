@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import DATA, REFERENCE, ROOT, assert_error
+from tinygrad import Device
 
 import run
 from models import gpt_burn, safetensors
@@ -46,7 +47,7 @@ def test_a_prompt_longer_than_the_context_is_continued_from_its_end(call):
 def test_on_a_terminal_it_says_on_which_device_it_runs(call, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     result = call(run.main, REFERENCE, "-n", "1")
-    assert (result.status, result.err) == (0, "device: CPU\n")
+    assert (result.status, result.err) == (0, f"device: {Device.DEFAULT}\n")
 
 
 def test_the_seed_decides_the_text(call):

@@ -159,6 +159,8 @@ def mpiexec(n_workers: int) -> list[str]:
         import mpi4py  # noqa: F401
     except ImportError:
         program = None
+    if sys.platform == "win32":
+        raise ValueError("training with several workers is for Linux and macOS: omit --workers")
     if program is None:
         raise ValueError(f"--workers {n_workers} needs MPI: pip install '.[mpi]'")
     is_full = n_workers == len(machine.usable_cores()) and devices.in_use().startswith("CPU")
