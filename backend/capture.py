@@ -48,11 +48,8 @@ class Captured:
             tensors = [*state, address_of(blas().sgemm, device)] if blas() else state
             self.state = [tensor.uop.base for tensor in tensors]
             shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in self.state]
-            self.path = (
-                cache_folder()
-                / "gpt-tiny"
-                / fingerprint(function.__qualname__, key, values, shapes)
-            )
+            name = fingerprint(function.__qualname__, key, values, shapes)
+            self.path = cache_folder() / "gpt-tiny" / name
             self.restore()
 
     def restore(self) -> None:

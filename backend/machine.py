@@ -91,20 +91,25 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser(place))
 
 
+def can_be_written(folder: Path) -> bool:
+    """Whether our files, tinygrad's and those of ziglang's compiler can."""
+    names = {"gpt-tiny": "", "tinygrad": "CACHEDB", "zig": "ZIG_GLOBAL_CACHE_DIR"}
+    if folder.parts[0] == "~":  # nobody's home: a number without a name, as containers run with
+        return False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        places = [folder / name for name, moves_it in names.items() if moves_it not in os.environ]
+        return all(os.access(x if x.exists() else folder, os.W_OK) for x in places)
+    except OSError:
+        return False
+
+
 def find_cache() -> None:
     """Has a folder for this process alone in place of a cache that can't be written, and says so;
     OSError where there is none either."""
     folder = cache_folder()
-    names = ["gpt-tiny"] + ["tinygrad"] * ("CACHEDB" not in os.environ)
-    names += ["zig"] * ("ZIG_GLOBAL_CACHE_DIR" not in os.environ)  # the compiler's, of ziglang
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if all(
-            os.access(path if (path := folder / n).exists() else folder, os.W_OK) for n in names
-        ):
-            return
-    except OSError:
-        pass
+    if can_be_written(folder):
+        return
     print(
         f"warning: {folder} can't be written, so what is compiled is not kept for the next start: "
         "XDG_CACHE_HOME can name another folder",

@@ -37,7 +37,8 @@ def can_fork() -> bool:
 def begin_fork() -> None:
     """A process of ours that ends with the one it was forked from, whatever ends that."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's handlers are for train.py, and
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # so is a Ctrl-C, though all processes get it
+    for number in (signal.SIGINT, signal.SIGHUP):  # so is what a terminal sends all processes
+        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # a connection to tinygrad's cache must not be used on both sides, nor closed on this one
     begin_fork.connection, helpers._db_connection = helpers._db_connection, None

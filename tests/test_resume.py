@@ -16,7 +16,8 @@ from conftest import ROOT, TINY, start
 
 from gpt_tiny import GPTConfig
 from models import checkpoint, safetensors
-from training import resume
+from training import loop, resume
+from training.distributed import World
 
 MUON = ["--optimizer", "muon", "--grad-clip", "1", "--decay", "cosine"]
 N_KILLS = int(os.environ.get("GPT_TINY_KILLS", "3"))
@@ -85,6 +86,14 @@ def test_a_training_whose_terminal_goes_away_is_stored(tmp_path):
     os.close(shown)
     assert training.wait() == 129
     assert resume.load(tmp_path / ".data/checkpoints").position.step >= 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+def test_a_terminal_that_goes_away_may_say_so_twice_while_the_training_is_stored():
+    with loop.noted_signals(World()) as noted:
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+    assert noted == [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no nohup")

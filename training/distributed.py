@@ -25,6 +25,7 @@ from backend.memory import Flat, get, put
 # what the launchers of MPICH, Intel MPI, Open MPI and Slurm tell a rank
 UNDER_MPI = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 COLUMNS = "GPT_TINY_COLUMNS"  # the width of the terminal that a launcher's output goes to
+HANGUP = getattr(signal, "SIGHUP", None)  # which Windows lacks
 BANNER = b"\n" + 40 * b"="  # begins what mpiexec tells of a rank that was killed
 
 
@@ -54,7 +55,7 @@ class World:
         backend = devices.in_use().split(":")[0]
         cores = set().union(*of_machine.allgather(machine.usable_cores()))
         n_cores = min(len(cores), machine.share_of_processor()) // of_machine.size
-        NUM_CPU_THREADS.value = max(1, int(n_cores))
+        NUM_CPU_THREADS.value = max(1, min(NUM_CPU_THREADS.value, int(n_cores)))
         if backend != "CPU":  # there, one compiles for all
             DEV.value = [Target(f"{backend}:{of_machine.rank}"), *DEV.value]
             PARALLEL.value = NUM_CPU_THREADS.value
@@ -170,8 +171,8 @@ def mpiexec(n_workers: int) -> list[str]:
 def stop_signals() -> list[int]:
     """Ctrl-C, SIGTERM, and what a terminal that goes away sends, unless nohup has that ignored."""
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:
+        numbers.append(HANGUP)
     return numbers
 
 
@@ -188,7 +189,10 @@ def launch(n_workers: int, words: list[str]) -> int:
 
     def forward(number: int, frame) -> None:
         signals.append(number)
-        process.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
+        if len(signals) == 1:
+            process.send_signal(signal.SIGTERM)
+        elif number != HANGUP:  # which may come twice
+            process.send_signal(signal.SIGKILL)
 
     for number in stop_signals():
         signal.signal(number, forward)

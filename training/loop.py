@@ -12,7 +12,7 @@ import numpy as np
 from backend.memory import get
 from training import resume
 from training.batches import capture_training, capture_validation, make_plan
-from training.distributed import World, stop_signals
+from training.distributed import HANGUP, World, stop_signals
 from training.metrics import append_metrics, begin_metrics, progress, step_line
 from training.state import Training
 
@@ -77,21 +77,22 @@ def keep_if_best(training: Training) -> None:
 @contextlib.contextmanager
 def noted_signals(world: World) -> Iterator[list[int]]:
     """Signals to stop as they come, for the batch in flight to end first; a second one ends at
-    once, but for workers, whom only all together can end."""
+    once, but for workers, whom only all together can end, and for what a terminal sends that goes
+    away, which may come twice."""
     noted, previous = [], {}
 
     def note(number: int, frame) -> None:
         noted.append(number)
-        if world.size == 1:
-            restore()
+        if world.size == 1 and number != HANGUP:
+            restore(signal.SIGINT, signal.SIGTERM)
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def restore(*numbers: int) -> None:
+        for number in numbers:
+            signal.signal(number, previous[number])
 
     for number in stop_signals():
         previous[number] = signal.signal(number, note)
     try:
         yield noted
     finally:
-        restore()
+        restore(*previous)
