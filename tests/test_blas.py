@@ -101,6 +101,7 @@ def test_where_none_are_multiplied_rounded_operands_are(monkeypatch, spec, shape
 
 # Of whole numbers, so that sums are exact; steps may be longer than rows, between which c stays.
 PRODUCTS = """
+#define ABI
 #include "bfloat16.c"
 enum { MOST = 32000 };
 static number a[MOST], b[MOST], numbers[] = {0, 0x3f80, 0xbf80, 0x4000, 0xc040, 0x40a0};
