@@ -104,6 +104,8 @@ class LastingStream:
         try:
             yield
         except OSError as error:
+            if sys.platform == "win32" and error.errno == errno.EINVAL:
+                raise BrokenPipeError from error  # which has no number of its own there
             if error.errno != errno.EIO:
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
