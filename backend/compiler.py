@@ -82,7 +82,8 @@ class CPUCompiler(ClangCompiler):
         for command in (os.environ.get("CC"), shutil.which("clang")):
             try:
                 if command:
-                    self.call(words := shlex.split(command), PROBE)
+                    words = [command] if os.path.isfile(command) else shlex.split(command)
+                    self.call(words, PROBE)
                     return words
             except (OSError, ValueError):
                 print(f"warning: {command} can't compile what tinygrad writes", file=sys.stderr)

@@ -62,6 +62,16 @@ def test_a_clang_on_the_path_wins(compiler, path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_clang_may_be_in_a_folder_with_a_space(compiler, path, monkeypatch, capfd):
+    (path / "my programs").mkdir()
+    clang = write_clang(path / "my programs" / "clang")
+    monkeypatch.setenv("PATH", str(clang.parent))
+    assert compiler.find() == [str(clang)]
+    monkeypatch.setenv("CC", str(clang))
+    assert compiler.find() == [str(clang)]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_clang_that_does_not_compile_is_left_with_a_warning(compiler, path, capfd):
     clang = write_program(path / "clang", "exit 1")
     assert ZIGLANG in compiler.find()[0]
