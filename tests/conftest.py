@@ -24,6 +24,10 @@ GPT2 = DATA / "gpt2_tiny"
 TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "4"]
 
 
+def not_on_windows(reason: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(sys.platform == "win32", reason=reason)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory) -> Path:
     """Keeps the jits that the tests capture apart from the user's."""

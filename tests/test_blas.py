@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, not_on_windows
 from tinygrad import Context, Device, Tensor
 
 from backend import bfloat16, blas
@@ -149,6 +149,7 @@ def made(path: Path, *flags: str) -> Path:
     return path
 
 
+@not_on_windows("links a library as Linux has them")
 def test_plain_c_of_bfloat16_multiplies_all_forms_and_sizes(tmp_path):
     library = made(tmp_path / "products.so", "-DPLAIN=1", "-shared", "-fPIC")
     assert ctypes.CDLL(library).count_wrong() == 0

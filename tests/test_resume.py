@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, start
+from conftest import ROOT, TINY, not_on_windows, start
 
 from gpt_tiny import GPTConfig
 from models import checkpoint, safetensors
@@ -52,7 +52,7 @@ def whole(tmp_path_factory) -> Callable[..., tuple[list[str], bytes]]:
     ("number", "status", "words"),
     [("SIGINT", 130, []), ("SIGTERM", 143, []), ("SIGHUP", 129, []), ("SIGINT", 130, MUON)],
 )
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to a process")
+@not_on_windows("Windows sends no signals to a process")
 def test_resumed_training_equals_uninterrupted(tmp_path, whole, number, status, words):
     training = start(tmp_path, *TINY, *words, "-n", "4", "-o", "model")
     before = training.stdout.readline()
@@ -70,7 +70,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path, whole, number, status, 
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+@not_on_windows("Windows has no such terminals")
 def test_a_training_whose_terminal_goes_away_is_stored(tmp_path):
     shown, terminal = os.openpty()
     command = [sys.executable, ROOT / "train.py", *TINY, "-n", "1000", "-o", "model"]
@@ -88,7 +88,7 @@ def test_a_training_whose_terminal_goes_away_is_stored(tmp_path):
     assert resume.load(tmp_path / ".data/checkpoints").position.step >= 1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+@not_on_windows("Windows has no such terminals")
 def test_a_terminal_that_goes_away_may_say_so_twice_while_the_training_is_stored():
     with loop.noted_signals(World()) as noted:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
@@ -96,7 +96,7 @@ def test_a_terminal_that_goes_away_may_say_so_twice_while_the_training_is_stored
     assert noted == [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no nohup")
+@not_on_windows("Windows has no nohup")
 def test_under_nohup_a_training_outlives_its_terminal(tmp_path):
     command = ["nohup", sys.executable, ROOT / "train.py", *TINY, "-n", "1000", "-o", "model"]
     ends = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
