@@ -1,8 +1,8 @@
-"""A model on disk: a folder that holds `config.json` and, beside it, the weights in one file.
+"""A model on disk: a folder that holds `config.json` and, beside it, the weights.
 
 Three layouts: our own (`model.safetensors`), gpt-burn's (`model.mpk`), and that of Hugging Face's
-GPT-2, in which a GPT-2 is always saved. In memory the weights are numpy arrays by name, a linear's
-as (out, in).
+GPT-2, in which a GPT-2 is always saved, and whose weights may be in several files. In memory the
+weights are numpy arrays by name, a linear's as (out, in).
 
 Nothing here trusts a file: each length and shape is compared with the file's size before memory is
 taken for it, nothing is unpickled, and what is wrong is a ValueError that says so in one line.
@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 from gpt_tiny import GPT, GPTConfig
 from models import gpt2, gpt_burn, safetensors
-from models.folders import WEIGHT_FILES, replacing
+from models.folders import INDEX, WEIGHT_FILES, replacing
 from models.safetensors import MAX_JSON_BYTES, LazyArrays, parse_json
 
 
@@ -57,6 +57,22 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"there is no model folder {path.parent}")
     if not path.is_file():
         raise ValueError(f"{path.parent} is not a model folder: it has no config.json")
+    config = parse_config(path)
+    n_parameters = GPTConfig(**config["model"]).n_parameters
+    file = next(filter(Path.is_file, map(path.with_name, WEIGHT_FILES)), None)
+    if file and n_bytes(file) < n_parameters:
+        raise ValueError(f"{path}: it asks for more weights than {file.name} can hold")
+    return config
+
+
+def n_bytes(file: Path) -> int:
+    """The size of a file of weights, or of all that an index names."""
+    files = safetensors.shards(file) if file.name == INDEX else [file]
+    return sum(file.stat().st_size for file in files)
+
+
+def parse_config(path: Path) -> dict:
+    """A config by itself: its sizes may still be any."""
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path} is far too large for a config")
     config = parse_json(path.read_bytes(), path)
@@ -74,11 +90,7 @@ def read_config(folder: Path) -> dict:
         tokenizer = config.get("tokenizer", "char")
         if not isinstance(tokenizer, str) or not tokenizer.isidentifier():
             raise ValueError(f"tokenizer is {tokenizer!r:.60}, not the name of a tokenizer")
-        n_parameters = GPTConfig(**model).n_parameters
-        for name in WEIGHT_FILES:
-            file = path.with_name(name)
-            if file.is_file() and file.stat().st_size < n_parameters:
-                raise ValueError(f"it asks for more weights than {name} can hold")
+        GPTConfig(**model)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return config
@@ -87,15 +99,15 @@ def read_config(folder: Path) -> dict:
 def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, np.ndarray]:
     """The weights of a model folder, by name, in the order and the shapes of `shapes`.
 
-    They come from `model.safetensors` or, where there is none, from `model.mpk`. Half precision
-    stays float16, all else is float32. The arrays of a safetensors file are read one by one, each
-    whenever it is asked for, and only then is it looked through for what is not finite.
+    They come from the first of WEIGHT_FILES that there is. Half precision stays float16, all else
+    is float32. The arrays of a safetensors file are read one by one, each whenever it is asked for,
+    and only then is it looked through for what is not finite.
     """
     path = weights_file(Path(folder))
     if path.name == "model.mpk":
         arrays = gpt_burn.read_record(path)
     else:
-        arrays = safetensors.read(path)
+        arrays = (safetensors.read_sharded if path.name == INDEX else safetensors.read)(path)
         if "wte.weight" in arrays or "transformer.wte.weight" in arrays:
             n_layers = sum(name.endswith(".norm_1.gamma") for name in shapes)
             try:

@@ -3,13 +3,16 @@
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-WEIGHT_FILES = ("model.safetensors", "model.mpk")
+INDEX = "model.safetensors.index.json"  # of weights in several files, as Hugging Face cuts them
+WEIGHT_FILES = ("model.safetensors", "model.mpk", INDEX)  # what we write comes first
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 TRAINING_FILES = ("training.json", "optimizer.safetensors")  # that may stand beside a model
 MODEL_FILES = ("config.json", *WEIGHT_FILES, *TRAINING_FILES)
 
@@ -77,7 +80,8 @@ def put_in_place(new: Path, folder: Path) -> None:
     else:
         exchange(new, folder)
         for path in new.iterdir():  # the old one now: someone's notes in it are not ours to delete
-            if path.name not in MODEL_FILES and not (folder / path.name).exists():
+            is_model = path.name in MODEL_FILES or SHARD.fullmatch(path.name)
+            if not is_model and not (folder / path.name).exists():
                 os.rename(path, folder / path.name)
     sync(folder)
     sync(folder.parent)

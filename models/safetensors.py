@@ -1,7 +1,11 @@
-"""Arrays in a safetensors file: a u64 length, a JSON header of that length, then their bytes."""
+"""Arrays in a safetensors file: a u64 length, a JSON header of that length, then their bytes.
+
+A large model may be in several files, with an index that says which of them holds which tensor.
+"""
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -9,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 MAX_JSON_BYTES = 4 << 20  # parsed JSON takes up to 25 times its size in memory
+SHARD_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)  # a file beside the index
 DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 
 
@@ -61,6 +66,43 @@ def read(path: Path) -> LazyArrays:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is truncated or corrupt: {error!s:.200}") from None
     return LazyArrays(readers)
+
+
+def read_sharded(index: Path) -> LazyArrays:
+    """The tensors of all files that an index names; each must be where the index says it is."""
+    files, readers = weight_map(index), {}
+    for path in shards(index):
+        arrays = read(path)
+        for name in arrays:
+            if files.get(name) != path.name:
+                raise ValueError(f"{path} holds the tensor {name!r:.80}, against {index.name}")
+        readers |= arrays.readers
+    if missing := files.keys() - readers.keys():
+        name = min(missing)
+        raise ValueError(f"{index.with_name(files[name])} lacks the tensor {name!r:.80}")
+    return LazyArrays(readers)
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index names, in its own folder; ValueError if one is not there."""
+    paths = [index.with_name(name) for name in sorted(set(weight_map(index).values()))]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{index} names {path.name}, which is not there")
+    return paths
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The name of the file that holds each tensor."""
+    if index.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{index} is far too large for an index")
+    files = parse_json(index.read_bytes(), index).get("weight_map")
+    if type(files) is not dict or not files:
+        raise ValueError(f"{index} is corrupt: it has no weight_map")
+    for file in files.values():
+        if type(file) is not str or not SHARD_NAME.fullmatch(file):
+            raise ValueError(f"{index} is corrupt: {file!r:.80} is no safetensors file beside it")
+    return files
 
 
 def map_array(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,10 +1,12 @@
 """Safetensors files, beside the official library."""
 
 import json
+import os
+import re
 
 import numpy as np
 import pytest
-from conftest import SHAPES, assert_equal
+from conftest import CONFIG, SHAPES, assert_equal
 from mutate import N_MUTATIONS, mutated_bytes, mutated_json, outcomes
 
 from models import checkpoint, safetensors
@@ -66,6 +68,91 @@ def test_a_bad_safetensors_header_is_refused(tmp_path, reason):
     with pytest.raises(ValueError, match=expected) as error:
         safetensors.read(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def index(model_folder, weights):
+    """Of the model's weights in two files that the official library wrote."""
+    numpy = pytest.importorskip("safetensors.numpy")
+    names, files = sorted(weights), {}
+    for number, part in enumerate((names[:7], names[7:]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        numpy.save_file({name: weights[name] for name in part}, model_folder / file)
+        files |= dict.fromkeys(part, file)
+    (model_folder / "model.safetensors").unlink()
+    path = model_folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
+    return path
+
+
+def test_weights_in_several_files_are_read_like_one(index, weights):
+    assert checkpoint.read_config(index.parent) == CONFIG
+    assert_equal(checkpoint.read_weights(index.parent, SHAPES), weights)
+
+
+FIRST, SECOND = (f"model-{number:05}-of-00002.safetensors" for number in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"linear.bias": FIRST}, f"{SECOND} holds the tensor 'linear.bias', against model.safe"),
+        ({"more": FIRST}, f"{FIRST} lacks the tensor 'more'"),
+        ({"more": "third.safetensors"}, "index.json names third.safetensors, which is not there"),
+        ({"more": "../x.safetensors"}, "'../x.safetensors' is no safetensors file beside it"),
+        ({"more": "a\\x.safetensors"}, "is no safetensors file beside it"),
+        ({"more": "pytorch_model.bin"}, "'pytorch_model.bin' is no safetensors file beside it"),
+        ({"more": 1}, "1 is no safetensors file beside it"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_files_is_refused(index, change, error):
+    entries = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": entries["weight_map"] | change}))
+    with pytest.raises(ValueError, match=re.escape(error)) as raised:
+        safetensors.read_sharded(index)
+    assert str(index.parent) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_an_index_without_a_map_of_files_or_far_too_large_is_refused(index):
+    for text, error in (("{}", "it has no weight_map"), (" " * (5 << 20), "far too large")):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=rf"index\.json is .*{error}"):
+            checkpoint.read_weights(index.parent, SHAPES)
+
+
+def test_sizes_are_held_against_all_files_of_an_index(index):
+    config = CONFIG | {"model": CONFIG["model"] | {"n_layers": 10**9}}
+    (index.parent / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"more weights than model\.safetensors\.index\.json can"):
+        checkpoint.read_config(index.parent)
+
+
+@pytest.mark.parametrize("format", ["tiny", "burn"])
+def test_a_model_saved_over_one_in_several_files_replaces_them_all(index, weights, format):
+    (index.parent / "notes.safetensors").write_text("mine")
+    doubled = {name: 2 * values.astype(np.float16) for name, values in weights.items()}
+    checkpoint.save(index.parent, CONFIG, doubled, format=format)
+    file = {"tiny": "model.safetensors", "burn": "model.mpk"}[format]
+    assert sorted(os.listdir(index.parent)) == ["config.json", file, "notes.safetensors"]
+    assert_equal(checkpoint.read_weights(index.parent, SHAPES), doubled)
+
+
+def test_an_index_that_was_left_over_does_not_count(index, weights):
+    (index.parent / FIRST).unlink()
+    safetensors.write(index.parent / "model.safetensors", weights)
+    assert checkpoint.read_config(index.parent) == CONFIG
+    assert_equal(checkpoint.read_weights(index.parent, SHAPES), weights)
+
+
+def test_damaged_indexes_are_refused(index):
+    def read():
+        return checkpoint.read_weights(index.parent, SHAPES)
+
+    data = index.read_bytes()
+    n_read, n_refused = outcomes(mutated_bytes(data, N_MUTATIONS // 4, 0), index, read)
+    assert n_refused > n_read
+    n_read, n_refused = outcomes(mutated_json(json.loads(data), N_MUTATIONS // 4, 0), index, read)
+    assert min(n_read, n_refused) > 0
 
 
 def test_damaged_safetensors_are_refused(model_folder):
