@@ -28,7 +28,7 @@ MIN_SHARED_BYTES = 4 << 20  # with fewer, waking a core costs more than it gives
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.ArgumentParser("Make one file of a trained GPT: a program, or a page.")
     parser.usage = "python %(prog)s MODEL_PATH [OPTION]..."
-    model_help = "folder of a model: ours, gpt-burn's or GPT-2"
+    model_help = "folder of a model: ours, gpt-burn's or GPT-2; or its name on the Hub: gpt2"
     parser.add_argument("model_path", type=Path, help=model_help)
     output_help = "file to write (default: story, story.exe or story.html)"
     parser.add_argument("-o", "--output-path", type=Path, help=output_help)

@@ -20,7 +20,7 @@ from models import checkpoint
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.ArgumentParser("Continue a text with a trained GPT.")
     parser.usage = "python %(prog)s MODEL_PATH [OPTION]..."
-    model_help = "folder of a model: ours, gpt-burn's or GPT-2"
+    model_help = "folder of a model: ours, gpt-burn's or GPT-2; or its name on the Hub: gpt2"
     add, count = parser.add_argument, number(int, 1, 2**31)
     add("model_path", type=Path, help=model_help)
     add("--n-samples", type=count, default=1, help="continuations, generated side by side")

@@ -15,7 +15,6 @@ from backend.blas import blas
 from command_line import bold, number
 from generation import Generator, sample
 from models import checkpoint, folders
-from tokenizers import BytePairTokenizer
 from training import corpus, distributed, loop, resume
 from training.metrics import plot
 from training.settings import TrainingConfig, changed, flat
@@ -38,9 +37,9 @@ def make_parser(defaults: TrainingConfig) -> command_line.ArgumentParser:
     add("-d", "--d-model", type=size, help="width of the model")
     add("-l", "--n-layers", type=size, help="number of blocks")
     add("-h", "--n-heads", type=size, help="attention heads in a block")
-    add("--tokenizer", help="char, vowel, or a folder with GPT-2's vocab.json")
+    add("--tokenizer", help="char, vowel, or GPT-2's: a folder, or gpt2")
     add("--vocab-size", dest="max_vocab_size", type=size, help="tokens of the vowel tokenizer")
-    add("--init-from", type=Path, metavar="PATH", help="model to start from, and its tokenizer")
+    add("--init-from", type=Path, metavar="PATH", help="model to start from: its folder, or gpt2")
     add = parser.add_argument_group("training").add_argument
     add("-n", "--n-steps", type=size, help=f"steps of {defaults.batches_per_step} batches")
     add("-b", "--batch-size", type=size, help="windows in a batch")
@@ -158,8 +157,8 @@ def from_model(path: Path, words: list[str]) -> tuple[TrainingConfig, Start]:
     own = {"tokenizer": tokenizer.name, "max_vocab_size": tokenizer.vocab_size}
     began = changed(DEFAULTS, flat(model.config) | own)
     config = configure(words, began)
-    if config.tokenizer != tokenizer.name and Path(config.tokenizer).is_dir():
-        given = BytePairTokenizer.load(Path(config.tokenizer))
+    if tokenizer.name == "bpe" and config.tokenizer not in ("bpe", "char", "vowel"):
+        given = corpus.byte_pairs(config.tokenizer)
         if given.tokens == tokenizer.tokens:
             config = replace(config, tokenizer=tokenizer.name)
     names = ("d_model", "n_layers", "n_heads", *own)

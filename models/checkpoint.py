@@ -18,17 +18,20 @@ import numpy as np
 
 import tokenizers
 from gpt_tiny import GPT, GPTConfig
-from models import gpt2, gpt_burn, safetensors
+from models import gpt2, gpt_burn, hub, safetensors
 from models.folders import INDEX, WEIGHT_FILES, replacing
 from models.safetensors import MAX_JSON_BYTES, LazyArrays, parse_json
 
+TOKENIZER_FILES = {"char": (), "vowel": ("tokenizer.json",), "bpe": hub.BYTE_PAIR_FILES}
 
-def load(folder: Path) -> tuple[GPT, tokenizers.Tokenizer]:
-    """The model and the tokenizer of a folder in any of the three layouts.
+
+def load(folder: Path | str) -> tuple[GPT, tokenizers.Tokenizer]:
+    """The model and the tokenizer of a folder in any of the three layouts, or of a name on the
+    Hugging Face Hub.
 
     ValueError or OSError, with one line that names the file and what is wrong with it.
     """
-    folder = Path(folder)
+    folder = find(Path(folder))
     config = read_config(folder)
     model_config = GPTConfig(**config["model"])
     weights_file(folder)  # first: only with a file to compare to does read_config bound the sizes
@@ -39,6 +42,22 @@ def load(folder: Path) -> tuple[GPT, tokenizers.Tokenizer]:
             f"{tokenizer.name!r} has {tokenizer.vocab_size} tokens: they do not belong together"
         )
     return GPT(model_config, read_weights(folder, shapes(model_config))), tokenizer
+
+
+def find(folder: Path) -> Path:
+    """The folder or, where there is none and its name could be one on the Hub, the folder of that
+    model in the Hub's cache, to which the files that are needed are fetched."""
+    if not hub.is_name(folder):
+        return folder
+    repository = hub.Repository(folder.as_posix())
+    config = parse_config(repository.fetch("config.json"))  # before the weights of what is no GPT-2
+    for file in TOKENIZER_FILES.get(config.get("tokenizer", "char"), ()):
+        repository.fetch(file)
+    weights = repository.fetch("model.safetensors", INDEX)
+    if weights.name == INDEX:
+        for shard in sorted(set(safetensors.weight_map(weights).values())):
+            repository.fetch(shard)
+    return weights.parent
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:

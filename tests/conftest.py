@@ -23,6 +23,8 @@ REFERENCE = DATA / "gpt_burn_114k"
 GPT2 = DATA / "gpt2_tiny"
 TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "4"]
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that a test makes up is not asked for on the network
+
 
 def not_on_windows(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(sys.platform == "win32", reason=reason)

@@ -8,6 +8,7 @@ from typing import BinaryIO
 import numpy as np
 
 import tokenizers
+from models import hub
 from tokenizers import Tokenizer
 from training.settings import CORPUS, TrainingConfig
 
@@ -43,9 +44,19 @@ def make_tokenizer(config: TrainingConfig, file: BinaryIO, size: int) -> Tokeniz
         return tokenizers.CharTokenizer()
     if config.tokenizer == "vowel":
         return tokenizers.SimpleVowelTokenizer.train(file, size, config.max_vocab_size)
-    if not Path(config.tokenizer).is_dir():
+    return byte_pairs(config.tokenizer)
+
+
+def byte_pairs(name: str) -> tokenizers.BytePairTokenizer:
+    """The tokenizer of a folder, or of a name on the Hugging Face Hub."""
+    folder, reason = Path(name), "there is no such folder"
+    try:
+        folder = hub.byte_pairs(folder)
+    except ValueError as error:
+        reason = str(error)
+    if not folder.is_dir():
         raise ValueError(
-            f"--tokenizer {config.tokenizer} is not known: "
-            "name char, vowel, or a folder with GPT-2's vocab.json and merges.txt"
+            f"--tokenizer {name} is not known: name char, vowel, or a folder or a model of the "
+            f"Hugging Face Hub with GPT-2's vocab.json and merges.txt ({reason})"
         )
-    return tokenizers.BytePairTokenizer.load(Path(config.tokenizer))
+    return tokenizers.BytePairTokenizer.load(folder)

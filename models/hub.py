@@ -1,0 +1,119 @@
+"""Models by name: files of the Hugging Face Hub, from the Hub's cache or fetched into it.
+
+The package `huggingface_hub` does it, so that HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and tokens work
+as they do everywhere. It is imported for a name alone: folders do not wait for it. Nothing here
+knows of tensors.
+"""
+
+import contextlib
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+BYTE_PAIR_FILES = ("vocab.json", "merges.txt")
+PART = r"\w(?:[\w.-]{0,94}\w)?"
+NAME = re.compile(rf"(?!.*(?:--|\.\.))(?:{PART}/)?{PART}(?<!\.git)", re.ASCII)
+
+
+def is_name(path: Path) -> bool:
+    """Whether a path leads nowhere and could be a name on the Hub: `gpt2` or `owner/name`."""
+    return NAME.fullmatch(path.as_posix()) is not None and not path.exists()
+
+
+def byte_pairs(path: Path) -> Path:
+    """The folder or, by name, the one in the cache with a tokenizer's two files."""
+    if not is_name(path):
+        return path
+    repository = Repository(path.as_posix())
+    return [repository.fetch(file).parent for file in BYTE_PAIR_FILES][-1]
+
+
+class Repository:
+    """A repository of the Hub, at one commit: all that is fetched from it belongs together.
+
+    ValueError, of one line, for what is not there and cannot be fetched.
+    """
+
+    def __init__(self, name: str):
+        try:
+            import huggingface_hub
+        except ImportError:
+            raise ValueError(
+                f"there is no model folder {name}; models of the Hugging Face Hub are fetched by "
+                "name with the package huggingface_hub: pip install '.[gpt2]'"
+            ) from None
+        self.client, self.name = huggingface_hub, name
+        self.revision, self.is_reached = "main", False
+
+    def fetch(self, *files: str) -> Path:
+        """The first of these files that the repository has.
+
+        The Hub is asked for what is not in the cache and for nothing else.
+        """
+        path = next(filter(None, map(self.cached, files)), None)
+        path = path or next(filter(None, map(self.download, files)), None)
+        if path is None:
+            missing = f"{self.name} on the Hub has no {' or '.join(files)}"
+            pickles = ": pickles (pytorch_model.bin) are not loaded" if len(files) > 1 else ""
+            raise ValueError(f"{missing}{pickles}")
+        self.revision = path.parent.name  # snapshots/COMMIT/FILE
+        return path
+
+    def cached(self, file: str) -> Path | None:
+        path = self.client.try_to_load_from_cache(self.name, file, revision=self.revision)
+        return Path(path) if isinstance(path, str) else None
+
+    def download(self, file: str) -> Path | None:
+        """None if the repository lacks the file."""
+        try:
+            with quiet(self.client):
+                if not self.is_reached:  # the download would try for half a minute to get there
+                    url = self.client.hf_hub_url(self.name, file, revision=self.revision)
+                    self.client.get_hf_file_metadata(url)
+                    self.is_reached = True
+                return Path(self.client.hf_hub_download(self.name, file, revision=self.revision))
+        except Exception as error:  # of many kinds, which change with the client's version
+            if self.lacks(error):
+                return None
+            raise ValueError(self.explain(error, file)) from error
+
+    def lacks(self, error: Exception) -> bool:
+        errors = self.client.errors
+        is_missing = isinstance(error, errors.EntryNotFoundError)
+        return is_missing and not isinstance(error, errors.LocalEntryNotFoundError)
+
+    def explain(self, error: Exception, file: str) -> str:
+        errors, constants = self.client.errors, self.client.constants
+        nowhere = f"there is no model folder {self.name}, and"
+        cause = error.__cause__ or error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(error, errors.GatedRepoError):
+            return (
+                f"{self.name} is gated: ask for access at {constants.ENDPOINT}/{self.name}, "
+                "then log in with: hf auth login"
+            )
+        if status in (401, 404):  # to those who are not logged in, 401 for any unknown name
+            return f"{nowhere} no such name on the Hub (if the model is private: hf auth login)"
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            return f"{nowhere} the cache {constants.HF_HUB_CACHE} lacks its {file} (HF_HUB_OFFLINE)"
+        if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
+            return f"cannot store {file} in {constants.HF_HUB_CACHE}: {error.strerror}"
+        reason = f"HTTP status {status}" if status else " ".join(str(cause).split())
+        return f"{nowhere} {constants.ENDPOINT} does not give its {file}: {reason:.200}"
+
+
+@contextlib.contextmanager
+def quiet(client) -> Iterator[None]:
+    """Keeps the client's warnings to itself, unless HF_HUB_VERBOSITY asks for them."""
+    logging = client.utils.logging
+    verbosity = logging.get_verbosity()
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
