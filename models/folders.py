@@ -49,8 +49,7 @@ def check_destination(folder: Path) -> None:
         if not folder.is_dir():
             raise ValueError(f"{folder} is a file: name a folder to save the model to")
         names = set(os.listdir(folder))
-        is_model = "config.json" in names and not names.isdisjoint(WEIGHT_FILES)
-        if names and not is_model and "metrics.csv" not in names:
+        if names and not is_model(names) and "metrics.csv" not in names:
             raise ValueError(
                 f"{folder} exists and is not a model folder: name another, nothing in it is touched"
             )
@@ -63,6 +62,19 @@ def check_destination(folder: Path) -> None:
         trial.rmdir()
     except OSError as error:
         raise ValueError(f"cannot save to {folder}: {error.strerror} ({parent})") from None
+
+
+def is_model(names: set[str]) -> bool:
+    """Whether a folder with files of these names is a model's."""
+    return "config.json" in names and not names.isdisjoint(WEIGHT_FILES)
+
+
+def newest(parent: Path) -> Path:
+    """Of the models in a folder the one that was saved last; ValueError if there is none."""
+    folders = [path for path in parent.glob("[!.]*/") if is_model(set(os.listdir(path)))]
+    if not folders:
+        raise ValueError(f"there is no model in {parent}: name one, or train one: python train.py")
+    return max(folders, key=lambda path: (path / "config.json").stat().st_mtime)
 
 
 def put_in_place(new: Path, folder: Path) -> None:

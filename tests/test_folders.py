@@ -104,6 +104,24 @@ def test_destinations_that_hold_something_else_are_refused(tmp_path, model_folde
             folders.check_destination(Path("/proc/model"))
 
 
+def test_the_newest_model_of_a_folder_is_the_one_saved_last(tmp_path, weights):
+    refused = pytest.raises(ValueError, match=r"there is no model in .*: name one, or train one")
+    with refused:
+        folders.newest(tmp_path / "data")
+    (tmp_path / "data" / "gpt_in_training").mkdir(parents=True)
+    (tmp_path / "data" / "gpt_in_training" / "metrics.csv").touch()
+    (tmp_path / "data" / "corpus.txt").touch()
+    for inside in ("gpt_in_training/best", "checkpoints/1_4", ".gpt-tiny-0"):
+        checkpoint.save(tmp_path / "data" / inside, CONFIG, weights)
+    with refused:
+        folders.newest(tmp_path / "data")
+
+    for name, second in {"gpt_a": 3, "gpt_b": 9, "gpt_c": 6}.items():
+        checkpoint.save(tmp_path / "data" / name, CONFIG, weights)
+        os.utime(tmp_path / "data" / name / "config.json", (second, second))
+    assert folders.newest(tmp_path / "data") == tmp_path / "data" / "gpt_b"
+
+
 def test_trainings_of_the_same_second_do_not_share_a_folder(tmp_path):
     claimed = {folders.claim(tmp_path / "1795367562_4") for _ in range(3)}
     assert len(claimed) == 3 and all(folder.is_dir() for folder in claimed)
