@@ -14,15 +14,15 @@ from backend import devices
 from backend.rounded import GREATEST
 from command_line import bold, number
 from generation import Generator, sample
-from models import checkpoint
+from models import checkpoint, folders
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.ArgumentParser("Continue a text with a trained GPT.")
-    parser.usage = "python %(prog)s MODEL_PATH [OPTION]..."
-    model_help = "folder of a model: ours, gpt-burn's or GPT-2; or its name on the Hub: gpt2"
+    parser.usage = "python %(prog)s [MODEL_PATH] [OPTION]..."
+    model_help = "folder of a model, or its name on the Hub, as gpt2 (default: the newest in .data)"
     add, count = parser.add_argument, number(int, 1, 2**31)
-    add("model_path", type=Path, help=model_help)
+    add("model_path", type=Path, nargs="?", help=model_help)
     add("--n-samples", type=count, default=1, help="continuations, generated side by side")
     weights_help = "round the weights: less memory, more speed (default: as they are stored)"
     add("--weights", choices=GREATEST, help=weights_help)
@@ -55,7 +55,11 @@ def main() -> None:
     devices.check()
     if sys.stderr.isatty():
         print(f"device: {devices.in_use()}", file=sys.stderr)
-    model, tokenizer = checkpoint.load(arguments.model_path)
+    path = arguments.model_path
+    if path is None:
+        path = folders.newest(Path(".data"))
+        print(f"model: {path}", file=sys.stderr)
+    model, tokenizer = checkpoint.load(path)
     generator = Generator(model, arguments.n_samples, arguments.stride, arguments.weights)
     rng = np.random.default_rng(arguments.seed)
 

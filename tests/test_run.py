@@ -44,6 +44,14 @@ def test_a_prompt_longer_than_the_context_is_continued_from_its_end(call):
     assert result.out == prompt["greedy"] + "\n"
 
 
+def test_without_a_name_it_runs_the_newest_model(call, folder):
+    shutil.copytree(REFERENCE, folder / ".data" / "gpt_new")
+    result = call(run.main, "-p", "The function", "-n", "12", "--temperature", "0")
+    assert result.out == generate(call, "-p", "The function", "-n", "12").out
+    assert (result.status, result.err) == (0, "model: .data/gpt_new\n")
+    shutil.rmtree(folder / ".data")
+
+
 def test_on_a_terminal_it_says_on_which_device_it_runs(call, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     result = call(run.main, REFERENCE, "-n", "1")
@@ -165,7 +173,7 @@ def test_a_model_that_cannot_be_read_is_one_line_that_says_why(call, tmp_path, d
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
-        ([], 2, ["model_path"]),
+        ([], 1, ["there is no model in .data", "python train.py"]),
         ([REFERENCE, "-n", "0"], 2, ["-n/--n-new-tokens", "'0'"]),
         ([REFERENCE, "-n", "-1"], 2, ["-n/--n-new-tokens", "'-1'"]),
         ([REFERENCE, "-n", "x"], 2, ["-n/--n-new-tokens", "'x'"]),
