@@ -1,20 +1,28 @@
-"""Continues a text with a trained model: python run.py model_83M -p "Once upon a time"."""
+"""Continues a text with a trained model: python run.py model_83M -p "Once upon a time".
+
+With --score it says instead how well the model predicts a text.
+"""
 
 import argparse
 import codecs
+import contextlib
 import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 import command_line
 from backend import devices
 from backend.rounded import GREATEST
 from command_line import bold, number
-from generation import Generator, sample
+from generation import Generator, round_matrices, sample
+from gpt_tiny import GPT
 from models import checkpoint, folders
+from scoring import Score, known_ids, losses
+from tokenizers import Tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -23,6 +31,8 @@ def parse_arguments() -> argparse.Namespace:
     model_help = "folder of a model, or its name on the Hub, as gpt2 (default: the newest in .data)"
     add, count = parser.add_argument, number(int, 1, 2**31)
     add("model_path", type=Path, nargs="?", help=model_help)
+    score_help = "say how well the model predicts a text, - for standard input, in bits per byte"
+    add("--score", type=Path, metavar="TEXT_FILE", help=score_help)
     add("--n-samples", type=count, default=1, help="continuations, generated side by side")
     weights_help = "round the weights: less memory, more speed (default: as they are stored)"
     add("--weights", choices=GREATEST, help=weights_help)
@@ -30,6 +40,11 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.stop == "":
         parser.error("--stop is empty: give at least one character")
+    for name, value in vars(arguments).items():
+        is_text_option = name not in ("model_path", "score", "weights")
+        if arguments.score and is_text_option and value != parser.get_default(name):
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} is of no use beside --score, which writes no text: leave it out")
     return arguments
 
 
@@ -60,6 +75,15 @@ def main() -> None:
         path = folders.newest(Path(".data"))
         print(f"model: {path}", file=sys.stderr)
     model, tokenizer = checkpoint.load(path)
+    if arguments.score:
+        if arguments.weights:
+            round_matrices(model, arguments.weights)
+        score(model, tokenizer, arguments.score)
+    else:
+        generate(model, tokenizer, arguments)
+
+
+def generate(model: GPT, tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
     generator = Generator(model, arguments.n_samples, arguments.stride, arguments.weights)
     rng = np.random.default_rng(arguments.seed)
 
@@ -72,9 +96,7 @@ def main() -> None:
         if not prompt:
             raise ValueError("the prompt is empty: give at least one character")
         ids = tokenizer.encode(prompt)
-        if n_unknown := int((ids == tokenizer.unknown).sum()):
-            warning = f"warning: {n_unknown} tokens of the prompt are not in the vocabulary"
-            print(warning, file=sys.stderr)
+        warn_of_unknown(int((ids == tokenizer.unknown).sum()), "the prompt")
         batch = np.tile(ids.astype(np.int32), (arguments.n_samples, 1))
         tokens = (new.tolist() for new in generator(batch, arguments.n_new_tokens, choose))
         continuations = [Continuation(tokenizer, arguments.stop) for _ in batch]
@@ -91,6 +113,12 @@ def main() -> None:
             if all(one.has_ended for one in continuations):
                 break
         print("" if is_one else "\n".join(texts), flush=True)
+
+
+def warn_of_unknown(n_tokens: int, source: str, what_happens: str = "") -> None:
+    if n_tokens:
+        warning = f"warning: {n_tokens} tokens of {source} are not in the vocabulary{what_happens}"
+        print(warning, file=sys.stderr)
 
 
 def prompts(prompt: str, is_interactive: bool) -> Iterator[str]:
@@ -130,6 +158,38 @@ class Continuation:
         cut = len(text) - n_held
         self.held = text[cut:]
         return text[:cut]
+
+
+def score(model: GPT, tokenizer: Tokenizer, path: Path) -> None:
+    is_input = str(path) == "-"
+    name = "standard input" if is_input else str(path)
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if is_input else path.open("rb") as file:
+            ids, n_unknown = known_ids(tokenizer, file)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    warn_of_unknown(n_unknown, name, "; they are left out")
+    total = Score(tokenizer)
+    with tqdm(
+        desc="score",
+        total=max(0, len(ids) - 1),
+        unit=" tokens",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+        dynamic_ncols=True,
+        bar_format="{desc} {bar} {percentage:.0f} % {rate_fmt}",
+    ) as bar:
+        for counted, nats in losses(model, ids):
+            total.add(counted, nats)
+            bar.update(len(counted))
+    if not total.n_characters:
+        raise ValueError(f"{name} is too short to be scored: give it two characters or more")
+    print(
+        f"{total.bits / total.n_bytes:.4f} bits per byte, "
+        f"{total.bits / total.n_characters:.4f} bits per character, "
+        f"perplexity {total.perplexity:.2f}, {total.n_tokens} tokens"
+    )
 
 
 if __name__ == "__main__":

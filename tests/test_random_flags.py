@@ -41,9 +41,15 @@ GENERATION = {
 }
 
 
+SCORING = {
+    **{"--score": ["text.txt", "short.txt", "empty.txt", "-", ".", "nowhere"]},
+    **{"--weights": ["int8", "float16", "x"], "-s": [0, 1]},
+}
+
+
 def drawn(draw: random.Random, flags: dict) -> list[str]:
     words = []
-    for flag in draw.sample(list(flags), draw.choice([0, 2, 4, 8])):
+    for flag in draw.sample(list(flags), min(draw.choice([0, 2, 4, 8]), len(flags))):
         value = draw.choice(flags[flag])
         words += [flag] if value is None else [flag, str(value)]
     return words
@@ -66,9 +72,11 @@ def test_random_flags_give_a_result_or_an_error_of_one_line(call, monkeypatch, n
         small = []
     commands = [(train.main, [*small, *flags])]
     for model in draw.sample(MODELS, 2):
-        commands.append((run.main, [model, *drawn(draw, GENERATION)]))
+        flags = draw.choice([GENERATION, GENERATION, SCORING])
+        commands.append((run.main, [model, *drawn(draw, flags)]))
     for main, words in commands:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("The context\n\n日\n"))
+        lines = io.TextIOWrapper(io.BytesIO("The context\n\n日\n".encode()), "utf-8")
+        monkeypatch.setattr(sys, "stdin", lines)
         result = call(main, *words)
         lines = [line for line in result.err.splitlines() if not re.search(NOTES, line)]
         if result.status == 0:

@@ -1,0 +1,103 @@
+"""How well a model predicts a text: bits per byte, which compare models whatever their tokens."""
+
+import math
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from typing import BinaryIO
+
+import numpy as np
+from tinygrad import Tensor, Variable
+
+from backend.capture import Captured
+from backend.memory import filled, get, put, zeros
+from backend.products import functions
+from gpt_tiny import GPT
+from tokenizers import Tokenizer
+
+BATCH_TOKENS = 2048  # that the model reads at once, in as many windows
+BATCH_LOGITS = 1 << 24  # that it gives at once, 64 MB of them, but for one window at least
+
+
+def known_ids(tokenizer: Tokenizer, file: BinaryIO) -> tuple[np.ndarray, int]:
+    """The ids of a text in UTF-8, of any size, without the unknown ones, and the number of these.
+
+    ValueError if it is not UTF-8.
+    """
+    ids, n_unknown = bytearray(), 0  # grows in place
+    for text in tokenizer.pieces(file, sys.maxsize):
+        piece = tokenizer.encode(text)
+        known = piece[piece != tokenizer.unknown]
+        ids += known.astype(tokenizer.dtype, copy=False).tobytes()
+        n_unknown += len(piece) - len(known)
+    return np.frombuffer(ids, tokenizer.dtype), n_unknown
+
+
+def losses(model: GPT, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """ids (n,) -> ids[1:] and what each of these costs, in nats: (n - 1,) both, in pieces.
+
+    Windows of the context's length move by half of it, and count what they have not seen before:
+    past the first window, each token is predicted from at least half a window. ValueError where
+    logits are not finite.
+    """
+    if len(ids) < 2:
+        return
+    context_length, vocab_size = model.config.context_length, model.config.vocab_size
+    rest = context_length // 2
+    half = context_length - rest
+    n_windows = min(BATCH_TOKENS // context_length, BATCH_LOGITS // (half * vocab_size))
+    n_windows = max(1, n_windows)
+    inputs = filled(np.zeros((n_windows, context_length), np.int32))
+    targets = filled(np.zeros((n_windows, half), np.int32))
+    nats = zeros(n_windows, half)
+
+    def measure(inputs: Tensor, targets: Tensor, start: Variable) -> None:
+        logits = model.head(model.trunk(inputs)[:, start : start + half])
+        costs = logits.sparse_categorical_crossentropy(targets, reduction="none")
+        nats.assign(costs).realize()
+
+    state = [*model.parameters().values(), nats, *functions()]
+    measure = Captured(measure, state, (model.config, n_windows), start=range(rest + 1))
+
+    n = n_windows * half
+    batches = ((place, rest, n) for place in range(rest, len(ids) - 1, n))
+    # the first window's first half is a batch of its own, the second is one like the others'
+    for place, start, n_counted in chain([(0, 0, rest)], batches):
+        first = place + half * np.arange(n_windows)[:, None]  # that a target is predicted after
+        put(inputs, at(ids, first - start + np.arange(context_length)))
+        put(targets, at(ids, first + 1 + np.arange(half)))
+        measure(inputs, targets, start=start)
+        counted = ids[place + 1 :][:n_counted]
+        costs = get(nats).ravel()[: len(counted)]
+        if not np.isfinite(costs).all():
+            raise ValueError("the model's logits are not finite: its weights are far too large")
+        yield counted, costs
+
+
+def at(ids: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The ids there; past the end any will do: the mask is causal, and their cost not counted."""
+    return ids[np.minimum(places, len(ids) - 1)].astype(np.int32)
+
+
+class Score:
+    """Sums up what tokens cost, and the bytes and the characters that they stand for."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.bits, self.n_tokens, self.n_bytes, self.n_characters = 0.0, 0, 0, 0
+        self.sizes = np.array([len(token) for token in tokenizer.tokens])
+        # a character is counted with its first byte: a token may end or begin in its midst
+        is_first = [[byte & 0xC0 != 0x80 for byte in token] for token in tokenizer.tokens]
+        self.n_first = np.array([sum(flags) for flags in is_first])
+
+    def add(self, ids: np.ndarray, nats: np.ndarray) -> None:
+        """ids (n,), and what each costs: (n,)"""
+        self.bits += nats.sum(dtype=np.float64) / math.log(2)
+        self.n_tokens += len(ids)
+        self.n_bytes += self.sizes[ids].sum()
+        self.n_characters += self.n_first[ids].sum()
+
+    @property
+    def perplexity(self) -> float:
+        """Infinite for a model that is sure of the wrong tokens."""
+        with np.errstate(over="ignore"):
+            return np.exp2(self.bits / self.n_tokens)
