@@ -4,7 +4,7 @@ import pydoc_data.topics
 
 import numpy as np
 import pytest
-from conftest import GPT2, REFERENCE, at_once
+from conftest import GPT2, REFERENCE
 from tinygrad import Device, Tensor
 
 import run
@@ -14,6 +14,7 @@ from backend.rounded import GREATEST, RoundedMatrix
 from generation import Generator, round_matrices
 from gpt_tiny import GPT, GPTConfig, initial_weights
 from models import checkpoint
+from scoring import losses
 
 on_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
 
@@ -79,15 +80,8 @@ def test_rows_are_looked_up_in_a_rounded_table():
     np.testing.assert_allclose(rows, table[[7, 0, 49]], atol=np.abs(table).max() / 127)
 
 
-def bits_per_byte(model: GPT, ids: np.ndarray) -> float:
-    """Over windows of the context's length; each byte is a token."""
-    windows = ids[: len(ids) // 65 * 65].reshape(-1, 65).astype(np.int32)
-    loss = at_once(lambda ids, targets: model.loss(ids, targets).realize())
-    losses = [
-        loss(Tensor(part[:, :-1]).realize(), Tensor(part[:, 1:]).realize()).item()
-        for part in np.split(windows[:128], 4)
-    ]
-    return np.mean(losses) / np.log(2)
+def nats_per_token(model: GPT, ids: np.ndarray) -> float:
+    return np.mean(np.concatenate([nats for _, nats in losses(model, ids)]))
 
 
 @on_cpu
@@ -95,10 +89,10 @@ def bits_per_byte(model: GPT, ids: np.ndarray) -> float:
 def test_rounded_weights_cost_less_than_half_a_percent_of_bits(kind):
     model, tokenizer = checkpoint.load(REFERENCE)
     text = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-    ids = tokenizer.encode(text[-len(text) // 10 :])
-    exact = bits_per_byte(model, ids)
+    ids = tokenizer.encode(text[-8000:])
+    exact = nats_per_token(model, ids)
     round_matrices(model, kind)
-    assert bits_per_byte(model, ids) == pytest.approx(exact, rel=0.005)
+    assert nats_per_token(model, ids) == pytest.approx(exact, rel=0.005)
 
 
 @pytest.mark.parametrize("gpt2", [False, True])
