@@ -40,9 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.stop == "":
         parser.error("--stop is empty: give at least one character")
+    of_use = ("model_path", "score", "weights")
     for name, value in vars(arguments).items():
-        is_text_option = name not in ("model_path", "score", "weights")
-        if arguments.score and is_text_option and value != parser.get_default(name):
+        if arguments.score and name not in of_use and value != parser.get_default(name):
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag} is of no use beside --score, which writes no text: leave it out")
     return arguments

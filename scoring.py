@@ -28,7 +28,7 @@ def known_ids(tokenizer: Tokenizer, file: BinaryIO) -> tuple[np.ndarray, int]:
     for text in tokenizer.pieces(file, sys.maxsize):
         piece = tokenizer.encode(text)
         known = piece[piece != tokenizer.unknown]
-        ids += known.astype(tokenizer.dtype, copy=False).tobytes()
+        ids += known.tobytes()
         n_unknown += len(piece) - len(known)
     return np.frombuffer(ids, tokenizer.dtype), n_unknown
 

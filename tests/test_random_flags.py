@@ -75,8 +75,8 @@ def test_random_flags_give_a_result_or_an_error_of_one_line(call, monkeypatch, n
         flags = draw.choice([GENERATION, GENERATION, SCORING])
         commands.append((run.main, [model, *drawn(draw, flags)]))
     for main, words in commands:
-        lines = io.TextIOWrapper(io.BytesIO("The context\n\n日\n".encode()), "utf-8")
-        monkeypatch.setattr(sys, "stdin", lines)
+        typed = io.BytesIO("The context\n\n日\n".encode())
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, "utf-8"))
         result = call(main, *words)
         lines = [line for line in result.err.splitlines() if not re.search(NOTES, line)]
         if result.status == 0:
