@@ -7,11 +7,14 @@ whose models depend on them. Byte pairs know every text.
 
 import codecs
 import contextlib
+import hashlib
 import json
+import os
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +31,15 @@ WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".joi
     map(chr, range(0x2000, 0x200B))
 )
 SEPARATORS = frozenset(WHITE_SPACE + string.punctuation)
+
+
+class NotUTF8(ValueError):
+    """A text that has another encoding, by its first byte that UTF-8 does not have there."""
+
+    def __init__(self, byte: int, offset: int, name: str = "the text"):
+        where = f"invalid byte 0x{byte:02x} at offset {offset}"
+        super().__init__(f"{name} is not UTF-8: {where}; convert it to UTF-8")
+        self.byte, self.offset = byte, offset
 
 
 def load(config_name: str, folder: Path) -> "Tokenizer":
@@ -72,18 +84,20 @@ class Tokenizer:
         """The last place found where a token starts whatever follows the text; 0 if none is."""
         raise NotImplementedError
 
-    def encode_file(self, file: BinaryIO, size: int) -> np.ndarray:
-        """The ids of a file's first `size` bytes, without the unknown ones.
+    def digest(self) -> str:
+        """What tells it from tokenizers that give other ids."""
+        return hashlib.sha256(repr((self.name, self.tokens)).encode()).hexdigest()
 
-        Needs little more memory than the ids. ValueError if the file is not UTF-8.
+    def encode_file(self, file: BinaryIO, size: int) -> Iterator[np.ndarray]:
+        """The ids of a file's first `size` bytes, piece by piece, without the unknown ones.
+
+        NotUTF8 if the file is not UTF-8.
         """
-        ids = bytearray()  # grows in place: a list of arrays would be copied to be joined
-        for text in self.pieces(file, size):
-            piece = self.encode(text)
-            if self.unknown is not None:
-                piece = piece[piece != self.unknown]
-            ids += piece.tobytes()
-        return np.frombuffer(ids, self.dtype)
+        for ids in self.encode_all(self.pieces(file, size)):
+            yield ids if self.unknown is None else ids[ids != self.unknown]
+
+    def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        return map(self.encode, texts)
 
     @classmethod
     def pieces(cls, file: BinaryIO, size: int) -> Iterator[str]:
@@ -159,7 +173,7 @@ class SimpleVowelTokenizer(Tokenizer):
     def train(cls, file: BinaryIO, size: int, vocab_size: int) -> "SimpleVowelTokenizer":
         """The tokenizer with the most frequent tokens of a file's first `size` bytes.
 
-        ValueError if the file is not UTF-8.
+        NotUTF8 if the file is not UTF-8.
         """
         counts: Counter[bytes] = Counter()
         for text in cls.pieces(file, size):
@@ -268,6 +282,16 @@ class BytePairTokenizer(Tokenizer):
             self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
         )
 
+    def digest(self) -> str:
+        return hashlib.sha256(repr((self.name, self.tokens, self.merges)).encode()).hexdigest()
+
+    def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """On all cores: tiktoken lets other threads run."""
+        texts, n = iter(texts), os.cpu_count() or 1
+        with ThreadPoolExecutor(n) as threads:
+            while some := list(islice(texts, 4 * n)):
+                yield from threads.map(self.encode, some)
+
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, in which <|endoftext|> is text like any other."""
         text = text.encode(errors="replace").decode()  # half a surrogate pair becomes a "?"
@@ -323,7 +347,7 @@ def most_frequent(counts: Counter, n: int) -> list:
 def read_text(file: BinaryIO, size: int) -> Iterator[str]:
     """The first `size` bytes of a file, in pieces; a character that `size` cuts is left out.
 
-    ValueError with the offset of the first byte that is not UTF-8.
+    NotUTF8 for the first byte that is none.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
@@ -335,10 +359,7 @@ def read_text(file: BinaryIO, size: int) -> Iterator[str]:
             text = decoder.decode(data, final=is_end_of_file)
         except UnicodeDecodeError as error:
             byte, offset = error.object[error.start], position - n_waiting + error.start
-            raise ValueError(
-                f"corpus is not UTF-8: invalid byte 0x{byte:02x} at offset {offset}; "
-                "convert it to UTF-8"
-            ) from None
+            raise NotUTF8(byte, offset) from None
         yield text
         if not data:
             return

@@ -1,5 +1,6 @@
 """Trains a GPT on a text: python train.py -t my.txt."""
 
+import argparse
 import codecs
 import json
 import sys
@@ -61,8 +62,10 @@ def make_parser(defaults: TrainingConfig) -> command_line.ArgumentParser:
     add("-s", "--seed", type=number(int, 0, 2**63), help="of all random numbers")
     add("--workers", type=workers, metavar="N", help="processes that share a batch, or auto")
     add = parser.add_argument_group("files").add_argument
-    add("-t", "--text-corpus", type=Path, help="text to train on, in UTF-8")
-    add("-m", "--n-mega-bytes", type=size, help="use only the first N MiB of the text")
+    text_help = "text to train on, in UTF-8: a file, .gz, .bz2 or .xz, too, a folder, or - for "
+    text_help += "standard input; several are joined (default: .data/corpus.txt)"
+    add("-t", "--text-corpus", type=Path, action=Texts, help=text_help)
+    add("-m", "--n-mega-bytes", type=size, help="use the first N MiB (default: 999)")
     add("-o", "--output-path", type=Path, help="folder for the model (default: a new one in .data)")
     add("-x", "--no-save", action="store_true", help="keep neither the model nor checkpoints")
     add("--format", choices=["tiny", "burn"], help="burn: a model for gpt-burn")
@@ -70,6 +73,14 @@ def make_parser(defaults: TrainingConfig) -> command_line.ArgumentParser:
     add("--resume", type=Path, metavar="PATH", help="checkpoint to go on from, or a folder of them")
     parser.set_defaults(**flat(defaults))
     return parser
+
+
+class Texts(argparse.Action):
+    """Gathers the texts of a command line in the place of the default."""
+
+    def __call__(self, parser, namespace, value, flag=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (*(() if before is self.default else before), value))
 
 
 def workers(text: str) -> int:
@@ -126,8 +137,9 @@ def main() -> int:
         start.position.arguments += words
         if config.files.output_path and not config.files.no_save and world.rank == 0:
             folders.check_destination(config.files.output_path)
-        ids, start.tokenizer = corpus.read(config, start.tokenizer)
-        training = begin(config.with_tokenizer(start.tokenizer), ids, start, world)
+        text = corpus.read(config, start.tokenizer, world)
+        start.position.texts = list(map(str, config.files.text_corpus))
+        training = begin(config.with_tokenizer(text.tokenizer), text, start, world)
         return run(training, world)
 
 
@@ -142,6 +154,8 @@ def from_checkpoint(
     # The model's sizes stand in its config: those in the words may be defaults, beside --init-from.
     model = start.config["model"]
     began = changed(configure(start.position.arguments, changed(DEFAULTS, model)), model)
+    if texts := start.position.texts:
+        began = changed(began, {"text_corpus": tuple(map(Path, texts))})
     config = configure(words, began)
     names = [name for name in flat(began) if name not in MAY_CHANGE]
     refuse_contradictions(config, began, names, "the training to go on with")
@@ -204,7 +218,7 @@ def announce(text: str) -> None:
 
 
 def print_example(training: Training) -> None:
-    tokenizer, rng = training.tokenizer, np.random.default_rng(training.config.seed)
+    tokenizer, rng = training.corpus.tokenizer, np.random.default_rng(training.config.seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     prompt = tokenizer.encode("\n")[None].astype(np.int32)
     generator = Generator(training.model)

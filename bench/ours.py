@@ -13,7 +13,9 @@ from worker import peak_memory, serve
 from backend.memory import get
 from generation import Generator
 from gpt_tiny import GPT, GPTConfig, initial_weights
+from tokenizers import CharTokenizer
 from training.batches import capture_training, make_plan
+from training.corpus import Corpus
 from training.distributed import World
 from training.settings import Files, TrainingConfig, changed
 from training.state import Start, begin
@@ -26,7 +28,7 @@ def train(config: GPTConfig, n: int, **settings):
     config = changed(TrainingConfig(model=config, files=Files(no_save=True)), settings)
     rng = np.random.default_rng(0)
     ids = rng.integers(config.model.vocab_size, size=500_000).astype(np.uint16)
-    training = begin(config, ids, Start(), WORLD)
+    training = begin(config, Corpus("made up", CharTokenizer(), 0, ids), Start(), WORLD)
     train_batch, plan = capture_training(training, WORLD), make_plan(training, rng, WORLD)
 
     def work() -> None:

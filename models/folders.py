@@ -26,16 +26,23 @@ def replacing(folder: Path) -> Iterator[Path]:
     """
     folder = Path(os.path.realpath(folder))
     check_destination(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".gpt-tiny-{uuid.uuid4().hex}")
-    new.mkdir()
-    try:
+    with new_folder(folder) as new:
         yield new
         for path in (*new.iterdir(), new):
             sync(path)
         put_in_place(new, folder)
+
+
+@contextlib.contextmanager
+def new_folder(beside: Path) -> Iterator[Path]:
+    """A folder to work in, and to rename when all is done; else it goes away."""
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    new = beside.with_name(f".gpt-tiny-{uuid.uuid4().hex}")
+    new.mkdir()
+    try:
+        yield new
     finally:
-        shutil.rmtree(new, ignore_errors=True)  # by now it exists only if something failed
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def check_destination(folder: Path) -> None:

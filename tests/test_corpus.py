@@ -1,44 +1,276 @@
-"""What a training reads of a text."""
+"""What a training reads of texts, and keeps of them as ids."""
+
+import bz2
+import errno
+import gzip
+import io
+import itertools
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 from pathlib import Path
 
 import numpy as np
+import pytest
+from conftest import GPT2, ROOT
 
-from tokenizers import Tokenizer
+from models import folders
+from tokenizers import BytePairTokenizer, SimpleVowelTokenizer, Tokenizer
 from training import corpus
+from training.corpus import Corpus
+from training.distributed import World
 from training.settings import Files, TrainingConfig
 
-
-def read(**files) -> tuple[np.ndarray, Tokenizer]:
-    return corpus.read(TrainingConfig(files=Files(**files)))
+TEXT = "The context of the containers, und über das Übrige. " * 50
 
 
-def test_m_uses_the_first_mebibytes_alone_even_if_they_end_within_a_character(tmp_path):
-    path = tmp_path / "corpus.txt"
-    path.write_bytes(b"a" * ((1 << 20) - 1) + "ä".encode() + b"\xff")
-    ids, tokenizer = read(text_corpus=path, n_mega_bytes=1)
-    assert tokenizer.decode(ids) == "a" * ((1 << 20) - 1)
-
-
-def test_characters_that_the_tokenizer_does_not_know_are_dropped(tmp_path):
-    path = tmp_path / "corpus.txt"
-    path.write_text("a日b" * 500, encoding="utf-8")
-    ids, tokenizer = read(text_corpus=path)
-    assert ids.dtype == np.uint8
-    assert tokenizer.decode(ids) == "ab" * 500
-
-
-def test_without_a_corpus_it_says_what_it_takes_instead(tmp_path, monkeypatch, capsys):
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    ids, _ = read()
-    assert len(ids) > 300_000
+    return tmp_path
+
+
+def read(*paths: str, tokenizer: str | Tokenizer = "char", **files) -> Corpus:
+    files |= {"text_corpus": tuple(map(Path, paths))} if paths else {}
+    given = tokenizer if isinstance(tokenizer, Tokenizer) else None
+    name = given.name if given else tokenizer
+    return corpus.read(TrainingConfig(tokenizer=name, files=Files(**files)), given, World())
+
+
+def decoded(text: Corpus) -> str:
+    return text.tokenizer.decode(text.ids)
+
+
+def kept() -> set[str]:
+    return {str(path.relative_to(corpus.FOLDER)) for path in corpus.FOLDER.rglob("*")}
+
+
+@pytest.fixture
+def encodings(monkeypatch) -> list[int]:
+    """A number for each time that a text is encoded."""
+    noted, encode = [], corpus.Encoder.encode
+
+    def encode_and_note(encoder, write):
+        noted.append(len(noted))
+        return encode(encoder, write)
+
+    monkeypatch.setattr(corpus.Encoder, "encode", encode_and_note)
+    return noted
+
+
+def test_m_uses_the_first_mebibytes_alone_even_if_they_end_within_a_character(folder, capsys):
+    data = b"a" * ((1 << 20) - 1) + "ä".encode() + b"\xff"
+    (folder / "a.txt").write_bytes(data)
+    assert decoded(read("a.txt", n_mega_bytes=1)) == "a" * ((1 << 20) - 1)
+    assert capsys.readouterr().err == ""
+
+
+def test_without_m_it_says_that_it_takes_gpt_burns_999_mebibytes_alone(monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "DEFAULT_MEGA_BYTES", 1)
+    Path("a.txt").write_bytes(b"a" * (1 << 20))
+    assert len(read("a.txt").ids) == 1 << 20
+    assert capsys.readouterr().err == ""
+    Path("b.txt").write_bytes(b"a" * (1 << 20) + b"b")
+    for _ in ("the first time", "from the file of ids"):
+        assert len(read("b.txt").ids) == 1 << 20
+        message = "b.txt: only the first 1 MiB are used; --n-mega-bytes takes more\n"
+        assert capsys.readouterr().err == message
+    assert len(read("b.txt", n_mega_bytes=2).ids) == (1 << 20) + 1
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_dropped():
+    Path("a.txt").write_text("a日b" * 500, encoding="utf-8")
+    text = read("a.txt")
+    assert text.ids.dtype == np.uint8
+    assert decoded(text) == "ab" * 500
+
+
+def test_without_a_corpus_it_says_what_it_takes_instead(capsys):
+    assert len(read().ids) > 300_000
     message = capsys.readouterr().err
     assert str(Path(".data/corpus.txt")) in message
     assert "Python" in message
     assert len(message.splitlines()) == 1
 
-    (tmp_path / ".data").mkdir()
-    (tmp_path / ".data" / "corpus.txt").write_text("My own. " * 100)
-    ids, tokenizer = read()
-    assert tokenizer.decode(ids) == "My own. " * 100
+    Path(".data/corpus.txt").write_text("My own. " * 100)
+    assert decoded(read()) == "My own. " * 100
     assert capsys.readouterr().err == ""
+
+
+def test_texts_are_joined_as_they_are_given_compressed_ones_too(monkeypatch):
+    pieces = [TEXT[i::4] for i in range(4)]
+    for piece, name, module in zip(
+        pieces, ["c.txt", "b.txt.gz", "a.bz2", "d.XZ"], [io, gzip, bz2, lzma], strict=True
+    ):
+        with module.open(name, "wb") as file:
+            file.write(piece.encode())
+    assert decoded(read("c.txt", "b.txt.gz", "a.bz2", "d.XZ")) == "".join(pieces)
+    assert decoded(read("d.XZ", "c.txt")) == pieces[3] + pieces[0]
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(pieces[1].encode())))
+    assert decoded(read("c.txt", "-")) == pieces[0] + pieces[1]
+
+
+def test_a_folder_stands_for_all_txt_below_it_in_sorted_order(folder):
+    for name in ("b.txt", "a.txt", "a/z.txt", "notes.md", "a/b/c.txt"):
+        (folder / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "texts" / name).write_text(f"{name} " * 9)
+    expected = [f"{name} " * 9 for name in ("a/b/c.txt", "a/z.txt", "a.txt", "b.txt")]
+    assert decoded(read("texts")) == "".join(expected)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "vowel"])
+def test_a_later_training_finds_the_ids_until_the_text_changes(encodings, tokenizer):
+    Path("a.txt").write_text(TEXT)
+    first, second = (read("a.txt", tokenizer=tokenizer) for _ in range(2))
+    assert encodings == [0]
+    assert second.checksum == first.checksum
+    assert second.tokenizer.tokens == first.tokenizer.tokens
+    np.testing.assert_array_equal(second.ids, first.ids)
+    read("a.txt", tokenizer=first.tokenizer)  # as one that goes on has it
+    assert encodings == [0]
+
+    changed = TEXT.replace("context", "kontext")  # of the same size and time
+    status = os.stat("a.txt")
+    Path("a.txt").write_text(changed)
+    os.utime("a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "kontext" in decoded(read("a.txt", tokenizer=tokenizer))
+    assert encodings == [0, 1]
+    assert len(list(corpus.FOLDER.iterdir())) == 1  # the ids of before are gone
+
+
+def test_another_tokenizer_has_ids_of_its_own(encodings):
+    Path("a.txt").write_text(TEXT)
+    other = SimpleVowelTokenizer(SimpleVowelTokenizer.tokenize(TEXT), 7)
+    texts = [read("a.txt"), read("a.txt", tokenizer="vowel"), read("a.txt", tokenizer=other)]
+    assert encodings == [0, 1, 2]
+    assert len({text.checksum for text in texts}) == 3
+    assert [decoded(text) == TEXT for text in texts] == [True, True, False]
+
+
+@pytest.mark.parametrize("damage", ["cut", "facts", "tokenizer"])
+def test_ids_that_are_damaged_are_made_anew(encodings, damage):
+    Path("a.txt").write_text(TEXT)
+    expected = read("a.txt", tokenizer="vowel").ids.tolist()
+    [folder] = corpus.FOLDER.iterdir()
+    if damage == "cut":
+        os.truncate(folder / "ids", 100)
+    else:
+        name = "corpus.json" if damage == "facts" else "tokenizer.json"
+        (folder / name).write_text((folder / name).read_text()[:-9])
+    assert read("a.txt", tokenizer="vowel").ids.tolist() == expected
+    assert encodings == [0, 1]
+
+
+def test_byte_pairs_of_many_pieces_are_those_of_the_whole():
+    pytest.importorskip("tiktoken")
+    tokenizer = BytePairTokenizer.load(GPT2)
+    text = TEXT * 400  # a megabyte: rounds of pieces on all cores
+    Path("a.txt").write_text(text)
+    ids = read("a.txt", tokenizer=tokenizer).ids
+    assert ids.dtype == np.uint16
+    np.testing.assert_array_equal(ids, tokenizer.encode(text))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
+def test_windows_are_those_of_the_ids_wherever_they_lie(folder, dtype):
+    ids = np.random.default_rng(0).integers(2**8, size=10_000).astype(dtype)
+    ids.tofile(folder / "ids")
+    tokenizer = SimpleVowelTokenizer([], 1)
+    tokenizer.tokens = range({np.uint8: 200, np.uint16: 60_000, np.uint32: 70_000}[dtype])
+    starts = np.random.default_rng(1).integers(9_990, size=700)
+    expected = np.stack([ids[start : start + 9] for start in starts])
+    for stored in (ids, folder / "ids"):
+        windows = Corpus("made up", tokenizer, 0, stored).windows(starts, 9)
+        assert windows.dtype == np.int32
+        np.testing.assert_array_equal(windows, expected)
+
+
+def test_x_and_standard_input_leave_nothing(monkeypatch):
+    Path("a.txt").write_text(TEXT)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    for text in (read("a.txt", no_save=True), read("-", tokenizer="vowel")):
+        assert isinstance(text.stored, Path) and not text.stored.exists()
+        assert decoded(text) == TEXT
+    assert not corpus.FOLDER.exists()
+
+
+def test_on_a_full_disk_ids_stay_in_memory_and_nothing_is_left(monkeypatch, capsys):
+    def fail(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folders, "sync", fail)
+    Path("a.txt").write_text(TEXT)
+    assert decoded(read("a.txt")) == TEXT
+    message = capsys.readouterr().err
+    assert "No space left on device: ids stay in memory" in message and message.count("\n") == 1
+    assert kept() == set()
+
+    monkeypatch.setattr(corpus.machine, "memory", lambda: 100)
+    Path("b.txt").write_text("b" * (1 << 20))
+    with pytest.raises(ValueError, match=r"b\.txt fits neither on the disk nor in memory"):
+        read("b.txt")
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["missing.txt"], r"there is no missing\.txt: name a text with --text-corpus"),
+        (["empty"], r"there is no \.txt in empty"),
+        (["a.txt", "latin.txt"], r"latin\.txt is not UTF-8: invalid byte 0xe4 at offset 7;"),
+        (["latin.txt", "a.txt"], r"latin\.txt is not UTF-8: invalid byte 0xe4 at offset 7;"),
+        (["a.txt", "cut.txt", "a.txt"], r"cut\.txt is not UTF-8: invalid byte 0xf0 at offset 2;"),
+        (["cut.gz"], r"cut\.gz can't be read: Compressed file ended"),
+        (["no.xz"], r"no\.xz can't be read: "),
+        (["no.bz2"], r"no\.bz2 can't be read: "),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_the_place_in_its_file(folder, paths, message):
+    Path("a.txt").write_text(TEXT)
+    Path("latin.txt").write_bytes("Kein gr\xe4ssliches.".encode("latin-1"))
+    Path("cut.txt").write_bytes("ab🔥".encode()[:-1])
+    Path("cut.gz").write_bytes(gzip.compress(TEXT.encode())[:-20])
+    for name in ("no.xz", "no.bz2"):
+        Path(name).write_text(TEXT)
+    Path("empty").mkdir()
+    for tokenizer in ("char", "vowel"):
+        with pytest.raises(ValueError, match=message):
+            read(*paths, tokenizer=tokenizer)
+    assert not corpus.FOLDER.exists() or kept() == set()
+
+
+def test_a_terminal_is_no_text(monkeypatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    with pytest.raises(ValueError, match="standard input is a terminal: pipe a text into it"):
+        read("-")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for a process's memory")
+def test_a_corpus_takes_no_memory_of_its_size(folder):
+    """Neither while it is encoded nor while windows all over it are cut."""
+    code = """
+import re, sys
+import numpy as np
+from pathlib import Path
+from training import corpus
+from training.distributed import World
+from training.settings import Files, TrainingConfig
+text = corpus.read(TrainingConfig(files=Files(text_corpus=(Path(sys.argv[1]),))), None, World())
+for seed in range(4):
+    text.windows(np.random.default_rng(seed).integers(len(text.ids) - 9, size=3000), 9)
+print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+    peaks = []
+    for n in (1, 50_000):
+        with open("text.txt", "w", encoding="utf-8") as file:
+            file.writelines(itertools.repeat(TEXT, n))
+        command = [sys.executable, "-c", code, "text.txt"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        peaks.append(int(run.stdout) << 10)
+    size = os.path.getsize("text.txt")
+    assert size > 100 << 20
+    assert peaks[1] - peaks[0] < size / 4

@@ -31,11 +31,14 @@ def start(folder: Path, *words: str) -> subprocess.Popen:
     return conftest.start(folder, *words, env=os.environ | {"DEV": "CPU"})
 
 
-def ranks(folder: Path, n_workers: int, *words: str, launcher: list[str] | None = None) -> list:
+def ranks(
+    folder: Path, n_workers: int, *words: str, launcher: list[str] | None = None, stdin=None
+) -> list:
     """What each rank of tests/ranks.py noted."""
     launcher = launcher or [MPIEXEC, "-n", str(n_workers)]
     command = [*launcher, sys.executable, ROOT / "tests/ranks.py", *TINY, "-x", "-n", "1", *words]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANGS)
+    options = {"stdin": stdin, "cwd": folder, "timeout": HANGS}
+    run = subprocess.run(command, capture_output=True, text=True, **options)
     assert run.returncode == 0, run.stderr + run.stdout
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(n_workers)]
 
@@ -259,11 +262,29 @@ def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_pa
     resume.load(tmp_path / ".data/checkpoints")
 
 
-def test_a_corpus_that_differs_between_workers_is_noticed(tmp_path, mpi):
-    (tmp_path / "0").write_text("abc " * 500)
-    (tmp_path / "1").write_text("abd " * 500)
-    script = f"exec {sys.executable} {ROOT / 'train.py'} {' '.join(TINY)} -x -t $PMI_RANK"
-    command = [MPIEXEC, "-n", "2", "sh", "-c", script]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS)
+def test_standard_input_reaches_all_workers(tmp_path, of_one):
+    (tmp_path / "text.txt").write_text("The context of the containers. " * 100)
+    of_file = ranks(tmp_path, 2, "--dropout", "0", "-t", "text.txt")
+    with (tmp_path / "text.txt").open() as file:
+        of_input = ranks(tmp_path, 2, "--dropout", "0", "-t", "-", stdin=file)
+    assert of_input == of_file
+
+
+def test_a_corpus_that_differs_between_machines_is_noticed(tmp_path, mpi):
+    for rank, text in enumerate(("abc ", "abd ")):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "text.txt").write_text(text * 500)
+    code = """
+import os, sys
+sys.path.insert(0, os.environ["ROOT"])
+import command_line, train
+from training import distributed
+os.chdir(os.environ["PMI_RANK"])  # as on a machine of its own
+distributed.World.from_first_of_machine = lambda world, make: make()
+command_line.run(train.main)
+"""
+    command = [MPIEXEC, "-n", "2", sys.executable, "-c", code, *TINY, "-x", "-t", "text.txt"]
+    options = {"env": os.environ | {"ROOT": str(ROOT)}, "cwd": tmp_path, "timeout": HANGS}
+    run = subprocess.run(command, capture_output=True, text=True, **options)
     assert run.returncode == 1 and not run.stdout
     assert re.search(r"^error: rank 1 on \S+ has another corpus than rank 0$", run.stderr, re.M)

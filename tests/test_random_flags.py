@@ -3,6 +3,7 @@
 GPT_TINY_FLAGS=1000 python -m pytest -k random_flags tries a thousand of each.
 """
 
+import gzip
 import io
 import os
 import random
@@ -28,8 +29,8 @@ TRAINING = {
     **{"--grad-clip": [0, 1e-9, 1], "--dropout": [0, 0.1, 0.99, 1]},
     **{"--dtype": ["float32", "bfloat16"], "--validation-size": [1, 3, 8]},
     **{"--tokenizer": ["char", "vowel", "x", GPT2], "--vocab-size": [1, 2, 50]},
-    **{"-t": ["text.txt", "short.txt", "empty.txt", "."], "-m": [1, 2000], "-x": [None]},
-    **{"-o": ["model", "other", "text.txt"], "--format": ["tiny", "burn"]},
+    **{"-t": ["text.txt", "short.txt", "empty.txt", ".", "-", "b.gz"], "-m": [1, 2000]},
+    **{"-x": [None], "-o": ["model", "other", "text.txt"], "--format": ["tiny", "burn"]},
     **{"--checkpoint-every": [1, 2], "--resume": [".data/checkpoints", "model"]},
     **{"--init-from": MODELS, "--workers": [1]},
 }
@@ -60,6 +61,7 @@ def texts(folder):
     (folder / "text.txt").write_text("The context of the context of the containers. " * 100)
     (folder / "short.txt").write_text("x" * 30)
     (folder / "empty.txt").write_text("")
+    (folder / "b.gz").write_bytes(gzip.compress(b"The containers of the context. " * 100))
 
 
 @pytest.mark.parametrize("number", range(N_DRAWS))
@@ -75,8 +77,8 @@ def test_random_flags_give_a_result_or_an_error_of_one_line(call, monkeypatch, n
         flags = draw.choice([GENERATION, GENERATION, SCORING])
         commands.append((run.main, [model, *drawn(draw, flags)]))
     for main, words in commands:
-        typed = io.BytesIO("The context\n\n日\n".encode())
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, "utf-8"))
+        text = "The context\n\n日\n" * 20
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8"))
         result = call(main, *words)
         lines = [line for line in result.err.splitlines() if not re.search(NOTES, line)]
         if result.status == 0:

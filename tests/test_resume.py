@@ -156,9 +156,11 @@ def test_a_checkpoint_holds_what_its_optimizer_keeps_and_is_refused_to_another(t
 
 
 def test_a_training_goes_on_with_a_corpus_that_has_moved_and_into_a_new_folder(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("The context of the context of the containers. " * 100)
-    train(tmp_path, *TINY, "-n", "3", "--checkpoint-every", "1", "-t", text.name, "-o", "first")
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text("The context of the context of the containers. " * 50)
+    other.write_text("The containers of the context of the context. " * 50)
+    texts = ["-t", text.name, "-t", other.name]
+    train(tmp_path, *TINY, "-n", "3", "--checkpoint-every", "1", *texts, "-o", "first")
     text.rename(tmp_path / "moved.txt")
     resumed = ["--resume", ".data/checkpoints", "-n", "4"]
     refused = start(tmp_path, *resumed)
@@ -168,7 +170,8 @@ def test_a_training_goes_on_with_a_corpus_that_has_moved_and_into_a_new_folder(t
         "error: there is no text.txt: name a text with --text-corpus\n",
     )
 
-    rest = train(tmp_path, *resumed, "-t", "moved.txt", "-o", "second")
+    texts = ["-t", "moved.txt", "-t", other.name]
+    rest = train(tmp_path, *resumed, *texts, "-o", "second")
     assert "store trained model to: second\n" in rest
     first, second = (
         (tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("first", "second")
@@ -177,9 +180,10 @@ def test_a_training_goes_on_with_a_corpus_that_has_moved_and_into_a_new_folder(t
     for folder in ("first", "second", "second/best"):
         checkpoint.load(tmp_path / folder)
 
+    train(tmp_path, "--resume", ".data/checkpoints", "-n", "5")  # finds the texts where they are
     changed = tmp_path / "moved.txt"
     changed.write_text(changed.read_text().replace("containers", "containerz"))
-    refused = start(tmp_path, *resumed, "-t", "moved.txt")
+    refused = start(tmp_path, "--resume", ".data/checkpoints")
     _, err = refused.communicate()
     assert refused.returncode == 1 and "the corpus is not the one that" in err
 

@@ -184,9 +184,9 @@ def test_pieces_of_a_file_encode_as_the_whole_without_unknown_tokens(monkeypatch
     monkeypatch.setattr(tokenizers, "PIECE_SIZE", piece_size)
     for text in [*TEXTS, CHARACTERS * 2, "\n".join(TEXTS)]:
         for tokenizer in (CharTokenizer(), vowel_tokenizer(text), vowel_tokenizer(text, 9)):
-            ids = tokenizer.encode_file(io.BytesIO(text.encode()), 1 << 30)
-            assert ids.dtype == tokenizer.encode(text).dtype
-            assert ids.tolist() == known(tokenizer, text)
+            pieces = list(tokenizer.encode_file(io.BytesIO(text.encode()), 1 << 30))
+            assert {piece.dtype for piece in pieces} == {tokenizer.dtype}
+            assert np.concatenate(pieces).tolist() == known(tokenizer, text)
 
 
 @pytest.mark.parametrize("piece_size", [1, 4, 1 << 20])
@@ -215,7 +215,7 @@ def test_a_character_cut_by_the_size_is_dropped(monkeypatch, piece_size):
 )
 def test_what_is_not_utf8_is_refused_with_its_offset(monkeypatch, piece_size, data, offset, byte):
     monkeypatch.setattr(tokenizers, "PIECE_SIZE", piece_size)
-    message = f"corpus is not UTF-8: invalid byte 0x{byte:02x} at offset {offset};"
+    message = f"the text is not UTF-8: invalid byte 0x{byte:02x} at offset {offset};"
     for size in (len(data), len(data) + 1):
         with pytest.raises(ValueError, match=message):
             encode_file(CharTokenizer(), data, size)

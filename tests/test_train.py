@@ -51,7 +51,9 @@ def losses(out: str) -> list[tuple[str, str]]:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    """All but the ids of texts."""
+    paths = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    return {str(path) for path in paths if not path.is_relative_to(".data/ids")}
 
 
 def test_output_is_as_documented(trained):
@@ -228,7 +230,8 @@ def bad_files(folder, corpus) -> None:
     ("options", "words"),
     [
         (["-t", "missing.txt"], ["there is no missing.txt", "--text-corpus"]),
-        (["-t", "notes"], ["notes"]),
+        (["-t", "notes"], ["diary.txt is too short", "1 tokens"]),
+        (["-t", "notes/diary.txt", "-t", "latin.txt"], ["latin.txt is not UTF-8", "offset 1234"]),
         (["-t", "empty.txt"], ["empty.txt is too short", "0 tokens", "--context-length 8"]),
         (["-t", "unknown.txt"], ["unknown.txt is too short", "0 tokens"]),
         (["-t", "short.txt"], ["short.txt is too short", "7 tokens", "--context-length 8"]),
@@ -249,7 +252,8 @@ def bad_files(folder, corpus) -> None:
 )
 def test_what_cannot_be_trained_is_one_line_that_says_why(call, bad_files, folder, options, words):
     before = files(folder)
-    result = call(train.main, *TINY, "-t", "corpus.txt", *options)
+    text = [] if "-t" in options else ["-t", "corpus.txt"]
+    result = call(train.main, *TINY, *text, *options)
     assert_error(result, 1, words)
     assert result.out == ""
     assert files(folder) == before

@@ -17,19 +17,25 @@ from training.state import Training
 
 
 def make_plan(training: Training, rng: np.random.Generator, world: World) -> list[Tensor]:
-    """A row for each batch of the step: this rank's starts of windows and, for each part of the
-    batch, a key for dropout; and the optimizer's rates."""
-    config, step = training.config, training.position.step
-    n_batches = config.batches_per_step
-    n_starts = len(training.training_ids) - config.model.context_length
-    starts = rng.integers(n_starts, size=(n_batches, config.batch_size), dtype=np.int32)
+    """A row for each batch of the step: this rank's windows and, for each part of the batch, a key
+    for dropout; and the optimizer's rates."""
+    config, step, corpus = training.config, training.position.step, training.corpus
+    n_batches, length = config.batches_per_step, config.model.context_length + 1
+    starts = draw_starts(rng, corpus.n_training - length + 1, (n_batches, config.batch_size))
+    starts = world.part(starts)
+    windows = corpus.windows(starts.ravel(), length).reshape(*starts.shape, length)
     # their number must not change what `rng` gives next
     keys = np.random.default_rng([config.seed, step, 1])
     keys = keys.integers(2**32, size=(n_batches, config.accumulate * world.size))
     numbers = range(step * n_batches + 1, (step + 1) * n_batches + 1)
     rates = [training.optimizer.rates(*learning_rates(config, n), number=n) for n in numbers]
-    plan = (world.part(starts), world.part(keys).astype(np.uint32), np.array(rates, np.float32))
+    plan = (windows, world.part(keys).astype(np.uint32), np.array(rates, np.float32))
     return [filled(array) for array in plan]
+
+
+def draw_starts(rng: np.random.Generator, n: int, shape: tuple[int, int]) -> np.ndarray:
+    dtype = np.int32 if n < 2**31 else np.int64  # which decides what is drawn
+    return rng.integers(n, size=shape, dtype=dtype)
 
 
 def capture_training(training: Training, world: World) -> Callable[..., None]:
@@ -37,16 +43,15 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
     parameters and the moments, and leaves its loss, of all a share, in `training.losses`."""
     config, model, parameters = training.config, training.model, training.parameters
     optimizer, losses, gradients = training.optimizer, training.losses, parameters.like()
-    ids = filled(training.training_ids)
     n_parts = config.accumulate
     part_size = config.batch_size // world.size // n_parts
 
-    def compute(starts: Tensor, keys: Tensor, batch: Variable) -> None:
-        starts, keys = starts[batch].contiguous(), keys[batch].contiguous()
+    def compute(windows: Tensor, keys: Tensor, batch: Variable) -> None:
+        windows, keys = windows[batch].contiguous(), keys[batch].contiguous()
         total = None
         for part in range(n_parts):
-            part_starts = starts[part * part_size : (part + 1) * part_size]
-            inputs, targets = windows(ids, part_starts, config.model.context_length)
+            of_part = windows[part * part_size : (part + 1) * part_size]
+            inputs, targets = of_part[:, :-1], of_part[:, 1:]
             dropout = Dropout(config.model.dropout, keys[part : part + 1])
             with Context(PRODUCT_DTYPE=config.dtype):
                 loss = model.loss(inputs, targets, dropout) / (n_parts * world.size)
@@ -64,11 +69,11 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
             whole = clipped(whole, longest)
         optimizer.step(whole, rates[batch].contiguous())
 
-    def compute_and_update(starts: Tensor, keys: Tensor, rates: Tensor, batch: Variable) -> None:
-        compute(starts, keys, batch)
+    def compute_and_update(windows: Tensor, keys: Tensor, rates: Tensor, batch: Variable) -> None:
+        compute(windows, keys, batch)
         update(rates, batch)
 
-    state = [*parameters.parts, *gradients.parts, *optimizer.state, ids, losses]
+    state = [*parameters.parts, *gradients.parts, *optimizer.state, losses]
     state += functions(config.dtype)
     if parameters.is_one:
         state += [*parameters.whole, *gradients.whole]
@@ -81,8 +86,8 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
         return train_batch
     compute, update = (Captured(step, state, key, batch=numbers) for step in (compute, update))
 
-    def train_batch(starts: Tensor, keys: Tensor, rates: Tensor, batch: int) -> None:
-        compute(starts, keys, batch=batch)
+    def train_batch(windows: Tensor, keys: Tensor, rates: Tensor, batch: int) -> None:
+        compute(windows, keys, batch=batch)
         world.sum_parts(gradients)
         update(rates, batch=batch)
 
@@ -91,37 +96,28 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
 
 def capture_validation(training: Training, world: World) -> Callable[[np.random.Generator], float]:
     """A function that draws windows with a random generator and returns their mean loss."""
-    config, model = training.config, training.model
-    ids = filled(training.validation_ids)
+    config, model, corpus = training.config, training.model, training.corpus
+    length = config.model.context_length + 1
     # no more memory than training takes
     limit = config.batch_size // config.accumulate // world.size
     size = largest_divisor(config.validation_size, limit)
-    row, loss = filled(np.zeros(size, np.int32)), zeros(1)
+    some, loss = filled(np.zeros((size, length), np.int32)), zeros(1)
 
-    def validate(starts: Tensor) -> None:
-        inputs, targets = windows(ids, starts, config.model.context_length)
+    def validate(windows: Tensor) -> None:
         with Context(PRODUCT_DTYPE=config.dtype):
-            loss.assign(model.loss(inputs, targets).reshape(1)).realize()
+            loss.assign(model.loss(windows[:, :-1], windows[:, 1:]).reshape(1)).realize()
 
-    state = [*model.parameters().values(), ids, loss, *functions(config.dtype)]
+    state = [*model.parameters().values(), loss, *functions(config.dtype)]
     validate = Captured(validate, state, (config.model, size, config.dtype))
 
     def validation_loss(rng: np.random.Generator) -> float:
-        n_starts = ids.shape[0] - config.model.context_length
+        n_starts = len(corpus.ids) - corpus.n_training - length + 1
         starts = rng.integers(n_starts, size=(config.validation_size // size, size))
         losses = np.zeros(len(starts))
         for i in range(world.rank, len(starts), world.size):
-            put(row, starts[i].astype(np.int32))
-            validate(row)
+            put(some, corpus.windows(corpus.n_training + starts[i], length))
+            validate(some)
             losses[i] = get(loss).item()
         return float(world.sum(losses).mean())
 
     return validation_loss
-
-
-def windows(ids: Tensor, starts: Tensor, context_length: int) -> tuple[Tensor, Tensor]:
-    """starts (batch,) -> the ids from there on, and those one token later: (batch, time) each."""
-    positions = starts.unsqueeze(-1) + Tensor.arange(context_length + 1)
-    with Context(SPLIT_REDUCEOP=0):  # else tinygrad looks an id up by a sum over all of them
-        cut = ids[positions].realize()
-    return cut[:, :-1], cut[:, 1:]

@@ -1,49 +1,213 @@
-"""The text that a training reads, as ids."""
+"""The texts that a training reads, as ids: encoded once, into a file that it maps."""
 
-import io
+import contextlib
+import functools
+import hashlib
+import json
+import mmap
+import os
+import re
+import shutil
 import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
 import tokenizers
-from models import hub
-from tokenizers import Tokenizer
-from training.settings import CORPUS, TrainingConfig
+from backend import machine
+from models import folders, hub
+from tokenizers import SimpleVowelTokenizer, Tokenizer
+from training.distributed import World
+from training.settings import TrainingConfig
+from training.texts import Texts
 
-MAX_MEGA_BYTES = 999
-
-
-def read(
-    config: TrainingConfig, tokenizer: Tokenizer | None = None
-) -> tuple[np.ndarray, Tokenizer]:
-    """The ids of the corpus, in the smallest dtype that holds them, and their tokenizer: the given
-    one, or else the one that the config names."""
-    mega_bytes = min(config.files.n_mega_bytes or MAX_MEGA_BYTES, MAX_MEGA_BYTES)
-    with open_text(config.files.text_corpus) as file:
-        if tokenizer is None:
-            tokenizer = make_tokenizer(config, file, mega_bytes << 20)
-            file.seek(0)
-        return tokenizer.encode_file(file, mega_bytes << 20), tokenizer
+DEFAULT_MEGA_BYTES = 999  # gpt-burn's
+FOLDER = Path(".data/ids")
+IDS, FACTS = "ids", "corpus.json"
+N_AT_ONCE = 256  # windows to cut before what they touched of a file goes out of memory
+BAR_FORMAT = "{desc} {bar} {n_fmt}B/{total_fmt}B"
 
 
-def open_text(path: Path) -> BinaryIO:
-    if path == CORPUS and not path.exists():
-        from pydoc_data.topics import topics
+@dataclass
+class Corpus:
+    """Texts as ids, nine tenths for training, the last one for validation.
 
-        print(f"{path} is missing: using the text of Python's own help", file=sys.stderr)
-        return io.BytesIO("\n\n".join(topics[name] for name in sorted(topics)).encode())
-    if not path.exists():
-        raise ValueError(f"there is no {path}: name a text with --text-corpus")
-    return path.open("rb")
+    `stored` is the ids, or a file of them, of which no more is in memory than what is looked at.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    checksum: int  # of all ids
+    stored: np.ndarray | Path
+
+    @functools.cached_property
+    def mapped(self) -> mmap.mmap | None:
+        if isinstance(self.stored, np.ndarray) or self.stored.stat().st_size == 0:
+            return None
+        with self.stored.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @functools.cached_property
+    def ids(self) -> np.ndarray:
+        if isinstance(self.stored, np.ndarray):
+            return self.stored
+        return np.frombuffer(self.mapped or b"", self.tokenizer.dtype)
+
+    @property
+    def n_training(self) -> int:
+        return len(self.ids) * 9 // 10
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """starts (n,) -> so many ids from each of these on: int32 (n, length)"""
+        windows = np.lib.stride_tricks.sliding_window_view(self.ids, length)
+        cut = np.empty((len(starts), length), np.int32)
+        for first in range(0, len(starts), N_AT_ONCE):
+            some = slice(first, first + N_AT_ONCE)
+            cut[some] = windows[starts[some]]
+            if self.mapped and hasattr(mmap, "MADV_DONTNEED"):
+                self.mapped.madvise(mmap.MADV_DONTNEED)
+        return cut
 
 
-def make_tokenizer(config: TrainingConfig, file: BinaryIO, size: int) -> Tokenizer:
+def read(config: TrainingConfig, tokenizer: Tokenizer | None, world: World) -> Corpus:
+    """The corpus of a training, by the given tokenizer or else by the one that the config names.
+
+    Its ids lie in a folder of FOLDER, where the next training of these texts finds them; if nothing
+    is to be kept, in one that goes away; and in memory, where neither can be written. On each
+    machine one rank encodes for all. ValueError for texts that can't be read.
+    """
+    with contextlib.ExitStack() as stack:
+        encoder = Encoder(config, tokenizer, world.bar())
+        corpus = world.from_first_of_machine(lambda: encoder.corpus(stack))
+        len(corpus.ids)  # which maps them: a temporary file then may go
+        world.any(0)  # waits until all ranks have
+    return corpus
+
+
+class Encoder:
+    """Texts that are to be ids, of the first `n_bytes` bytes."""
+
+    def __init__(self, config: TrainingConfig, tokenizer: Tokenizer | None, bar: dict[str, object]):
+        self.config, self.bar = config, bar
+        self.n_bytes = (config.files.n_mega_bytes or DEFAULT_MEGA_BYTES) << 20
+        is_vowel = config.tokenizer == SimpleVowelTokenizer.name
+        self.tokenizer = tokenizer or (None if is_vowel else make_tokenizer(config))
+        # what the tokenizer is made from, where that is the text
+        self.setting = [config.max_vocab_size] if is_vowel else self.tokenizer.digest()
+
+    def corpus(self, stack: contextlib.ExitStack) -> Corpus:
+        """The stack removes what is temporary."""
+        self.texts, files = Texts(self.config.files.text_corpus), self.config.files
+        key = json.dumps([self.texts.names, self.n_bytes, self.setting]).encode()
+        name = re.sub(r"[^\w.-]", "_", Path(self.texts.names[0]).name)
+        folder = FOLDER / f"{name}-{hashlib.sha256(key).hexdigest()[:16]}"
+        if corpus := self.kept(folder):
+            return corpus
+        if self.tokenizer is None:
+            with self.reading("counting tokens"):
+                size = self.config.max_vocab_size
+                self.tokenizer = SimpleVowelTokenizer.train(self.texts, self.n_bytes, size)
+        is_kept = self.texts.is_repeatable and not files.no_save
+        try:
+            if not is_kept and os.name == "nt":  # where no file that is mapped can be removed
+                return self.in_memory()
+            if not is_kept:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / name
+            return self.written(folder)
+        except OSError as error:
+            print(
+                f"warning: {folder}: {error.strerror or error}: ids stay in memory", file=sys.stderr
+            )
+            return self.in_memory()
+
+    def kept(self, folder: Path) -> Corpus | None:
+        """What `written` left of these very texts, if anything."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            is_complete = kept["n_ids_bytes"] == (folder / IDS).stat().st_size
+            if kept["texts"] == self.texts.facts and is_complete:
+                tokenizer = self.tokenizer or SimpleVowelTokenizer.load(folder / "tokenizer.json")
+                if kept["tokenizer"] == tokenizer.digest():
+                    self.warn(kept["is_cut"])
+                    return Corpus(self.texts.name, tokenizer, kept["checksum"], folder / IDS)
+        return None
+
+    def written(self, folder: Path) -> Corpus:
+        """The ids in a new folder, written whole or not at all."""
+        with folders.new_folder(folder) as new:
+            with (new / IDS).open("wb") as file:
+                checksum = self.encode(file.write)
+                n_bytes = file.tell()
+            facts = {
+                "texts": self.texts.facts,
+                "tokenizer": self.tokenizer.digest(),
+                "checksum": checksum,
+                "n_ids_bytes": n_bytes,
+                "is_cut": self.texts.n_read > self.n_bytes,
+            }
+            self.tokenizer.save(new)
+            (new / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            for path in (*new.iterdir(), new):
+                folders.sync(path)
+            shutil.rmtree(folder, ignore_errors=True)  # of a text as it was before
+            os.rename(new, folder)
+        return Corpus(self.texts.name, self.tokenizer, checksum, folder / IDS)
+
+    def in_memory(self) -> Corpus:
+        ids, limit = bytearray(), machine.memory() // 2
+
+        def append(data: bytes) -> None:
+            if len(ids) > limit:
+                raise ValueError(f"{self.texts.name} fits neither on the disk nor in memory")
+            ids.extend(data)  # grows in place: a list of arrays would be copied to be joined
+
+        checksum = self.encode(append)
+        stored = np.frombuffer(ids, self.tokenizer.dtype)
+        return Corpus(self.texts.name, self.tokenizer, checksum, stored)
+
+    def encode(self, write: Callable[[bytes], object]) -> int:
+        """Passes the ids on, piece by piece; their checksum."""
+        checksum = 0
+        with self.reading("encoding"):
+            for ids in self.tokenizer.encode_file(self.texts, self.n_bytes):
+                write(data := ids.tobytes())
+                checksum = zlib.crc32(data, checksum)
+        self.warn(self.texts.n_read > self.n_bytes)
+        return checksum
+
+    def warn(self, is_cut: bool) -> None:
+        if is_cut and self.config.files.n_mega_bytes is None:
+            used = f"only the first {DEFAULT_MEGA_BYTES} MiB are used"
+            print(f"{self.texts.name}: {used}; --n-mega-bytes takes more", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def reading(self, what: str) -> Iterator[None]:
+        """The texts from their start, with a bar on a terminal; errors name the text."""
+        with tqdm(
+            total=min(self.texts.n_stored, self.n_bytes),
+            desc=what,
+            unit_scale=True,
+            unit_divisor=1024,
+            bar_format=BAR_FORMAT,
+            **self.bar,
+        ) as bar:
+            self.texts.rewind(bar)
+            try:
+                yield
+            except tokenizers.NotUTF8 as error:
+                name, offset = self.texts.place(error.offset)
+                raise tokenizers.NotUTF8(error.byte, offset, name) from None
+
+
+def make_tokenizer(config: TrainingConfig) -> Tokenizer:
+    """The one that the config names, if it is not made from the text."""
     if config.tokenizer == "char":
         return tokenizers.CharTokenizer()
-    if config.tokenizer == "vowel":
-        return tokenizers.SimpleVowelTokenizer.train(file, size, config.max_vocab_size)
     return byte_pairs(config.tokenizer)
 
 

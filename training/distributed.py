@@ -48,7 +48,8 @@ class World:
         self.mpi, self.ranks = MPI, MPI.COMM_WORLD
         self.rank, self.size = self.ranks.rank, self.ranks.size
         if self.size > 1:
-            self.take_device(self.ranks.Split_type(MPI.COMM_TYPE_SHARED))
+            self.of_machine = self.ranks.Split_type(MPI.COMM_TYPE_SHARED)
+            self.take_device(self.of_machine)
 
     def take_device(self, of_machine) -> None:
         """For each rank of a machine its share of the cores, and a GPU of its own."""
@@ -107,6 +108,18 @@ class World:
     def from_first(self, thing: object) -> object:
         """Rank 0's, on every rank."""
         return self.ranks.bcast(thing) if self.size > 1 else thing
+
+    def from_first_of_machine(self, make: Callable[[], object]) -> object:
+        """What it makes on the first rank of each machine, on all of them."""
+        if self.size == 1:
+            return make()
+        return self.of_machine.bcast(make() if self.of_machine.rank == 0 else None)
+
+    def bar(self) -> dict[str, object]:
+        """Options of a tqdm bar: it is shown by rank 0 on a terminal, also through mpiexec."""
+        is_shown = self.rank == 0 and (sys.stderr.isatty() or self.columns)
+        width = {"ncols": self.columns, "dynamic_ncols": not self.columns}
+        return {"disable": not is_shown, "leave": False, **width}
 
     def copy_first(self, tensors: list) -> None:
         """Gives every rank the bits that rank 0 has in its tensors."""

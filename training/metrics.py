@@ -3,7 +3,6 @@
 import csv
 import io
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,17 +22,13 @@ def progress(training: Training, world: World) -> Iterator[int]:
     """The batches that are left of a step, with a bar on a terminal."""
     config, position = training.config, training.position
     first = position.batch
-    is_shown = world.rank == 0 and (sys.stderr.isatty() or world.columns)
     bar = tqdm(
         range(first, config.batches_per_step),
         f"step {position.step + 1}/{config.n_steps}",
         total=config.batches_per_step,
         initial=first,
-        disable=not is_shown,
-        leave=False,
-        ncols=world.columns,
-        dynamic_ncols=not world.columns,
         bar_format="{desc} {bar} {n_fmt}/{total_fmt}{postfix}",
+        **world.bar(),
     )
     started = shown = time.time()
     for batch in bar:

@@ -20,7 +20,7 @@ def save(folder: Path, training: Training) -> None:
     """Keeps the training in a folder; from the one that it was kept in before, the model stays."""
     weights = training.weights()
     with folders.replacing(folder) as new:
-        checkpoint.write(new, training.config.picture(), weights, training.tokenizer)
+        checkpoint.write(new, training.config.picture(), weights, training.corpus.tokenizer)
         names = training.optimizer.state_shapes({name: w.shape for name, w in weights.items()})
         moments = dict(zip(names, training.optimizer.read(), strict=True))
         safetensors.write(new / OPTIMIZER, moments)
@@ -61,10 +61,11 @@ def load(path: Path) -> Start:
 def read_position(path: Path) -> Position:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
+        saved.setdefault("texts", [])  # which those of earlier versions lack
         position = Position(**{field.name: saved[field.name] for field in fields(Position)})
         if any(type(getattr(position, field.name)) is not field.type for field in fields(Position)):
             raise ValueError("a value of the wrong kind")
-        if not all(type(word) is str for word in position.arguments):
+        if not all(type(word) is str for word in (*position.arguments, *position.texts)):
             raise ValueError("arguments that are not text")
         if len(position.losses) != position.batch:
             raise ValueError("as many losses as batches are needed")

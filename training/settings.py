@@ -30,7 +30,7 @@ class OptimizerConfig:
 class Files:
     """What a training reads, and what it leaves."""
 
-    text_corpus: Path = CORPUS
+    text_corpus: tuple[Path, ...] = (CORPUS,)
     n_mega_bytes: int | None = None
     init_from: Path | None = None
     output_path: Path | None = None

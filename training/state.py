@@ -4,7 +4,6 @@ import contextlib
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from backend.memory import Flat, put, zeros
 from gpt_tiny import GPT, initial_weights
 from models import checkpoint, folders
 from tokenizers import Tokenizer
+from training.corpus import Corpus
 from training.distributed import World
 from training.optimizers import OPTIMIZERS, AdamW, Muon
 from training.settings import TrainingConfig
@@ -37,6 +37,7 @@ class Position:
     output_path: str = ""  # empty where nothing is kept
     corpus_checksum: int = 0
     arguments: list = field(default_factory=list)  # all words of its command lines so far
+    texts: list = field(default_factory=list)  # its corpus, as the last of them named it
 
 
 @dataclass
@@ -55,9 +56,7 @@ class Start:
 @dataclass
 class Training:
     config: TrainingConfig
-    tokenizer: Tokenizer
-    training_ids: np.ndarray
-    validation_ids: np.ndarray
+    corpus: Corpus
     position: Position
     model: GPT
     parameters: Flat  # the model's memory
@@ -85,18 +84,17 @@ class Training:
     def save_model(self, folder: Path) -> None:
         config = self.config
         picture, format = config.picture(), config.files.format
-        checkpoint.save(folder, picture, self.weights(), self.tokenizer, format)
+        checkpoint.save(folder, picture, self.weights(), self.corpus.tokenizer, format)
 
 
-def begin(config: TrainingConfig, ids: np.ndarray, start: Start, world: World) -> Training:
+def begin(config: TrainingConfig, corpus: Corpus, start: Start, world: World) -> Training:
     """Makes model, optimizer and position of what `start` holds, whose tensors it takes.
 
     ValueError for what can't be trained, or can't go on from there.
     """
-    training_ids, validation_ids = np.split(ids, [len(ids) * 9 // 10])
-    check_sizes(config, len(validation_ids))
+    check_sizes(config, corpus)
     world.share(config.batch_size, "--batch-size", config.accumulate)
-    position, checksum = start.position, zlib.crc32(ids)
+    position, checksum = start.position, corpus.checksum
     code = (sources(), version("tinygrad"), version("numpy"))
     world.check_same(code=code, corpus=checksum, command=position.arguments)
     if start.folder:
@@ -120,8 +118,7 @@ def begin(config: TrainingConfig, ids: np.ndarray, start: Start, world: World) -
     start.weights = start.moments = {}  # their memory is needed
     world.copy_first([*parameters.whole, *optimizer.state])
     learned = (model, parameters, optimizer, losses)
-    ids = (training_ids, validation_ids)
-    return Training(config, start.tokenizer, *ids, position, *learned, start.folder)
+    return Training(config, corpus, position, *learned, start.folder)
 
 
 def flat_parameters(model: GPT, algorithm: str = "adamw") -> Flat:
@@ -133,13 +130,13 @@ def flat_parameters(model: GPT, algorithm: str = "adamw") -> Flat:
     return parameters
 
 
-def check_sizes(config: TrainingConfig, n_validation: int) -> None:
+def check_sizes(config: TrainingConfig, corpus: Corpus) -> None:
     """ValueError where the corpus is too short, or where the system would run out of memory, and
     end the training without a word."""
-    model = config.model
+    model, n_validation = config.model, len(corpus.ids) - corpus.n_training
     if n_validation <= model.context_length:
         raise ValueError(
-            f"{config.files.text_corpus} is too short: its last tenth, {n_validation} tokens, is "
+            f"{corpus.name} is too short: its last tenth, {n_validation} tokens, is "
             f"for validation and has to exceed --context-length {model.context_length}"
         )
     activations = 16 * model.d_model + 3 * model.d_hidden  # floats a token and block

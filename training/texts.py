@@ -1,0 +1,150 @@
+"""Texts as people have them: files, compressed or not, folders of them, and standard input."""
+
+import functools
+import importlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from training.settings import CORPUS
+
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # by suffix, Python's own modules
+STANDARD_INPUT = Path("-")
+CHUNK = 1 << 16
+N_PARTS = 16  # of a file, whose checksum tells it from others of its size and time
+
+
+@dataclass(frozen=True)
+class Text:
+    name: str
+    open: Callable[[], BinaryIO]  # its bytes, as they are stored
+
+    def facts(self) -> list:
+        """What tells it from another text, without reading all of it."""
+        with self.open() as file:
+            size, checksum = file.seek(0, io.SEEK_END), 0
+            for start in (*range(0, size, max(CHUNK, size // N_PARTS)), max(0, size - CHUNK)):
+                file.seek(start)
+                checksum = zlib.crc32(file.read(CHUNK), checksum)
+            is_file = isinstance(file, io.BufferedReader)
+            time = os.fstat(file.fileno()).st_mtime_ns if is_file else 0
+        return [os.path.abspath(self.name), size, time, checksum]
+
+
+class Texts:
+    """Several texts, one after the other, as one file that can be read again from its start.
+
+    Each path is a file, plain or compressed as its suffix says; a folder, for all `.txt` below it
+    in sorted order; or `-`, standard input. ValueError for what is none of these.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.is_repeatable = STANDARD_INPUT not in paths
+        self.texts = [text for path in paths for text in texts_of(path)]
+        self.names = [text.name for text in self.texts]
+        others = f" and {len(self.names) - 1} more" if self.names[1:] else ""
+        self.name = self.names[0] + others
+        self.rewind()
+
+    def rewind(self, bar: tqdm | None = None) -> None:
+        """To the start; the bar is told how many bytes, as they are stored, have been read."""
+        self.bar, self.starts, self.n_read = bar, [], 0
+        self.chunks, self.chunk = self._chunks(), b""
+
+    @functools.cached_property
+    def facts(self) -> list[list]:
+        """What tells them from others, as they were when they were first asked for."""
+        return [text.facts() for text in self.texts]
+
+    @property
+    def n_stored(self) -> int:
+        """Bytes."""
+        return sum(size for _, size, *_ in self.facts)
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes; no more than none only at the end of the last text."""
+        if size and not self.chunk:
+            self.chunk = next(self.chunks, b"")
+        data, self.chunk = self.chunk[:size], self.chunk[size:]
+        self.n_read += len(data)
+        return data
+
+    def _chunks(self) -> Iterator[bytes]:
+        n_bytes = 0
+        for text in self.texts:
+            self.starts.append((n_bytes, text.name))
+            before = 0
+            with uncompressed(text) as (file, stored):
+                while chunk := file.read(CHUNK):
+                    if self.bar is not None:
+                        self.bar.update(stored.tell() - before)
+                        before = stored.tell()
+                    n_bytes += len(chunk)
+                    yield chunk
+
+    def place(self, offset: int) -> tuple[str, int]:
+        """The text that has the byte at this offset in what was read, and its offset there."""
+        return next((name, offset - n) for n, name in reversed(self.starts) if n <= offset)
+
+
+def texts_of(path: Path) -> list[Text]:
+    if path == CORPUS and not path.exists():
+        print(f"{path} is missing: using the text of Python's own help", file=sys.stderr)
+        return [Text("Python's own help", python_help)]
+    if path == STANDARD_INPUT:
+        return [Text("standard input", spooled_standard_input())]
+    if path.is_dir():
+        paths = sorted(path.rglob("*.txt"), key=lambda file: file.relative_to(path).parts)
+        if not paths:
+            raise ValueError(f"there is no .txt in {path}: name a text with --text-corpus")
+        return [text for file in paths if file.is_file() for text in texts_of(file)]
+    if not path.exists():
+        raise ValueError(f"there is no {path}: name a text with --text-corpus")
+    return [Text(str(path), lambda: path.open("rb"))]
+
+
+def python_help() -> BinaryIO:
+    from pydoc_data.topics import topics
+
+    return io.BytesIO("\n\n".join(topics[name] for name in sorted(topics)).encode())
+
+
+def spooled_standard_input() -> Callable[[], BinaryIO]:
+    """Standard input in a file without a name, for it may be read twice."""
+    if sys.stdin.isatty():
+        raise ValueError("--text-corpus -: standard input is a terminal: pipe a text into it")
+    spooled = tempfile.TemporaryFile()  # noqa: SIM115 - as long as there is the function
+    shutil.copyfileobj(sys.stdin.buffer, spooled)
+    spooled.flush()
+
+    def opened() -> BinaryIO:
+        file = open(spooled.fileno(), "rb", closefd=False)  # noqa: SIM115 - for who opens it
+        file.seek(0)
+        return file
+
+    return opened
+
+
+@contextmanager
+def uncompressed(text: Text) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The file to read, and the one that is stored; ValueError for one that is damaged."""
+    module = COMPRESSED.get(Path(text.name).suffix.lower())
+    with text.open() as stored:
+        if module is None:
+            yield stored, stored
+            return
+        try:
+            with importlib.import_module(module).open(stored, "rb") as file:
+                yield file, stored
+        except Exception as error:  # each module has its own, and a Python may lack a module
+            raise ValueError(f"{text.name} can't be read: {error}") from error
