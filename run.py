@@ -5,7 +5,6 @@ With --score it says instead how well the model predicts a text.
 
 import argparse
 import codecs
-import contextlib
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -23,6 +22,7 @@ from gpt_tiny import GPT
 from models import checkpoint, folders
 from scoring import Score, known_ids, losses
 from tokenizers import Tokenizer
+from training.texts import Texts
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     model_help = "folder of a model, or its name on the Hub, as gpt2 (default: the newest in .data)"
     add, count = parser.add_argument, number(int, 1, 2**31)
     add("model_path", type=Path, nargs="?", help=model_help)
-    score_help = "say how well the model predicts a text, - for standard input, in bits per byte"
+    score_help = "say how well the model predicts a text, as train.py -t takes it, in bits per byte"
     add("--score", type=Path, metavar="TEXT_FILE", help=score_help)
     add("--n-samples", type=count, default=1, help="continuations, generated side by side")
     weights_help = "round the weights: less memory, more speed (default: as they are stored)"
@@ -161,14 +161,10 @@ class Continuation:
 
 
 def score(model: GPT, tokenizer: Tokenizer, path: Path) -> None:
-    is_input = str(path) == "-"
-    name = "standard input" if is_input else str(path)
-    try:
-        with contextlib.nullcontext(sys.stdin.buffer) if is_input else path.open("rb") as file:
-            ids, n_unknown = known_ids(tokenizer, file)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    warn_of_unknown(n_unknown, name, "; they are left out")
+    texts = Texts([path], "--score")
+    with texts.naming_errors():
+        ids, n_unknown = known_ids(tokenizer, texts)
+    warn_of_unknown(n_unknown, texts.name, "; they are left out")
     total = Score(tokenizer)
     with tqdm(
         desc="score",
@@ -184,7 +180,7 @@ def score(model: GPT, tokenizer: Tokenizer, path: Path) -> None:
             total.add(counted, nats)
             bar.update(len(counted))
     if not total.n_characters:
-        raise ValueError(f"{name} is too short to be scored: give it two characters or more")
+        raise ValueError(f"{texts.name} is too short to be scored: give it two characters or more")
     print(
         f"{total.bits / total.n_bytes:.4f} bits per byte, "
         f"{total.bits / total.n_characters:.4f} bits per character, "

@@ -1,12 +1,13 @@
 """run.py --score, against PyTorch's figures, and each token's cost, from one window at a time."""
 
+import gzip
 import io
 import json
 import sys
 
 import numpy as np
 import pytest
-from conftest import DATA, GPT2, REFERENCE, assert_error, at_once
+from conftest import GPT2, REFERENCE, assert_error, at_once
 from tinygrad import Tensor
 
 import run
@@ -73,6 +74,11 @@ def test_the_score_is_one_line_of_standard_output(call, text_file, model):
 def test_a_text_is_read_from_standard_input(call, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
     assert call(run.main, GPT2, "--score", "-").out == LINES[GPT2]
+
+
+def test_a_compressed_text_is_scored(call, folder):
+    (folder / "text.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
+    assert call(run.main, GPT2, "--score", folder / "text.txt.gz").out == LINES[GPT2]
 
 
 def test_a_bar_is_shown_on_a_terminal(call, text_file, monkeypatch):
@@ -193,8 +199,8 @@ def test_texts_without_a_score_are_refused_by_name(call, tmp_path, model, conten
     ("options", "status", "words"),
     [
         (["--score"], 2, ["--score", "expected one argument"]),
-        (["--score", "nowhere.txt"], 1, ["nowhere.txt: No such file"]),
-        (["--score", DATA], 1, [f"{DATA}: Is a directory"]),
+        (["--score", "nowhere.txt"], 1, ["there is no nowhere.txt: name a text with --score"]),
+        (["--score", REFERENCE], 1, [f"there is no .txt in {REFERENCE}"]),
         (["--score", "text.txt", "-p", "The"], 2, ["--prompt is of no use beside --score"]),
         (["--score", "text.txt", "-i"], 2, ["--interactive is of no use beside --score"]),
         (["--score", "text.txt", "--top-k", "3"], 2, ["--top-k is of no use beside --score"]),

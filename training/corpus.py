@@ -197,11 +197,8 @@ class Encoder:
             **self.bar,
         ) as bar:
             self.texts.rewind(bar)
-            try:
+            with self.texts.naming_errors():
                 yield
-            except tokenizers.NotUTF8 as error:
-                name, offset = self.texts.place(error.offset)
-                raise tokenizers.NotUTF8(error.byte, offset, name) from None
 
 
 def make_tokenizer(config: TrainingConfig) -> Tokenizer:

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from tokenizers import NotUTF8
 from training.settings import CORPUS
 
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # by suffix, Python's own modules
@@ -48,9 +49,10 @@ class Texts:
     in sorted order; or `-`, standard input. ValueError for what is none of these.
     """
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[Path], flag: str = "--text-corpus"):
+        """`flag` is how a user names them."""
         self.is_repeatable = STANDARD_INPUT not in paths
-        self.texts = [text for path in paths for text in texts_of(path)]
+        self.texts = [text for path in paths for text in texts_of(path, flag)]
         self.names = [text.name for text in self.texts]
         others = f" and {len(self.names) - 1} more" if self.names[1:] else ""
         self.name = self.names[0] + others
@@ -92,24 +94,30 @@ class Texts:
                     n_bytes += len(chunk)
                     yield chunk
 
-    def place(self, offset: int) -> tuple[str, int]:
-        """The text that has the byte at this offset in what was read, and its offset there."""
-        return next((name, offset - n) for n, name in reversed(self.starts) if n <= offset)
+    @contextmanager
+    def naming_errors(self) -> Iterator[None]:
+        """NotUTF8 of what was read has the name of the text, and the offset in that."""
+        try:
+            yield
+        except NotUTF8 as error:
+            starts = reversed(self.starts)
+            start, name = next(start for start in starts if start[0] <= error.offset)
+            raise NotUTF8(error.byte, error.offset - start, name) from None
 
 
-def texts_of(path: Path) -> list[Text]:
+def texts_of(path: Path, flag: str) -> list[Text]:
     if path == CORPUS and not path.exists():
         print(f"{path} is missing: using the text of Python's own help", file=sys.stderr)
         return [Text("Python's own help", python_help)]
     if path == STANDARD_INPUT:
-        return [Text("standard input", spooled_standard_input())]
+        return [Text("standard input", spooled_standard_input(flag))]
     if path.is_dir():
         paths = sorted(path.rglob("*.txt"), key=lambda file: file.relative_to(path).parts)
         if not paths:
-            raise ValueError(f"there is no .txt in {path}: name a text with --text-corpus")
-        return [text for file in paths if file.is_file() for text in texts_of(file)]
+            raise ValueError(f"there is no .txt in {path}: name a text with {flag}")
+        return [text for file in paths if file.is_file() for text in texts_of(file, flag)]
     if not path.exists():
-        raise ValueError(f"there is no {path}: name a text with --text-corpus")
+        raise ValueError(f"there is no {path}: name a text with {flag}")
     return [Text(str(path), lambda: path.open("rb"))]
 
 
@@ -119,10 +127,10 @@ def python_help() -> BinaryIO:
     return io.BytesIO("\n\n".join(topics[name] for name in sorted(topics)).encode())
 
 
-def spooled_standard_input() -> Callable[[], BinaryIO]:
+def spooled_standard_input(flag: str) -> Callable[[], BinaryIO]:
     """Standard input in a file without a name, for it may be read twice."""
     if sys.stdin.isatty():
-        raise ValueError("--text-corpus -: standard input is a terminal: pipe a text into it")
+        raise ValueError(f"{flag} -: standard input is a terminal: pipe a text into it")
     spooled = tempfile.TemporaryFile()  # noqa: SIM115 - as long as there is the function
     shutil.copyfileobj(sys.stdin.buffer, spooled)
     spooled.flush()
