@@ -9,6 +9,7 @@ import lzma
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_texts_are_joined_as_they_are_given_compressed_ones_too(monkeypatch):
 
 
 def test_a_folder_stands_for_all_txt_below_it_in_sorted_order(folder):
-    for name in ("b.txt", "a.txt", "a/z.txt", "notes.md", "a/b/c.txt"):
+    for name in ("b.txt", "a.txt", "a/z.txt", "notes.md", "a/b/c.txt", ".git/d.txt", "a/.e.txt"):
         (folder / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "texts" / name).write_text(f"{name} " * 9)
     expected = [f"{name} " * 9 for name in ("a/b/c.txt", "a/z.txt", "a.txt", "b.txt")]
@@ -187,6 +188,17 @@ def test_windows_are_those_of_the_ids_wherever_they_lie(folder, dtype):
         windows = Corpus("made up", tokenizer, 0, stored).windows(starts, 9)
         assert windows.dtype == np.int32
         np.testing.assert_array_equal(windows, expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("tokenizer", ["char", "vowel"])
+def test_a_pipe_is_read_once(tokenizer):
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=lambda: Path("pipe").write_text(TEXT, encoding="utf-8"))
+    writer.start()
+    assert decoded(read("pipe", tokenizer=tokenizer)) == TEXT
+    writer.join()
+    assert not corpus.FOLDER.exists()
 
 
 def test_x_and_standard_input_leave_nothing(monkeypatch):

@@ -150,7 +150,8 @@ class Encoder:
                 "n_ids_bytes": n_bytes,
                 "is_cut": self.texts.n_read > self.n_bytes,
             }
-            self.tokenizer.save(new)
+            if isinstance(self.tokenizer, SimpleVowelTokenizer):  # others are there without texts
+                self.tokenizer.save(new)
             (new / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
             for path in (*new.iterdir(), new):
                 folders.sync(path)

@@ -29,6 +29,7 @@ N_PARTS = 16  # of a file, whose checksum tells it from others of its size and t
 class Text:
     name: str
     open: Callable[[], BinaryIO]  # its bytes, as they are stored
+    is_stream: bool = False  # which comes once
 
     def facts(self) -> list:
         """What tells it from another text, without reading all of it."""
@@ -46,13 +47,13 @@ class Texts:
     """Several texts, one after the other, as one file that can be read again from its start.
 
     Each path is a file, plain or compressed as its suffix says; a folder, for all `.txt` below it
-    in sorted order; or `-`, standard input. ValueError for what is none of these.
+    that are not hidden, in sorted order; a pipe; or `-`, standard input. ValueError for others.
     """
 
     def __init__(self, paths: Sequence[Path], flag: str = "--text-corpus"):
         """`flag` is how a user names them."""
-        self.is_repeatable = STANDARD_INPUT not in paths
         self.texts = [text for path in paths for text in texts_of(path, flag)]
+        self.is_repeatable = not any(text.is_stream for text in self.texts)
         self.names = [text.name for text in self.texts]
         others = f" and {len(self.names) - 1} more" if self.names[1:] else ""
         self.name = self.names[0] + others
@@ -110,15 +111,25 @@ def texts_of(path: Path, flag: str) -> list[Text]:
         print(f"{path} is missing: using the text of Python's own help", file=sys.stderr)
         return [Text("Python's own help", python_help)]
     if path == STANDARD_INPUT:
-        return [Text("standard input", spooled_standard_input(flag))]
+        if sys.stdin.isatty():
+            raise ValueError(f"{flag} -: standard input is a terminal: pipe a text into it")
+        return [Text("standard input", spooled(sys.stdin.buffer), is_stream=True)]
+    if path.is_fifo():
+        with path.open("rb") as stream:
+            return [Text(str(path), spooled(stream), is_stream=True)]
     if path.is_dir():
-        paths = sorted(path.rglob("*.txt"), key=lambda file: file.relative_to(path).parts)
-        if not paths:
-            raise ValueError(f"there is no .txt in {path}: name a text with {flag}")
-        return [text for file in paths if file.is_file() for text in texts_of(file, flag)]
-    if not path.exists():
+        found = {file.relative_to(path).parts: file for file in path.rglob("*.txt")}
+        shown = [parts for parts in sorted(found) if not any(part[0] == "." for part in parts)]
+        if texts := [found[parts] for parts in shown if found[parts].is_file()]:
+            return [file_text(file) for file in texts]
+        raise ValueError(f"there is no .txt in {path}: name a text with {flag}")
+    if not path.is_file():
         raise ValueError(f"there is no {path}: name a text with {flag}")
-    return [Text(str(path), lambda: path.open("rb"))]
+    return [file_text(path)]
+
+
+def file_text(path: Path) -> Text:
+    return Text(str(path), lambda: path.open("rb"))
 
 
 def python_help() -> BinaryIO:
@@ -127,16 +138,14 @@ def python_help() -> BinaryIO:
     return io.BytesIO("\n\n".join(topics[name] for name in sorted(topics)).encode())
 
 
-def spooled_standard_input(flag: str) -> Callable[[], BinaryIO]:
-    """Standard input in a file without a name, for it may be read twice."""
-    if sys.stdin.isatty():
-        raise ValueError(f"{flag} -: standard input is a terminal: pipe a text into it")
-    spooled = tempfile.TemporaryFile()  # noqa: SIM115 - as long as there is the function
-    shutil.copyfileobj(sys.stdin.buffer, spooled)
-    spooled.flush()
+def spooled(stream: BinaryIO) -> Callable[[], BinaryIO]:
+    """What comes once, in a file without a name, for it may be read twice."""
+    whole = tempfile.TemporaryFile()  # noqa: SIM115 - as long as there is the function
+    shutil.copyfileobj(stream, whole)
+    whole.flush()
 
     def opened() -> BinaryIO:
-        file = open(spooled.fileno(), "rb", closefd=False)  # noqa: SIM115 - for who opens it
+        file = open(whole.fileno(), "rb", closefd=False)  # noqa: SIM115 - for who opens it
         file.seek(0)
         return file
 
