@@ -12,8 +12,6 @@ import sys
 import threading
 from pathlib import Path
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from conftest import GPT2, ROOT
