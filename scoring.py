@@ -10,8 +10,9 @@ import numpy as np
 from tinygrad import Tensor, Variable
 
 from backend.capture import Captured
+from backend.compiler import addresses
 from backend.memory import filled, get, put, zeros
-from backend.products import functions
+from backend.products import program
 from gpt_tiny import GPT
 from tokenizers import Tokenizer
 
@@ -56,7 +57,7 @@ def losses(model: GPT, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray
         costs = logits.sparse_categorical_crossentropy(targets, reduction="none")
         nats.assign(costs).realize()
 
-    state = [*model.parameters().values(), nats, *functions()]
+    state = [*model.parameters().values(), nats, *addresses(program)]
     measure = Captured(measure, state, (model.config, n_windows), start=range(rest + 1))
 
     n = n_windows * half

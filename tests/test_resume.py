@@ -1,6 +1,7 @@
 """Trainings that are interrupted, killed, or out of disk, as their user sees them."""
 
 import functools
+import json
 import os
 import random
 import re
@@ -112,8 +113,12 @@ def test_under_nohup_a_training_outlives_its_terminal(tmp_path):
     assert training.returncode == 143
 
 
-def test_a_finished_training_goes_on_for_longer(tmp_path, whole):
+def test_a_finished_training_goes_on_for_longer_also_one_of_an_earlier_version(tmp_path, whole):
     train(tmp_path, *TINY, "-n", "2", "-o", "model", "--checkpoint-every", "1")
+    [position] = tmp_path.glob(f".data/checkpoints/*/{resume.POSITION}")
+    saved = json.loads(position.read_text(encoding="utf-8"))
+    del saved["texts"]
+    position.write_text(json.dumps(saved), encoding="utf-8")
     rest = train(tmp_path, "--resume", ".data/checkpoints", "-n", "4")
     lines, model = whole()
     assert step_lines(rest) == lines[2:]
