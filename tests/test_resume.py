@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, not_on_windows, start
+from conftest import ROOT, TINY, assert_error, not_on_windows, start
 
+import train
 from gpt_tiny import GPTConfig
 from models import checkpoint, safetensors
 from training import loop, resume
@@ -24,11 +25,28 @@ MUON = ["--optimizer", "muon", "--grad-clip", "1", "--decay", "cosine"]
 N_KILLS = int(os.environ.get("GPT_TINY_KILLS", "3"))
 
 
-def train(folder: Path, *words: str) -> str:
+def train_apart(folder: Path, *words: str) -> str:
     training = start(folder, *words)
     out, err = training.communicate()
     assert training.returncode == 0, err
     return out
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path
+
+
+@pytest.fixture
+def train_here(call) -> Callable[..., str]:
+    """`train_apart` in this process, where the test is not of processes."""
+
+    def train_here(*words: str) -> str:
+        result = call(train.main, *words)
+        assert result.status == 0, result.err
+        return result.out
+
+    return train_here
 
 
 def step_lines(out: str) -> list[str]:
@@ -43,7 +61,7 @@ def whole(tmp_path_factory) -> Callable[..., tuple[list[str], bytes]]:
     @functools.cache
     def trained(*words: str) -> tuple[list[str], bytes]:
         folder = tmp_path_factory.mktemp("whole")
-        out = train(folder, *TINY, *words, "-n", "4", "-o", "model")
+        out = train_apart(folder, *TINY, *words, "-n", "4", "-o", "model")
         return step_lines(out), (folder / "model" / "model.safetensors").read_bytes()
 
     return trained
@@ -65,7 +83,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path, whole, number, status, 
     command = re.search(r"python train.py (--resume \S+)", out)[1].split()
     assert not (tmp_path / "model" / "config.json").exists()
 
-    rest = train(tmp_path, *command)
+    rest = train_apart(tmp_path, *command)
     lines, model = whole(*words)
     assert step_lines(before + out) + step_lines(rest) == lines
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
@@ -113,20 +131,22 @@ def test_under_nohup_a_training_outlives_its_terminal(tmp_path):
     assert training.returncode == 143
 
 
-def test_a_finished_training_goes_on_for_longer_also_one_of_an_earlier_version(tmp_path, whole):
-    train(tmp_path, *TINY, "-n", "2", "-o", "model", "--checkpoint-every", "1")
+def test_a_finished_training_goes_on_for_longer_also_one_of_an_earlier_version(
+    tmp_path, train_here, whole
+):
+    train_here(*TINY, "-n", "2", "-o", "model", "--checkpoint-every", "1")
     [position] = tmp_path.glob(f".data/checkpoints/*/{resume.POSITION}")
     saved = json.loads(position.read_text(encoding="utf-8"))
     del saved["texts"]
     position.write_text(json.dumps(saved), encoding="utf-8")
-    rest = train(tmp_path, "--resume", ".data/checkpoints", "-n", "4")
+    rest = train_here("--resume", ".data/checkpoints", "-n", "4")
     lines, model = whole()
     assert step_lines(rest) == lines[2:]
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
 
 
-def test_flags_that_contradict_the_checkpoint_are_refused(tmp_path):
-    train(tmp_path, *TINY, "-n", "1", "--checkpoint-every", "1")
+def test_flags_that_contradict_the_checkpoint_are_refused(call, train_here):
+    train_here(*TINY, "-n", "1", "--checkpoint-every", "1")
     for words, message in [
         (["-d", "16"], "--d-model 16 contradicts the training to go on with: it has --d-model 8"),
         (
@@ -136,14 +156,15 @@ def test_flags_that_contradict_the_checkpoint_are_refused(tmp_path):
         (["-n", "0"], "'0' is not a whole number"),
         (["-t", str(ROOT / "README.md")], "--text-corpus"),
     ]:
-        refused = start(tmp_path, "--resume", ".data/checkpoints", *words)
-        out, err = refused.communicate()
-        assert refused.returncode in (1, 2) and err.startswith("error: ") and message in err
-        assert err.count("\n") == 1 and not out
+        refused = call(train.main, "--resume", ".data/checkpoints", *words)
+        assert refused.status in (1, 2) and not refused.out
+        assert_error(refused, refused.status, [message])
 
 
-def test_a_checkpoint_holds_what_its_optimizer_keeps_and_is_refused_to_another(tmp_path):
-    train(tmp_path, *TINY, *MUON, "-n", "1", "--checkpoint-every", "1")
+def test_a_checkpoint_holds_what_its_optimizer_keeps_and_is_refused_to_another(
+    tmp_path, call, train_here
+):
+    train_here(*TINY, *MUON, "-n", "1", "--checkpoint-every", "1")
     [folder] = (tmp_path / ".data/checkpoints").iterdir()
     kept = set(safetensors.read(folder / resume.OPTIMIZER))
     shapes = checkpoint.shapes(GPTConfig(**checkpoint.read_config(folder)["model"]))
@@ -155,28 +176,26 @@ def test_a_checkpoint_holds_what_its_optimizer_keeps_and_is_refused_to_another(t
 
     words = (folder / resume.POSITION).read_text().replace('"muon"', '"adamw"')
     (folder / resume.POSITION).write_text(words)
-    refused = start(tmp_path, "--resume", str(folder))
-    _, err = refused.communicate()
-    assert refused.returncode == 1 and "does not hold what its training.json says" in err
+    refused = call(train.main, "--resume", folder)
+    assert refused.status == 1 and "does not hold what its training.json says" in refused.err
 
 
-def test_a_training_goes_on_with_a_corpus_that_has_moved_and_into_a_new_folder(tmp_path):
+def test_a_training_goes_on_with_a_corpus_that_has_moved_and_into_a_new_folder(
+    tmp_path, call, train_here
+):
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
     text.write_text("The context of the context of the containers. " * 50)
     other.write_text("The containers of the context of the context. " * 50)
     texts = ["-t", text.name, "-t", other.name]
-    train(tmp_path, *TINY, "-n", "3", "--checkpoint-every", "1", *texts, "-o", "first")
+    train_here(*TINY, "-n", "3", "--checkpoint-every", "1", *texts, "-o", "first")
     text.rename(tmp_path / "moved.txt")
     resumed = ["--resume", ".data/checkpoints", "-n", "4"]
-    refused = start(tmp_path, *resumed)
-    _, err = refused.communicate()
-    assert (refused.returncode, err) == (
-        1,
-        "error: there is no text.txt: name a text with --text-corpus\n",
-    )
+    refused = call(train.main, *resumed)
+    error = "error: there is no text.txt: name a text with --text-corpus\n"
+    assert (refused.status, refused.err) == (1, error)
 
     texts = ["-t", "moved.txt", "-t", other.name]
-    rest = train(tmp_path, *resumed, *texts, "-o", "second")
+    rest = train_here(*resumed, *texts, "-o", "second")
     assert "store trained model to: second\n" in rest
     first, second = (
         (tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("first", "second")
@@ -185,23 +204,22 @@ def test_a_training_goes_on_with_a_corpus_that_has_moved_and_into_a_new_folder(t
     for folder in ("first", "second", "second/best"):
         checkpoint.load(tmp_path / folder)
 
-    train(tmp_path, "--resume", ".data/checkpoints", "-n", "5")  # finds the texts where they are
+    train_here("--resume", ".data/checkpoints", "-n", "5")  # finds the texts where they are
     changed = tmp_path / "moved.txt"
     changed.write_text(changed.read_text().replace("containers", "containerz"))
-    refused = start(tmp_path, "--resume", ".data/checkpoints")
-    _, err = refused.communicate()
-    assert refused.returncode == 1 and "the corpus is not the one that" in err
+    refused = call(train.main, "--resume", ".data/checkpoints")
+    assert_error(refused, 1, ["the corpus is not the one that"])
 
 
-def test_the_same_folder_may_be_named_by_another_path(tmp_path):
-    train(tmp_path, *TINY, "-n", "2", "--checkpoint-every", "1", "-o", "model")
-    train(tmp_path, "--resume", ".data/checkpoints", "-n", "3", "-o", str(tmp_path / "model"))
+def test_the_same_folder_may_be_named_by_another_path(tmp_path, train_here):
+    train_here(*TINY, "-n", "2", "--checkpoint-every", "1", "-o", "model")
+    train_here("--resume", ".data/checkpoints", "-n", "3", "-o", str(tmp_path / "model"))
     rows = (tmp_path / "model" / "metrics.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == ["1", "2", "3"]
 
 
-def test_only_the_newest_checkpoint_keeps_its_optimizer(tmp_path):
-    train(tmp_path, *TINY, "-n", "3", "--checkpoint-every", "1")
+def test_only_the_newest_checkpoint_keeps_its_optimizer(tmp_path, train_here):
+    train_here(*TINY, "-n", "3", "--checkpoint-every", "1")
     folders = sorted((tmp_path / ".data/checkpoints").iterdir(), key=lambda f: f.name[-1])
     kept = [(folder / resume.OPTIMIZER).exists() for folder in folders]
     assert kept == [False, False, True]
@@ -250,16 +268,15 @@ def test_a_full_disk_is_an_error_and_loses_no_checkpoint(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_loss_that_is_not_finite_ends_the_training_with_an_explanation(tmp_path):
-    training = start(tmp_path, *TINY, "-n", "50", "-r", "1e30", "-x")
-    out, err = training.communicate()
-    assert training.returncode == 1
-    assert "no longer a finite number: try a lower --learning-rate" in err
-    assert step_lines(out) == []
+def test_a_loss_that_is_not_finite_ends_the_training_with_an_explanation(call):
+    training = call(train.main, *TINY, "-n", "50", "-r", "1e30", "-x")
+    assert training.status == 1
+    assert "no longer a finite number: try a lower --learning-rate" in training.err
+    assert step_lines(training.out) == []
 
 
-def test_metrics_hold_a_row_for_each_step(tmp_path):
-    train(tmp_path, *TINY, "-n", "2", "-o", "model", "--warmup", "400")
+def test_metrics_hold_a_row_for_each_step(tmp_path, train_here):
+    train_here(*TINY, "-n", "2", "-o", "model", "--warmup", "400")
     header, *rows = (tmp_path / "model" / "metrics.csv").read_text().splitlines()
     assert header.startswith("step,batch,tokens,train_loss,validation_loss,learning_rate")
     assert [row.split(",")[:3] for row in rows] == [["1", "100", "3200"], ["2", "200", "6400"]]
