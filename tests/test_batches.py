@@ -14,6 +14,11 @@ from models import checkpoint
 from training import loop
 
 
+@pytest.fixture(autouse=True)
+def without_example(monkeypatch):
+    monkeypatch.setattr(train, "print_example", lambda *_: None)  # it is tested elsewhere
+
+
 def trained(call, folder, *options: str) -> tuple[list[float], dict[str, np.ndarray]]:
     """The losses of a training, and its weights."""
     result = call(train.main, *TINY, "-n", "1", *options, "-o", "model")
@@ -24,8 +29,9 @@ def trained(call, folder, *options: str) -> tuple[list[float], dict[str, np.ndar
 
 
 def test_accumulation_gives_the_model_of_whole_batches(call, folder):
-    _, whole = trained(call, folder, "--dropout", "0")
-    _, in_parts = trained(call, folder, "--dropout", "0", "--accumulate", "2")
+    options = "--dropout", "0", "--validation-size", "2"
+    _, whole = trained(call, folder, *options)
+    _, in_parts = trained(call, folder, *options, "--accumulate", "2")
     for name, values in whole.items():
         np.testing.assert_allclose(in_parts[name], values, atol=1e-4, err_msg=name)
 
