@@ -116,10 +116,17 @@ def find_cache() -> None:
         file=sys.stderr,
     )
     temporary = tempfile.mkdtemp(prefix="gpt-tiny-")
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    atexit.register(remove_cache, temporary)
     os.environ["XDG_CACHE_HOME"] = temporary  # for the processes that this one starts as well
     if sys.platform == "win32":  # where zig does not look at it
         os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", temporary)
+
+
+def remove_cache(folder: str) -> None:
+    helpers = sys.modules.get("tinygrad.helpers")
+    if helpers and helpers._db_connection:  # Windows removes no file that is open
+        helpers._db_connection.close()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 check_variables()
