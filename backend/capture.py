@@ -103,7 +103,7 @@ def alone(path: Path) -> Iterator[None]:
         import fcntl
 
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = path.with_suffix(".lock").open("w")
+        lock = path.with_suffix(".lock").open("a")
         fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield
