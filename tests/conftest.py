@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ REFERENCE = DATA / "gpt_burn_114k"
 GPT2 = DATA / "gpt2_tiny"
 TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "4"]
 
-if hasattr(signal, "SIGHUP"):  # nohup ignores it, here and in what tests start
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that a test makes up is not asked for on the network
 
 
