@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a name that a test makes up is not asked f
 
 def not_on_windows(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(sys.platform == "win32", reason=reason)
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Has Ctrl-C and a lost terminal reach what a test starts, also where the tests themselves run
+    in the background or under nohup."""
+    before = {}
+    for name in ("SIGINT", "SIGHUP"):
+        if number := getattr(signal, name, None):  # Windows has no SIGHUP
+            before[number] = signal.getsignal(number)
+            default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+            signal.signal(number, default)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -226,7 +226,9 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(server, call, tmp_p
     assert server.fetched() == sorted([*NEEDED, f"model.safetensors from {pieces}"])
 
 
-def test_after_ctrl_c_what_is_whole_stays_and_the_rest_is_fetched(server, start, call, tmp_path):
+def test_after_ctrl_c_what_is_whole_stays_and_the_rest_is_fetched(
+    server, start, call, signals, tmp_path
+):
     server.holds = True
     with start("run.py", "gpt2", *GREEDY) as process:
         server.is_halfway.wait()

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,20 +67,12 @@ def whole(tmp_path_factory) -> Callable[..., tuple[list[str], bytes]]:
     return trained
 
 
-@pytest.fixture
-def hangups() -> Iterator[None]:
-    """Has a terminal that goes away say so, also where the tests run under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 @pytest.mark.parametrize(
     ("number", "status", "words"),
     [("SIGINT", 130, []), ("SIGTERM", 143, []), ("SIGHUP", 129, []), ("SIGINT", 130, MUON)],
 )
 @not_on_windows("Windows sends no signals to a process")
-def test_resumed_training_equals_uninterrupted(tmp_path, whole, hangups, number, status, words):
+def test_resumed_training_equals_uninterrupted(tmp_path, whole, signals, number, status, words):
     training = start(tmp_path, *TINY, *words, "-n", "4", "-o", "model")
     before = training.stdout.readline()
     while not before.endswith("\n") or "step   1/4" not in before.splitlines()[-1]:
@@ -98,7 +90,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path, whole, hangups, number,
 
 
 @not_on_windows("Windows has no such terminals")
-def test_a_training_whose_terminal_goes_away_is_stored(tmp_path, hangups):
+def test_a_training_whose_terminal_goes_away_is_stored(tmp_path, signals):
     shown, terminal = os.openpty()
     command = [sys.executable, ROOT / "train.py", *TINY, "-n", "1000", "-o", "model"]
     ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
@@ -116,7 +108,7 @@ def test_a_training_whose_terminal_goes_away_is_stored(tmp_path, hangups):
 
 
 @not_on_windows("Windows has no such terminals")
-def test_a_terminal_that_goes_away_may_say_so_twice_while_the_training_is_stored(hangups):
+def test_a_terminal_that_goes_away_may_say_so_twice_while_the_training_is_stored(signals):
     with loop.noted_signals(World()) as noted:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
             signal.raise_signal(number)
