@@ -62,8 +62,8 @@ def make_parser(defaults: TrainingConfig) -> command_line.ArgumentParser:
     add("-s", "--seed", type=number(int, 0, 2**63), help="of all random numbers")
     add("--workers", type=workers, metavar="N", help="processes that share a batch, or auto")
     add = parser.add_argument_group("files").add_argument
-    text_help = "text to train on, in UTF-8: a file, .gz, .bz2 or .xz, too, a folder, or - for "
-    text_help += "standard input; several are joined (default: .data/corpus.txt)"
+    text_help = "text in UTF-8: a file, also .gz, .bz2 or .xz, a folder of .txt, or - for standard "
+    text_help += "input; several are joined (default: .data/corpus.txt)"
     add("-t", "--text-corpus", type=Path, action=Texts, help=text_help)
     add("-m", "--n-mega-bytes", type=size, help="use the first N MiB (default: 999)")
     add("-o", "--output-path", type=Path, help="folder for the model (default: a new one in .data)")
