@@ -141,6 +141,22 @@ def test_a_later_training_finds_the_ids_until_the_text_changes(encodings, tokeni
     assert len(list(corpus.FOLDER.iterdir())) == 1  # the ids of before are gone
 
 
+def test_trainings_that_begin_at_the_same_time_share_what_the_first_has_written(monkeypatch):
+    Path("a.txt").write_text(TEXT)
+    encode, others = corpus.Encoder.encode, []
+
+    def encode_after_another(encoder, write):
+        monkeypatch.setattr(corpus.Encoder, "encode", encode)
+        others.append((text := read("a.txt")).stored.stat().st_ino)
+        assert decoded(text) == TEXT
+        return encode(encoder, write)
+
+    monkeypatch.setattr(corpus.Encoder, "encode", encode_after_another)
+    text = read("a.txt")
+    assert [text.stored.stat().st_ino] == others
+    assert len(list(corpus.FOLDER.iterdir())) == 1
+
+
 def test_another_tokenizer_has_ids_of_its_own(encodings):
     Path("a.txt").write_text(TEXT)
     other = SimpleVowelTokenizer(SimpleVowelTokenizer.tokenize(TEXT), 7)

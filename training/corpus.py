@@ -155,6 +155,8 @@ class Encoder:
             (new / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
             for path in (*new.iterdir(), new):
                 folders.sync(path)
+            if corpus := self.kept(folder):  # of another training, which began at the same time
+                return corpus
             shutil.rmtree(folder, ignore_errors=True)  # of a text as it was before
             os.rename(new, folder)
         return Corpus(self.texts.name, self.tokenizer, checksum, folder / IDS)
