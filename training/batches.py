@@ -9,7 +9,7 @@ from tinygrad import Context, Tensor, Variable
 from backend.bfloat16 import functions
 from backend.capture import Captured
 from backend.cores import largest_divisor
-from backend.memory import filled, get, put, zeros
+from backend.memory import Flat, filled, get, put, zeros
 from gpt_tiny import Dropout
 from training.distributed import World
 from training.optimizers import clipped, learning_rates
@@ -85,6 +85,13 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
         train_batch.begin(*make_plan(training, np.random.default_rng(0), world), batch=0)
         return train_batch
     compute, update = (Captured(step, state, key, batch=numbers) for step in (compute, update))
+    return with_workers(compute, update, gradients, world)
+
+
+def with_workers(
+    compute: Captured, update: Captured, gradients: Flat, world: World
+) -> Callable[..., None]:
+    """A batch whose gradients all workers compute, sum, and update by."""
 
     def train_batch(windows: Tensor, keys: Tensor, rates: Tensor, batch: int) -> None:
         compute(windows, keys, batch=batch)

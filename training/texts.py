@@ -1,6 +1,5 @@
 """Texts as people have them: files, compressed or not, folders of them, and standard input."""
 
-import functools
 import importlib
 import io
 import os
@@ -54,6 +53,7 @@ class Texts:
         """`flag` is how a user names them."""
         self.texts = [text for path in paths for text in texts_of(path, flag)]
         self.is_repeatable = not any(text.is_stream for text in self.texts)
+        self.facts = [text.facts() for text in self.texts]  # as they are now
         self.names = [text.name for text in self.texts]
         others = f" and {len(self.names) - 1} more" if self.names[1:] else ""
         self.name = self.names[0] + others
@@ -63,11 +63,6 @@ class Texts:
         """To the start; the bar is told how many bytes, as they are stored, have been read."""
         self.bar, self.starts, self.n_read = bar, [], 0
         self.chunks, self.chunk = self._chunks(), b""
-
-    @functools.cached_property
-    def facts(self) -> list[list]:
-        """What tells them from others, as they were when they were first asked for."""
-        return [text.facts() for text in self.texts]
 
     @property
     def n_stored(self) -> int:
