@@ -26,8 +26,7 @@ def known_ids(tokenizer: Tokenizer, file: BinaryIO) -> tuple[np.ndarray, int]:
     ValueError if it is not UTF-8.
     """
     ids, n_unknown = bytearray(), 0  # grows in place
-    for text in tokenizer.pieces(file, sys.maxsize):
-        piece = tokenizer.encode(text)
+    for piece in tokenizer.encode_all(tokenizer.pieces(file, sys.maxsize)):
         known = piece[piece != tokenizer.unknown]
         ids += known.tobytes()
         n_unknown += len(piece) - len(known)
