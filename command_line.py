@@ -13,10 +13,11 @@ from typing import IO
 
 try:
     from backend import devices
+    from backend.errors import UserError
 except (OSError, ValueError) as error:  # of a variable, say, that tinygrad reads when imported
     sys.exit(f"error: {error}")
 
-USER_ERRORS = (OSError, ValueError, MemoryError)  # what a user can get wrong, or a machine
+USER_ERRORS = (OSError, UserError, MemoryError)  # what a user can get wrong, or a machine
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import command_line
 import run
 from backend import devices
+from backend.errors import UserError
 from backend.rendered import N_SHARES, rendered
 from backend.rounded import GREATEST
 from generation import Generator
@@ -48,7 +49,7 @@ def main() -> None:
     arguments = parse_arguments()
     target = build.TARGETS.get(arguments.target or build.this_machine())
     if target is None and not arguments.page:
-        raise ValueError("this machine is none of those that programs are made for: see --target")
+        raise UserError("this machine is none of those that programs are made for: see --target")
     output = arguments.output_path or Path(f"story{'.html' if arguments.page else target.suffix}")
     with devices.on_cpu(), TemporaryDirectory() as folder:
         model, tokenizer = checkpoint.load(arguments.model_path)
@@ -59,7 +60,7 @@ def main() -> None:
             n_bytes = kernels.n_file_bytes + 2 * kernels.n_halves + kernels.n_memory_bytes
             if n_bytes > MAX_WASM_BYTES:
                 need = f"the page would need {n_bytes / 1e9:.1f} GB, and a browser gives it 4.3"
-                raise ValueError(f"{need}: try --weights int8, or a program")
+                raise UserError(f"{need}: try --weights int8, or a program")
             write_page(arguments.model_path.resolve().name, sources, output)
         else:
             with folders.replacing_file(output) as new:
@@ -129,7 +130,7 @@ def write_page(title: str, sources: Path, output: Path) -> None:
     folder = output.with_suffix("")
     files = {"model.bin", "index.html"}
     if folder.exists() and not (folder.is_dir() and files.issuperset(os.listdir(folder))):
-        raise ValueError(f"{folder} exists and is no page of ours: name another with -o")
+        raise UserError(f"{folder} exists and is no page of ours: name another with -o")
     page = build.page(title, sources, address="model.bin")
     with folders.replacing_file(folder / "model.bin") as new:
         shutil.copyfile(model, new)

@@ -10,6 +10,7 @@ from tinygrad.nn.state import get_parameters
 from backend.blas import FEW_VECTORS
 from backend.capture import Captured
 from backend.compiler import addresses
+from backend.errors import UserError
 from backend.memory import filled, get, put, zeros
 from backend.products import few_vectors, program
 from backend.rounded import GREATEST, RoundedMatrix
@@ -28,13 +29,13 @@ class Generator:
 
     def __init__(self, model: GPT, batch: int = 1, stride: int = 1, weights: str | None = None):
         if weights not in (None, *GREATEST):
-            raise ValueError(f"weights are rounded to {' or '.join(GREATEST)}, not {weights!r}")
+            raise UserError(f"weights are rounded to {' or '.join(GREATEST)}, not {weights!r}")
         if weights:
             round_matrices(model, weights)
         self.model, self.stride = model, stride
         self.context_length = model.config.context_length
         if stride > self.context_length:
-            raise ValueError(f"a stride of {stride} is beyond the context of {self.context_length}")
+            raise UserError(f"a stride of {stride} is beyond the context of {self.context_length}")
         # tokens of a prompt that are read at once: past the window, what a stride leaves
         left = self.context_length - stride + 1
         self.chunk = min(self.context_length, 128, max(32, left))
@@ -69,7 +70,7 @@ class Generator:
                 window, n_cached = window[:, self.stride :], 0
             logits, n_cached = self._next(window, n_cached), window.shape[1]
             if not np.isfinite(logits).all():
-                raise ValueError("the model's logits are not finite: its weights are far too large")
+                raise UserError("the model's logits are not finite: its weights are far too large")
             new = choose(logits)
             yield new
             window = np.concatenate([window, new[:, None]], axis=1)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import command_line
 from backend import devices
+from backend.errors import UserError
 from backend.rounded import GREATEST
 from command_line import bold, number
 from generation import Generator, round_matrices, sample
@@ -94,7 +95,7 @@ def generate(model: GPT, tokenizer: Tokenizer, arguments: argparse.Namespace) ->
 
     for prompt in prompts(arguments.prompt, arguments.interactive):
         if not prompt:
-            raise ValueError("the prompt is empty: give at least one character")
+            raise UserError("the prompt is empty: give at least one character")
         ids = tokenizer.encode(prompt)
         warn_of_unknown(int((ids == tokenizer.unknown).sum()), "the prompt")
         batch = np.tile(ids.astype(np.int32), (arguments.n_samples, 1))
@@ -180,7 +181,7 @@ def score(model: GPT, tokenizer: Tokenizer, path: Path) -> None:
             total.add(counted, nats)
             bar.update(len(counted))
     if not total.n_characters:
-        raise ValueError(f"{texts.name} is too short to be scored: give it two characters or more")
+        raise UserError(f"{texts.name} is too short to be scored: give it two characters or more")
     print(
         f"{total.bits / total.n_bytes:.4f} bits per byte, "
         f"{total.bits / total.n_characters:.4f} bits per character, "

@@ -11,6 +11,7 @@ from tinygrad import Tensor, Variable
 
 from backend.capture import Captured
 from backend.compiler import addresses
+from backend.errors import UserError
 from backend.memory import filled, get, put, zeros
 from backend.products import program
 from gpt_tiny import GPT
@@ -70,7 +71,7 @@ def losses(model: GPT, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray
         counted = ids[place + 1 :][:n_counted]
         costs = get(nats).ravel()[: len(counted)]
         if not np.isfinite(costs).all():
-            raise ValueError("the model's logits are not finite: its weights are far too large")
+            raise UserError("the model's logits are not finite: its weights are far too large")
         yield counted, costs
 
 

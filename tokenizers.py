@@ -20,6 +20,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from backend.errors import UserError
+
 # Bytes read from a file at a time. With larger pieces numpy asks the system for fresh memory at
 # every step, which takes up to half of the time.
 PIECE_SIZE = 1 << 16
@@ -33,7 +35,7 @@ WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".joi
 SEPARATORS = frozenset(WHITE_SPACE + string.punctuation)
 
 
-class NotUTF8(ValueError):
+class NotUTF8(UserError):
     """A text that has another encoding, by its first byte that UTF-8 does not have there."""
 
     def __init__(self, byte: int, offset: int, name: str = "the text"):
@@ -50,7 +52,7 @@ def load(config_name: str, folder: Path) -> "Tokenizer":
         return SimpleVowelTokenizer.load(folder / "tokenizer.json")
     if config_name == BytePairTokenizer.name:
         return BytePairTokenizer.load(folder)
-    raise ValueError(f"unknown tokenizer {config_name!r}: there are 'char', 'vowel' and 'bpe'")
+    raise UserError(f"unknown tokenizer {config_name!r}: there are 'char', 'vowel' and 'bpe'")
 
 
 class Tokenizer:
@@ -153,7 +155,7 @@ class SimpleVowelTokenizer(Tokenizer):
     def __init__(self, tokens: Iterable[str], vocab_size: int):
         known = sorted(most_frequent(Counter(tokens), vocab_size - 1))
         if self.catch_all in known:
-            raise ValueError(f"{self.catch_all} stands for unknown tokens and cannot be one")
+            raise UserError(f"{self.catch_all} stands for unknown tokens and cannot be one")
         self.tokens = [token.encode() for token in known] + [b""]
         self.ids = {token: id for id, token in enumerate(self.tokens[:-1])}
         self._fill_slots()
@@ -242,9 +244,9 @@ class SimpleVowelTokenizer(Tokenizer):
             data = path.read_bytes()
             tokens = parse_bincode(data) if b"\0" in data[:8] else parse_json(data)
             if tokens[-1:] != [cls.catch_all]:
-                raise ValueError(f"its last token is not {cls.catch_all}")
+                raise UserError(f"its last token is not {cls.catch_all}")
             if any(token >= following for token, following in pairwise(tokens[:-1])):
-                raise ValueError("its tokens are not in sorted order")
+                raise UserError("its tokens are not in sorted order")
             return cls(tokens[:-1], len(tokens))
 
 
@@ -265,7 +267,7 @@ class BytePairTokenizer(Tokenizer):
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
         self.vocab, self.merges = vocab, merges
         if sorted(vocab.values()) != list(range(len(vocab))):
-            raise ValueError("its ids are not 0, 1, 2, ...")
+            raise UserError("its ids are not 0, 1, 2, ...")
         self.end = vocab.get(self.end_of_text)
         self.tokens = [b""] * len(vocab)
         for token, id in vocab.items():
@@ -275,7 +277,7 @@ class BytePairTokenizer(Tokenizer):
         joined = (first + second for first, second in merges)
         ranked = list(dict.fromkeys([*BYTES, *joined]))
         if missing := [token for token in ranked if vocab.get(token, self.end) == self.end]:
-            raise ValueError(f"it lacks the token {missing[0]!r:.60}")
+            raise UserError(f"it lacks the token {missing[0]!r:.60}")
         self.ids = np.array([vocab[token] for token in ranked], self.dtype)  # by rank
         ranks = {self.tokens[id]: rank for rank, id in enumerate(self.ids)}
         self.encoding = tiktoken().Encoding(
@@ -318,11 +320,11 @@ class BytePairTokenizer(Tokenizer):
             lines = read_vocabulary(path).split("\n")
             pairs = [tuple(line.split(" ")) for line in lines if line[:8] not in ("", "#version")]
             if any(len(pair) != 2 or "" in pair for pair in pairs):
-                raise ValueError("it is no list of pairs of tokens")
+                raise UserError("it is no list of pairs of tokens")
         with loading(folder / "vocab.json") as path:
             vocab = json.loads(read_vocabulary(path))
             if not isinstance(vocab, dict) or any(type(id) is not int for id in vocab.values()):
-                raise ValueError("it is no map of tokens to ids")
+                raise UserError("it is no map of tokens to ids")
             return cls(vocab, pairs)
 
 
@@ -332,15 +334,15 @@ def loading(path: Path) -> Iterator[Path]:
     try:
         yield path
     except OSError as error:
-        raise ValueError(f"cannot read the vocabulary {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the vocabulary {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a vocabulary: {error!s:.200}") from error
+        raise UserError(f"{path} is not a vocabulary: {error!s:.200}") from error
 
 
 def most_frequent(counts: Counter, n: int) -> list:
     """The `n` keys with the highest counts; of equal counts, the first in sorted order."""
     if n < 0:
-        raise ValueError("the vocabulary size must be 1 or more: unknown tokens take one id")
+        raise UserError("the vocabulary size must be 1 or more: unknown tokens take one id")
     return sorted(counts, key=lambda key: (-counts[key], key))[:n]
 
 
@@ -435,7 +437,7 @@ def parse_json(data: bytes) -> list[str]:
     content = json.loads(data.decode())
     tokens = content.get("tokens") if isinstance(content, dict) else None
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise ValueError('it holds no list of strings named "tokens"')
+        raise UserError('it holds no list of strings named "tokens"')
     return tokens
 
 
@@ -446,7 +448,7 @@ def parse_bincode(data: bytes) -> list[str]:
     def take(n_bytes: int) -> memoryview:
         nonlocal rest
         if n_bytes > len(rest):
-            raise ValueError("it ends too early")
+            raise UserError("it ends too early")
         taken, rest = rest[:n_bytes], rest[n_bytes:]
         return taken
 
@@ -459,15 +461,15 @@ def parse_bincode(data: bytes) -> list[str]:
     ids = {read_string(): read_number() for _ in range(read_number())}
     tokens = {read_number(): read_string() for _ in range(read_number())}
     if rest or ids != {token: id for id, token in tokens.items()}:
-        raise ValueError("its two halves do not agree")
+        raise UserError("its two halves do not agree")
     if sorted(tokens) != list(range(len(tokens))):
-        raise ValueError("its ids are not 0, 1, 2, ...")
+        raise UserError("its ids are not 0, 1, 2, ...")
     return [tokens[id] for id in range(len(tokens))]
 
 
 def read_vocabulary(path: Path) -> str:
     if path.stat().st_size > MAX_VOCABULARY_BYTES:
-        raise ValueError("it is far too large")
+        raise UserError("it is far too large")
     return path.read_text(encoding="utf-8")
 
 
@@ -481,7 +483,7 @@ BYTE_OF = {character: byte for byte, character in enumerate(BYTES)}
 
 def byte_of(character: str) -> int:
     if character not in BYTE_OF:
-        raise ValueError(f"{character!r} stands for no byte")
+        raise UserError(f"{character!r} stands for no byte")
     return BYTE_OF[character]
 
 
@@ -489,5 +491,5 @@ def tiktoken():
     try:
         import tiktoken
     except ImportError:
-        raise ValueError("byte pairs need the package tiktoken: pip install '.[bpe]'") from None
+        raise UserError("byte pairs need the package tiktoken: pip install '.[bpe]'") from None
     return tiktoken

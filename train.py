@@ -13,6 +13,7 @@ import numpy as np
 import command_line
 from backend import bfloat16, devices
 from backend.blas import blas
+from backend.errors import UserError
 from command_line import bold, number
 from generation import Generator, sample
 from models import checkpoint, folders
@@ -114,7 +115,7 @@ def refuse_contradictions(
     now, before = flat(config), flat(began)
     for name in names:
         if now[name] != before[name]:
-            raise ValueError(
+            raise UserError(
                 f"{flag(name, now[name])} contradicts {source}: it has {flag(name, before[name])}"
             )
 
@@ -161,7 +162,7 @@ def from_checkpoint(
     refuse_contradictions(config, began, names, "the training to go on with")
     if config.n_steps < began.n_steps:
         steps = flag("n_steps", config.n_steps)
-        raise ValueError(f"{steps} is less than the {began.n_steps} of before")
+        raise UserError(f"{steps} is less than the {began.n_steps} of before")
     return config, start
 
 
@@ -180,9 +181,9 @@ def from_model(path: Path, words: list[str]) -> tuple[TrainingConfig, Start]:
     longest, context_length = model.config.context_length, config.model.context_length
     if context_length > longest:
         given = flag("context_length", context_length)
-        raise ValueError(f"{given} is beyond the model's {longest}")
+        raise UserError(f"{given} is beyond the model's {longest}")
     if config.model.gpt2 and config.files.format == "burn":
-        raise ValueError("--format burn: gpt-burn has no GPT-2")
+        raise UserError("--format burn: gpt-burn has no GPT-2")
     weights = {name: p.numpy().astype(np.float32) for name, p in model.parameters().items()}
     positions = "positional_embedding.weight"
     weights[positions] = weights[positions][:context_length]

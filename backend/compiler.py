@@ -19,6 +19,7 @@ from tinygrad.device import TinyELF
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
+from backend.errors import UserError
 from backend.imports import ops_cpu
 from backend.memory import address_of
 
@@ -91,7 +92,7 @@ class CPUCompiler(ClangCompiler):
             import ziglang
         except ImportError:
             reason = "no C compiler: pip install ziglang, or put a clang on the PATH"
-            raise ValueError(reason) from None
+            raise UserError(reason) from None
         return [str(Path(ziglang.__file__).parent / "zig"), "clang"]
 
 

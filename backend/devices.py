@@ -6,6 +6,8 @@ import sys
 from tinygrad import Context, Device
 from tinygrad.helpers import DEV
 
+from backend.errors import UserError
+
 BACKENDS = ("CPU", "CUDA", "NV", "METAL", "AMD", "CL", "WEBGPU")
 
 
@@ -32,7 +34,7 @@ def in_use() -> str:
     try:
         return Device.canonicalize(None)
     except AssertionError as error:  # tinygrad's: CUDA=1 is deprecated, use DEV=CUDA instead
-        raise ValueError(error) from None
+        raise UserError(error) from None
 
 
 def open_error(backend: str) -> str | None:
@@ -52,4 +54,4 @@ def check() -> None:
     """ValueError if the backend that DEV names does not open."""
     if reason := open_error(name := in_use()):
         others = f"; these do: {', '.join(names)}" if (names := usable()) else ""
-        raise ValueError(f"DEV={os.environ.get('DEV', name)} does not open here ({reason}){others}")
+        raise UserError(f"DEV={os.environ.get('DEV', name)} does not open here ({reason}){others}")

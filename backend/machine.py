@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from backend.errors import UserError
+
 LEAST = {"NUM_CPU_THREADS": 1, "PARALLEL": 0}  # that tinygrad's variables may be
 
 
@@ -22,7 +24,7 @@ def check_variables() -> None:
     for name, least in LEAST.items():
         text = os.environ.get(name, str(least))
         if not text.strip().isdecimal() or int(text) < least:
-            raise ValueError(f"{name}={text}: give a whole number of at least {least}")
+            raise UserError(f"{name}={text}: give a whole number of at least {least}")
 
 
 def usable_cores() -> set[int]:

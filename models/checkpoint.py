@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import tokenizers
+from backend.errors import UserError
 from gpt_tiny import GPT, GPTConfig
 from models import gpt2, gpt_burn, hub, safetensors
 from models.folders import INDEX, WEIGHT_FILES, replacing
@@ -37,7 +38,7 @@ def load(folder: Path | str) -> tuple[GPT, tokenizers.Tokenizer]:
     weights_file(folder)  # first: only with a file to compare to does read_config bound the sizes
     tokenizer = tokenizers.load(config.get("tokenizer", "char"), folder)
     if tokenizer.vocab_size != model_config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{folder / 'config.json'}: vocab_size is {model_config.vocab_size}, but the tokenizer "
             f"{tokenizer.name!r} has {tokenizer.vocab_size} tokens: they do not belong together"
         )
@@ -73,14 +74,14 @@ def read_config(folder: Path) -> dict:
     """
     path = Path(folder) / "config.json"
     if not path.parent.is_dir():
-        raise ValueError(f"there is no model folder {path.parent}")
+        raise UserError(f"there is no model folder {path.parent}")
     if not path.is_file():
-        raise ValueError(f"{path.parent} is not a model folder: it has no config.json")
+        raise UserError(f"{path.parent} is not a model folder: it has no config.json")
     config = parse_config(path)
     n_parameters = GPTConfig(**config["model"]).n_parameters
     file = next(filter(Path.is_file, map(path.with_name, WEIGHT_FILES)), None)
     if file and n_bytes(file) < n_parameters:
-        raise ValueError(f"{path}: it asks for more weights than {file.name} can hold")
+        raise UserError(f"{path}: it asks for more weights than {file.name} can hold")
     return config
 
 
@@ -93,25 +94,25 @@ def n_bytes(file: Path) -> int:
 def parse_config(path: Path) -> dict:
     """A config by itself: its sizes may still be any."""
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} is far too large for a config")
+        raise UserError(f"{path} is far too large for a config")
     config = parse_json(path.read_bytes(), path)
     try:
         if "model_type" in config:
             config = gpt2.config_to_ours(config)
         model = config.get("model")
         if type(model) is not dict:
-            raise ValueError("it has no section model")
+            raise UserError("it has no section model")
         known = {field.name for field in fields(GPTConfig)}
         if wrong := model.keys() - known:
-            raise ValueError(f"a model has no setting {min(wrong)!r:.60}")
+            raise UserError(f"a model has no setting {min(wrong)!r:.60}")
         if wrong := known - model.keys() - {"gpt2"}:
-            raise ValueError(f"it lacks the setting {min(wrong)}")
+            raise UserError(f"it lacks the setting {min(wrong)}")
         tokenizer = config.get("tokenizer", "char")
         if not isinstance(tokenizer, str) or not tokenizer.isidentifier():
-            raise ValueError(f"tokenizer is {tokenizer!r:.60}, not the name of a tokenizer")
+            raise UserError(f"tokenizer is {tokenizer!r:.60}, not the name of a tokenizer")
         GPTConfig(**model)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     return config
 
 
@@ -132,18 +133,18 @@ def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping
             try:
                 arrays = LazyArrays(gpt2.weights_to_ours(arrays, n_layers))
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+                raise UserError(f"{path}: {error}") from None
     for name, shape in shapes.items():
         if name not in arrays:
-            raise ValueError(f"{path} lacks the tensor {name} {shape} that config.json asks for")
+            raise UserError(f"{path} lacks the tensor {name} {shape} that config.json asks for")
         if arrays[name].shape != tuple(shape):
-            raise ValueError(
+            raise UserError(
                 f"{path}: the tensor {name} has the shape {arrays[name].shape}, "
                 f"but config.json asks for {tuple(shape)}"
             )
     if surplus := arrays.keys() - shapes.keys():
         name = min(surplus)
-        raise ValueError(
+        raise UserError(
             f"{path}: config.json does not ask for the tensor {name!r:.80} {arrays[name].shape}"
         )
     return LazyArrays({name: partial(take_finite, arrays, name, path) for name in shapes})
@@ -156,7 +157,7 @@ def take_finite(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> np.n
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)
     if not is_finite(array):
-        raise ValueError(f"{path}: the tensor {name} holds numbers that are not finite")
+        raise UserError(f"{path}: the tensor {name} holds numbers that are not finite")
     return array
 
 
@@ -189,7 +190,7 @@ def write(
     "burn" is gpt-burn's, in half precision, which holds no GPT-2: ValueError."""
     is_gpt2, n_layers = config["model"].get("gpt2"), config["model"]["n_layers"]
     if format == "burn" and is_gpt2:
-        raise ValueError("gpt-burn's layout holds no GPT-2")
+        raise UserError("gpt-burn's layout holds no GPT-2")
     if tokenizer is not None:
         config = {**config, "tokenizer": tokenizer.name}
         tokenizer.save(folder)
@@ -210,6 +211,6 @@ def weights_file(folder: Path) -> Path:
         # Links are followed (Hugging Face's cache is made of them), pipes and devices not opened.
         if path.is_file():
             if path.stat().st_size == 0:
-                raise ValueError(f"{path} is empty")
+                raise UserError(f"{path} is empty")
             return path
-    raise ValueError(f"{folder} is not a model folder: it has no {' or '.join(WEIGHT_FILES)}")
+    raise UserError(f"{folder} is not a model folder: it has no {' or '.join(WEIGHT_FILES)}")

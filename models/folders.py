@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from backend.errors import UserError
+
 INDEX = "model.safetensors.index.json"  # of weights in several files, as Hugging Face cuts them
 WEIGHT_FILES = ("model.safetensors", "model.mpk", INDEX)  # what we write comes first
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -54,21 +56,21 @@ def check_destination(folder: Path) -> None:
     folder = Path(os.path.realpath(folder))
     if folder.exists():
         if not folder.is_dir():
-            raise ValueError(f"{folder} is a file: name a folder to save the model to")
+            raise UserError(f"{folder} is a file: name a folder to save the model to")
         names = set(os.listdir(folder))
         if names and not is_model(names) and "metrics.csv" not in names:
-            raise ValueError(
+            raise UserError(
                 f"{folder} exists and is not a model folder: name another, nothing in it is touched"
             )
         if os.path.ismount(folder):  # the whole folder is renamed, which a mount point cannot be
-            raise ValueError(f"{folder} is a mount point: name a folder inside it")
+            raise UserError(f"{folder} is a mount point: name a folder inside it")
     parent = next(parent for parent in folder.parents if parent.exists())
     trial = parent / f".gpt-tiny-{uuid.uuid4().hex}"
     try:
         trial.mkdir()
         trial.rmdir()
     except OSError as error:
-        raise ValueError(f"cannot save to {folder}: {error.strerror} ({parent})") from None
+        raise UserError(f"cannot save to {folder}: {error.strerror} ({parent})") from None
 
 
 def is_model(names: set[str]) -> bool:
@@ -80,7 +82,7 @@ def newest(parent: Path) -> Path:
     """Of the models in a folder the one that was saved last; ValueError if there is none."""
     folders = [path for path in parent.glob("[!.]*/") if is_model(set(os.listdir(path)))]
     if not folders:
-        raise ValueError(f"there is no model in {parent}: name one, or train one: python train.py")
+        raise UserError(f"there is no model in {parent}: name one, or train one: python train.py")
     return max(folders, key=lambda path: (path / "config.json").stat().st_mtime)
 
 
@@ -138,7 +140,7 @@ def sync(path: Path) -> None:
 def replacing_file(path: Path) -> Iterator[Path]:
     """A new file to write, which at the end takes the place of `path`, whole or not at all."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file")
+        raise UserError(f"{path} is a folder: name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".gpt-tiny-{uuid.uuid4().hex}")
     try:
@@ -162,4 +164,4 @@ def claim(path: Path) -> Path:
         with contextlib.suppress(FileExistsError):
             path.with_name(name).mkdir()
             return path.with_name(name)
-    raise ValueError(f"{path} exists, with a thousand others of that name")
+    raise UserError(f"{path} exists, with a thousand others of that name")

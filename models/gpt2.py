@@ -8,6 +8,8 @@ from functools import partial
 
 import numpy as np
 
+from backend.errors import UserError
+
 SIZES = {
     "context_length": "n_positions",
     "vocab_size": "vocab_size",
@@ -36,15 +38,15 @@ def config_to_ours(config: dict) -> dict:
     ValueError for a model that is no GPT-2, or that has an option which ours lacks.
     """
     if config.get("model_type") != "gpt2":
-        raise ValueError(f"model_type is {config.get('model_type')!r:.60}: only 'gpt2' is known")
+        raise UserError(f"model_type is {config.get('model_type')!r:.60}: only 'gpt2' is known")
     for name, values in FIXED.items():
         if (value := config.get(name, values[0])) not in values:
-            raise ValueError(f"{name} {value!r:.60} is not supported, only {values[0]!r}")
+            raise UserError(f"{name} {value!r:.60} is not supported, only {values[0]!r}")
     if missing := set(SIZES.values()) - config.keys():
-        raise ValueError(f"it lacks the setting {min(missing)}")
+        raise UserError(f"it lacks the setting {min(missing)}")
     training = config.get("gpt_tiny", {})
     if type(training) is not dict:
-        raise ValueError("gpt_tiny is not a section of settings")
+        raise UserError("gpt_tiny is not a section of settings")
 
     model = {ours: config[theirs] for ours, theirs in SIZES.items()}
     d_hidden = config.get("n_inner")
@@ -106,13 +108,13 @@ def weights_to_ours(
         if short == "lm_head.weight":
             embedding = "wte.weight" if "wte.weight" in tensors else "transformer.wte.weight"
             if not np.array_equal(tensors[name], tensors[embedding]):
-                raise ValueError("its head lm_head.weight is not the token embedding")
+                raise UserError("its head lm_head.weight is not the token embedding")
         elif short in table:
             ours = table[short]
             for part, our_name in enumerate(ours):
                 parameters[our_name] = partial(take, tensors, name, part, len(ours))
         elif not short.endswith(IGNORED):
-            raise ValueError(f"a GPT-2 of {n_layers} layers has no tensor {name!r:.80}")
+            raise UserError(f"a GPT-2 of {n_layers} layers has no tensor {name!r:.80}")
     return parameters
 
 

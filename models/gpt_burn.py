@@ -13,6 +13,8 @@ from pathlib import Path
 import msgpack
 import numpy as np
 
+from backend.errors import UserError
+
 BROKEN = (ValueError, LookupError, TypeError, OverflowError, msgpack.UnpackException)
 HALF = "half::binary16::f16"  # its integers take 1, 2 or 3 bytes
 # The other precisions: MessagePack's code for such a number, and the bytes after it.
@@ -44,7 +46,7 @@ def read_record(path: Path) -> dict[str, np.ndarray]:
         return Record(np.asarray(np.memmap(path, np.uint8, "r"))).parameters
     except BROKEN as error:
         reason = error if type(error) is ValueError else "its structure is broken"
-        raise ValueError(f"{path} is truncated or corrupt: {reason!s:.200}") from None
+        raise UserError(f"{path} is truncated or corrupt: {reason!s:.200}") from None
 
 
 class Record:
@@ -76,7 +78,7 @@ class Record:
     def read_module(self, name: str) -> None:
         """A map of fields: modules, arrays of modules, parameters, and constants, skipped."""
         if name.count(".") > 9:
-            raise ValueError("its modules are nested too deeply")
+            raise UserError("its modules are nested too deeply")
         for _ in range(self.take("read_map_header")):
             key = self.take()
             inner = f"{name}.{key}" if name else str(key)
@@ -99,23 +101,23 @@ class Record:
         values, shape = fields["value"], fields["shape"]
         whole = len(shape) <= 8 and all(type(size) is int and size > 0 for size in shape)
         if not whole or math.prod(shape) != len(values):
-            raise ValueError(f"{name!r:.80} has {len(values)} values for the shape {shape!s:.80}")
+            raise UserError(f"{name!r:.80} has {len(values)} values for the shape {shape!s:.80}")
         values = values.reshape(shape)
         self.parameters[name] = np.ascontiguousarray(values.T) if is_linear(name) else values
 
     def take_numbers(self) -> np.ndarray:
         count = self.take("read_array_header")
         if count > len(self.data) - self.at:  # each takes a byte or more
-            raise ValueError("it ends before its numbers do")
+            raise UserError("it ends before its numbers do")
         if self.precision == HALF:
             return self.take_halves(count)
         if self.precision not in FLOATS:
-            raise ValueError(f"unknown precision {self.precision!r:.40}")
+            raise UserError(f"unknown precision {self.precision!r:.40}")
         code, dtype = FLOATS[self.precision]
         stride = 1 + np.dtype(dtype).itemsize
         numbers = self.data[self.at : self.at + count * stride]
         if len(numbers) < count * stride or (numbers[::stride] != code).any():
-            raise ValueError(f"its numbers are not all {self.precision}")
+            raise UserError(f"its numbers are not all {self.precision}")
         self.at += len(numbers)
         values = np.ndarray(count, dtype, numbers, 1, (stride,))
         return values.astype(values.dtype.newbyteorder("="))
@@ -163,7 +165,7 @@ def write_record(path: Path, weights: dict[str, np.ndarray], n_layers: int) -> N
             return None
         names.append(name.removeprefix("."))
         if names[-1] not in weights:
-            raise ValueError(f"gpt-burn's record needs {names[-1]}, which this model lacks")
+            raise UserError(f"gpt-burn's record needs {names[-1]}, which this model lacks")
         shape = list(weights[names[-1]].shape)
         param = {"value": PLACEHOLDER, "shape": shape[::-1] if is_linear(name) else shape}
         return {"id": str(uuid.uuid4()), "param": param}
@@ -181,7 +183,7 @@ def write_record(path: Path, weights: dict[str, np.ndarray], n_layers: int) -> N
     }
     record = msgpack.packb({"metadata": metadata, "item": fill(item, ""), "_b": []})
     if surplus := weights.keys() - set(names):
-        raise ValueError(f"gpt-burn's record has no place for {min(surplus)}")
+        raise UserError(f"gpt-burn's record has no place for {min(surplus)}")
     structure = record.split(msgpack.packb(PLACEHOLDER))
     with open(path, "wb") as file:
         for before, name in zip(structure, names, strict=False):
@@ -204,7 +206,7 @@ def packed_halves(name: str, values: np.ndarray) -> bytes:
     with np.errstate(over="ignore"):
         halves = (values.T if is_linear(name) else values).astype(np.float16)
     if np.isinf(halves).any():
-        raise ValueError(f"{name} has values too large for gpt-burn's half precision")
+        raise UserError(f"{name} has values too large for gpt-burn's half precision")
     bits = halves.ravel().view(np.uint16)
     packed = np.empty((len(bits), 3), np.uint8)
     packed[:, 0], packed[:, 1], packed[:, 2] = 0xCD, bits >> 8, bits & 0xFF

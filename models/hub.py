@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from backend.errors import UserError
+
 BYTE_PAIR_FILES = ("vocab.json", "merges.txt")
 PART = r"\w(?:[\w.-]{0,94}\w)?"
 NAME = re.compile(rf"(?!.*(?:--|\.\.))(?:{PART}/)?{PART}(?<!\.git)", re.ASCII)
@@ -40,7 +42,7 @@ class Repository:
         try:
             import huggingface_hub
         except ImportError:
-            raise ValueError(
+            raise UserError(
                 f"there is no model folder {name}; models of the Hugging Face Hub are fetched by "
                 "name with the package huggingface_hub: pip install '.[gpt2]'"
             ) from None
@@ -57,7 +59,7 @@ class Repository:
         if path is None:
             missing = f"{self.name} on the Hub has no {' or '.join(files)}"
             pickles = ": pickles (pytorch_model.bin) are not loaded" if len(files) > 1 else ""
-            raise ValueError(f"{missing}{pickles}")
+            raise UserError(f"{missing}{pickles}")
         self.revision = path.parent.name  # snapshots/COMMIT/FILE
         return path
 
@@ -77,7 +79,7 @@ class Repository:
         except Exception as error:  # of many kinds, which change with the client's version
             if self.lacks(error):
                 return None
-            raise ValueError(self.explain(error, file)) from error
+            raise UserError(self.explain(error, file)) from error
 
     def lacks(self, error: Exception) -> bool:
         errors = self.client.errors

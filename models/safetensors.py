@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from backend.errors import UserError
+
 MAX_JSON_BYTES = 4 << 20  # parsed JSON takes up to 25 times its size in memory
 SHARD_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)  # a file beside the index
 DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
@@ -45,26 +47,26 @@ def read(path: Path) -> LazyArrays:
     with path.open("rb") as file:
         end = start = 8 + int.from_bytes(file.read(8), "little")
         if start > min(size, MAX_JSON_BYTES):
-            raise ValueError(f"{path} is truncated or corrupt: the header does not fit")
+            raise UserError(f"{path} is truncated or corrupt: the header does not fit")
         header = parse_json(file.read(start - 8), path)
     header.pop("__metadata__", None)
     readers = {}
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name!r:.80} is of the type {entry['dtype']!r:.20}")
+                raise UserError(f"{name!r:.80} is of the type {entry['dtype']!r:.20}")
             dtype, shape = np.dtype(DTYPES[entry["dtype"]]), entry["shape"]
             if len(shape) > 8 or not all(type(size) is int and size > 0 for size in shape):
-                raise ValueError(f"{name!r:.80} has no proper shape")
+                raise UserError(f"{name!r:.80} has no proper shape")
             begin, end = end, end + math.prod(shape) * dtype.itemsize
             if entry["data_offsets"] != [begin - start, end - start] or end > size:
-                raise ValueError(f"the data of {name!r:.80} does not fit its shape or the file")
+                raise UserError(f"the data of {name!r:.80} does not fit its shape or the file")
             read = read_bfloat16 if entry["dtype"] == "BF16" else map_array
             readers[name] = partial(read, path, dtype, begin, tuple(shape))
         if end < size:
-            raise ValueError("the tensors end before the file does")
+            raise UserError("the tensors end before the file does")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is truncated or corrupt: {error!s:.200}") from None
+        raise UserError(f"{path} is truncated or corrupt: {error!s:.200}") from None
     return LazyArrays(readers)
 
 
@@ -75,11 +77,11 @@ def read_sharded(index: Path) -> LazyArrays:
         arrays = read(path)
         for name in arrays:
             if files.get(name) != path.name:
-                raise ValueError(f"{path} holds the tensor {name!r:.80}, against {index.name}")
+                raise UserError(f"{path} holds the tensor {name!r:.80}, against {index.name}")
         readers |= arrays.readers
     if missing := files.keys() - readers.keys():
         name = min(missing)
-        raise ValueError(f"{index.with_name(files[name])} lacks the tensor {name!r:.80}")
+        raise UserError(f"{index.with_name(files[name])} lacks the tensor {name!r:.80}")
     return LazyArrays(readers)
 
 
@@ -88,20 +90,20 @@ def shards(index: Path) -> list[Path]:
     paths = [index.with_name(name) for name in sorted(set(weight_map(index).values()))]
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"{index} names {path.name}, which is not there")
+            raise UserError(f"{index} names {path.name}, which is not there")
     return paths
 
 
 def weight_map(index: Path) -> dict[str, str]:
     """The name of the file that holds each tensor."""
     if index.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{index} is far too large for an index")
+        raise UserError(f"{index} is far too large for an index")
     files = parse_json(index.read_bytes(), index).get("weight_map")
     if type(files) is not dict or not files:
-        raise ValueError(f"{index} is corrupt: it has no weight_map")
+        raise UserError(f"{index} is corrupt: it has no weight_map")
     for file in files.values():
         if type(file) is not str or not SHARD_NAME.fullmatch(file):
-            raise ValueError(f"{index} is corrupt: {file!r:.80} is no safetensors file beside it")
+            raise UserError(f"{index} is corrupt: {file!r:.80} is no safetensors file beside it")
     return files
 
 
@@ -133,7 +135,7 @@ def parse_json(text: bytes, path: Path) -> dict:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is corrupt: not valid JSON ({error!s:.100})") from None
+        raise UserError(f"{path} is corrupt: not valid JSON ({error!s:.100})") from None
     if type(value) is not dict:
-        raise ValueError(f"{path} is corrupt: not a JSON object")
+        raise UserError(f"{path} is corrupt: not a JSON object")
     return value

@@ -17,6 +17,7 @@ import ziglang
 
 from backend.blas import blas
 from backend.compiler import FLAGS
+from backend.errors import UserError
 
 ZIG = Path(ziglang.__file__).parent / "zig"
 RUNTIME = Path(__file__).parent
@@ -61,7 +62,7 @@ def compiled(sources: Path, output: Path, *arguments: str | Path) -> Path:
     words += [*arguments, "-o", output]
     run = subprocess.run(words, capture_output=True, text=True)
     if run.returncode:
-        raise ValueError(f"zig can't compile this model: {run.stderr[:300]}")
+        raise UserError(f"zig can't compile this model: {run.stderr[:300]}")
     return output
 
 

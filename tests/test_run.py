@@ -14,7 +14,9 @@ import pytest
 from conftest import DATA, REFERENCE, ROOT, assert_error
 from tinygrad import Device
 
+import command_line
 import run
+from backend.errors import UserError
 from models import gpt_burn, safetensors
 
 PROMPTS = json.loads((REFERENCE / "expected.json").read_text())
@@ -206,3 +208,24 @@ def test_a_backend_that_does_not_exist_is_refused_with_those_that_do(folder):
     assert process.stderr.startswith("error: DEV=ABACUS does not open here")
     assert "these do: " in process.stderr
     assert len(process.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("fault", [ValueError("a fault of ours"), ValueError()])
+def test_a_fault_of_ours_is_no_line_but_a_traceback(fault):
+    def main():
+        raise fault
+
+    with pytest.raises(ValueError) as raised:
+        command_line.run(main)
+    assert raised.value is fault
+    assert "Traceback" in command_line.explain(fault)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), UserError("out\nof memory"), OSError("out of memory")]
+)
+def test_what_a_user_can_get_wrong_is_one_line(error, call):
+    def main():
+        raise error
+
+    assert_error(call(main), 1, ["error: out of memory"])

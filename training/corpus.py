@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import tokenizers
 from backend import machine
+from backend.errors import UserError
 from models import folders, hub
 from tokenizers import SimpleVowelTokenizer, Tokenizer
 from training.distributed import World
@@ -166,7 +167,7 @@ class Encoder:
 
         def append(data: bytes) -> None:
             if len(ids) > limit:
-                raise ValueError(f"{self.texts.name} fits neither on the disk nor in memory")
+                raise UserError(f"{self.texts.name} fits neither on the disk nor in memory")
             ids.extend(data)  # grows in place: a list of arrays would be copied to be joined
 
         checksum = self.encode(append)
@@ -219,7 +220,7 @@ def byte_pairs(name: str) -> tokenizers.BytePairTokenizer:
     except ValueError as error:
         reason = str(error)
     if not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"--tokenizer {name} is not known: name char, vowel, or a folder or a model of the "
             f"Hugging Face Hub with GPT-2's vocab.json and merges.txt ({reason})"
         )

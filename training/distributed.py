@@ -20,6 +20,7 @@ from tinygrad import Device
 from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, Target
 
 from backend import devices, machine
+from backend.errors import UserError
 from backend.memory import Flat, get, put
 
 # what the launchers of MPICH, Intel MPI, Open MPI and Slurm tell a rank
@@ -44,7 +45,7 @@ class World:
         try:
             from mpi4py import MPI
         except ImportError as error:
-            raise ValueError("training with mpiexec needs: pip install '.[mpi]'") from error
+            raise UserError("training with mpiexec needs: pip install '.[mpi]'") from error
         self.mpi, self.ranks = MPI, MPI.COMM_WORLD
         self.rank, self.size = self.ranks.rank, self.ranks.size
         if self.size > 1:
@@ -69,14 +70,14 @@ class World:
         for rank, (host, others) in enumerate(gathered):
             for name, fact in gathered[0][1].items():
                 if others[name] != fact:
-                    raise ValueError(f"rank {rank} on {host} has another {name} than rank 0")
+                    raise UserError(f"rank {rank} on {host} has another {name} than rank 0")
 
     def share(self, n: int, name: str, parts: int = 1) -> int:
         """What each rank gets of n, in so many parts; ValueError if it does not come out even."""
         unit = self.size * parts
         if n % unit:
             fitting = " or ".join(str(m) for m in (n // unit * unit, (n // unit + 1) * unit) if m)
-            raise ValueError(f"{name} {n} can't be shared by {self.size} workers: try {fitting}")
+            raise UserError(f"{name} {n} can't be shared by {self.size} workers: try {fitting}")
         return n // self.size
 
     def part(self, rows: np.ndarray) -> np.ndarray:
@@ -174,9 +175,9 @@ def mpiexec(n_workers: int) -> list[str]:
     except ImportError:
         program = None
     if sys.platform == "win32":
-        raise ValueError("training with several workers is for Linux and macOS: omit --workers")
+        raise UserError("training with several workers is for Linux and macOS: omit --workers")
     if program is None:
-        raise ValueError(f"--workers {n_workers} needs MPI: pip install '.[mpi]'")
+        raise UserError(f"--workers {n_workers} needs MPI: pip install '.[mpi]'")
     is_full = n_workers == len(machine.usable_cores()) and devices.in_use().startswith("CPU")
     return [program, *(["-bind-to", "core"] if is_full else []), "-n", str(n_workers)]
 
@@ -219,7 +220,7 @@ def launch(n_workers: int, words: list[str]) -> int:
     if signals:
         return 128 + signals[0]
     if was_killed:
-        raise ValueError(
+        raise UserError(
             "a worker was killed, and with it the training; "
             "to go on: python train.py --resume .data/checkpoints"
         )

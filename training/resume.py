@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import tokenizers
+from backend.errors import UserError
 from gpt_tiny import GPTConfig
 from models import checkpoint, folders, safetensors
 from training.optimizers import OPTIMIZERS
@@ -46,7 +47,7 @@ def load(path: Path) -> Start:
     expected = {name: each.state_shapes(shapes) for name, each in OPTIMIZERS.items()}
     algorithm = next((name for name in expected if expected[name] == found), None)
     if algorithm is None:
-        raise ValueError(f"{folder / OPTIMIZER} does not belong to the model beside it")
+        raise UserError(f"{folder / OPTIMIZER} does not belong to the model beside it")
     return Start(
         tokenizers.load(config.get("tokenizer", "char"), folder),
         checkpoint.read_weights(folder, shapes),
@@ -64,14 +65,14 @@ def read_position(path: Path) -> Position:
         saved.setdefault("texts", [])  # which those of earlier versions lack
         position = Position(**{field.name: saved[field.name] for field in fields(Position)})
         if any(type(getattr(position, field.name)) is not field.type for field in fields(Position)):
-            raise ValueError("a value of the wrong kind")
+            raise UserError("a value of the wrong kind")
         if not all(type(word) is str for word in (*position.arguments, *position.texts)):
-            raise ValueError("arguments that are not text")
+            raise UserError("arguments that are not text")
         if len(position.losses) != position.batch:
-            raise ValueError("as many losses as batches are needed")
+            raise UserError("as many losses as batches are needed")
         return position
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} does not say where the training stopped: {error}") from error
+        raise UserError(f"{path} does not say where the training stopped: {error}") from error
 
 
 def newest(path: Path) -> Path:
@@ -80,7 +81,7 @@ def newest(path: Path) -> Path:
         return path
     found = sorted(path.glob(f"*/{POSITION}"), key=lambda state: state.stat().st_mtime_ns)
     if not found:
-        raise ValueError(f"there is no checkpoint to go on from in {path}")
+        raise UserError(f"there is no checkpoint to go on from in {path}")
     return found[-1].parent
 
 

@@ -14,6 +14,7 @@ from tinygrad import Tensor
 
 from backend import machine
 from backend.capture import sources
+from backend.errors import UserError
 from backend.memory import Flat, put, zeros
 from gpt_tiny import GPT, initial_weights
 from models import checkpoint, folders
@@ -76,7 +77,7 @@ class Training:
         return arrays
 
     def diverged(self) -> ValueError:
-        return ValueError(
+        return UserError(
             "the loss or a parameter is no longer a finite number: try a lower --learning-rate, or "
             f"--grad-clip 1; the last good checkpoint: {self.latest or 'none'}"
         )
@@ -135,7 +136,7 @@ def check_sizes(config: TrainingConfig, corpus: Corpus) -> None:
     end the training without a word."""
     model, n_validation = config.model, len(corpus.ids) - corpus.n_training
     if n_validation <= model.context_length:
-        raise ValueError(
+        raise UserError(
             f"{corpus.name} is too short: its last tenth, {n_validation} tokens, is "
             f"for validation and has to exceed --context-length {model.context_length}"
         )
@@ -146,7 +147,7 @@ def check_sizes(config: TrainingConfig, corpus: Corpus) -> None:
     n_floats += n_tokens * (model.n_layers * activations + 4 * model.vocab_size)
     memory = machine.memory()
     if 4 * n_floats > memory:
-        raise ValueError(
+        raise UserError(
             f"training {model.n_parameters:,} parameters on {n_tokens:,} tokens at a time takes "
             f"about {4 * n_floats / 2**30:,.0f} GiB of memory, and there are "
             f"{memory / 2**30:,.0f}: choose a smaller model, --context-length or --batch-size"
@@ -156,11 +157,11 @@ def check_sizes(config: TrainingConfig, corpus: Corpus) -> None:
 def check_same_training(config: TrainingConfig, checksum: int, start: Start) -> None:
     """ValueError if what goes on is not what began, but for the number of steps."""
     if {**start.config, "n_steps": 0} != {**config.picture(), "n_steps": 0}:
-        raise ValueError(f"{start.folder}/config.json is not what its training.json says")
+        raise UserError(f"{start.folder}/config.json is not what its training.json says")
     if start.algorithm != config.optimizer.algorithm:
-        raise ValueError(f"{start.folder} does not hold what its training.json says")
+        raise UserError(f"{start.folder} does not hold what its training.json says")
     if start.position.corpus_checksum != checksum:
-        raise ValueError(
+        raise UserError(
             "the corpus is not the one that the training began with: name that with --text-corpus"
         )
 

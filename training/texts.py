@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from backend.errors import UserError
 from tokenizers import NotUTF8
 from training.settings import CORPUS
 
@@ -107,7 +108,7 @@ def texts_of(path: Path, flag: str) -> list[Text]:
         return [Text("Python's own help", python_help)]
     if path == STANDARD_INPUT:
         if sys.stdin.isatty():
-            raise ValueError(f"{flag} -: standard input is a terminal: pipe a text into it")
+            raise UserError(f"{flag} -: standard input is a terminal: pipe a text into it")
         return [Text("standard input", spooled(sys.stdin.buffer), is_stream=True)]
     if path.is_fifo():
         with path.open("rb") as stream:
@@ -117,9 +118,9 @@ def texts_of(path: Path, flag: str) -> list[Text]:
         shown = [parts for parts in sorted(found) if not any(part[0] == "." for part in parts)]
         if texts := [found[parts] for parts in shown if found[parts].is_file()]:
             return [file_text(file) for file in texts]
-        raise ValueError(f"there is no .txt in {path}: name a text with {flag}")
+        raise UserError(f"there is no .txt in {path}: name a text with {flag}")
     if not path.is_file():
-        raise ValueError(f"there is no {path}: name a text with {flag}")
+        raise UserError(f"there is no {path}: name a text with {flag}")
     return [file_text(path)]
 
 
@@ -159,4 +160,4 @@ def uncompressed(text: Text) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             with importlib.import_module(module).open(stored, "rb") as file:
                 yield file, stored
         except Exception as error:  # each module has its own, and a Python may lack a module
-            raise ValueError(f"{text.name} can't be read: {error}") from error
+            raise UserError(f"{text.name} can't be read: {error}") from error
