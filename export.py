@@ -51,9 +51,14 @@ def main() -> None:
     if target is None and not arguments.page:
         raise UserError("this machine is none of those that programs are made for: see --target")
     output = arguments.output_path or Path(f"story{'.html' if arguments.page else target.suffix}")
+    check(files_of(output, arguments.page and output.is_dir()), arguments.model_path)
+    model_folder = checkpoint.find(arguments.model_path)
     with devices.on_cpu(), TemporaryDirectory() as folder:
-        model, tokenizer = checkpoint.load(arguments.model_path)
+        model, tokenizer = checkpoint.load(model_folder)
         generator = Generator(model, weights=arguments.weights)
+        n_weight_bytes = sum(p.nbytes() for p in generator.model.parameters().values())
+        files = files_of(output, arguments.page and n_weight_bytes > MAX_PAGE_BYTES)
+        check(files, model_folder)  # again, now that the model's size and place are known
         kernels = write_sources(generator, tokenizer, sources := Path(folder))
         if arguments.page:
             # half precision becomes single there
@@ -61,10 +66,29 @@ def main() -> None:
             if n_bytes > MAX_WASM_BYTES:
                 need = f"the page would need {n_bytes / 1e9:.1f} GB, and a browser gives it 4.3"
                 raise UserError(f"{need}: try --weights int8, or a program")
-            write_page(arguments.model_path.resolve().name, sources, output)
+            write_page(arguments.model_path.resolve().name, sources, files)
         else:
             with folders.replacing_file(output) as new:
                 build.program(target, sources, new)
+
+
+def files_of(output: Path, is_folder: bool) -> list[Path]:
+    """What is written: one file or, of a large page, the weights and the page in a folder."""
+    if not is_folder:
+        return [output]
+    folder = output.with_suffix("") if output.suffix == ".html" else output
+    files = [folder / "model.bin", folder / "index.html"]
+    if folder.exists() and not (folder.is_dir() and set(files).issuperset(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no page of ours: name another with -o")
+    return files
+
+
+def check(files: list[Path], model: Path) -> None:
+    """UserError or OSError unless these can be written, and none is a file of the model."""
+    for file in files:
+        folders.check_file(file)
+        if Path(os.path.realpath(file)) in checkpoint.files(model):
+            raise UserError(f"{file} is a file of the model: name another with -o")
 
 
 def write_sources(generator: Generator, tokenizer: Tokenizer, folder: Path) -> Kernels:
@@ -115,27 +139,22 @@ def help_of_program() -> str:
         add_help=False,
         formatter_class=partial(command_line.HelpFormatter, width=80),
     )
-    parser.add_argument("--help", action="help", help="show this help")
+    parser.add_argument("-h", "--help", action="help", help="show this help")
     run.add_text_options(parser)
     return parser.format_help()
 
 
-def write_page(title: str, sources: Path, output: Path) -> None:
-    """One file or, if the model is large, a folder with the page and the weights beside it."""
-    model = sources / "model.bin"
-    if model.stat().st_size <= MAX_PAGE_BYTES:
-        with folders.replacing_file(output) as new:
-            new.write_bytes(build.page(title, sources).encode())
-        return
-    folder = output.with_suffix("")
-    files = {"model.bin", "index.html"}
-    if folder.exists() and not (folder.is_dir() and files.issuperset(os.listdir(folder))):
-        raise UserError(f"{folder} exists and is no page of ours: name another with -o")
-    page = build.page(title, sources, address="model.bin")
-    with folders.replacing_file(folder / "model.bin") as new:
-        shutil.copyfile(model, new)
-    folders.write_file(folder / "index.html", page.encode())
-    print(f"{folder} is a folder for a web server: python -m http.server -d {folder}")
+def write_page(title: str, sources: Path, files: list[Path]) -> None:
+    """To one file, or to those of the weights and the page."""
+    *weights, index = files
+    page = build.page(title, sources, address="model.bin" if weights else "")
+    for path in weights:
+        with folders.replacing_file(path) as new:
+            shutil.copyfile(sources / "model.bin", new)
+    folders.write_file(index, page.encode())
+    if weights:
+        folder = index.parent
+        print(f"{folder} is a folder for a web server: python -m http.server -d {folder}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ taken for it, nothing is unpickled, and what is wrong is a ValueError that says 
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ import tokenizers
 from backend.errors import UserError
 from gpt_tiny import GPT, GPTConfig
 from models import gpt2, gpt_burn, hub, safetensors
-from models.folders import INDEX, WEIGHT_FILES, replacing
+from models.folders import INDEX, MODEL_FILES, WEIGHT_FILES, replacing
 from models.safetensors import MAX_JSON_BYTES, LazyArrays, parse_json
 
 TOKENIZER_FILES = {"char": (), "vowel": ("tokenizer.json",), "bpe": hub.BYTE_PAIR_FILES}
@@ -59,6 +61,13 @@ def find(folder: Path) -> Path:
         for shard in sorted(set(safetensors.weight_map(weights).values())):
             repository.fetch(shard)
     return weights.parent
+
+
+def files(folder: Path) -> set[Path]:
+    """Where the links of a model's folder lead: its files, and those that it could have as well."""
+    names = {*MODEL_FILES, *chain(*TOKENIZER_FILES.values())}
+    paths = [*map(folder.joinpath, names), *folder.glob("*.safetensors")]
+    return set(map(Path, map(os.path.realpath, paths)))
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:

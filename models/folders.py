@@ -5,6 +5,7 @@ import ctypes
 import os
 import re
 import shutil
+import stat
 import sys
 import uuid
 from collections.abc import Iterator
@@ -64,13 +65,18 @@ def check_destination(folder: Path) -> None:
             )
         if os.path.ismount(folder):  # the whole folder is renamed, which a mount point cannot be
             raise UserError(f"{folder} is a mount point: name a folder inside it")
-    parent = next(parent for parent in folder.parents if parent.exists())
+    check_parent(folder)
+
+
+def check_parent(path: Path) -> None:
+    """UserError unless there can be a new file or folder beside `path`."""
+    parent = next(parent for parent in path.parents if parent.exists())
     trial = parent / f".gpt-tiny-{uuid.uuid4().hex}"
     try:
         trial.mkdir()
         trial.rmdir()
     except OSError as error:
-        raise UserError(f"cannot save to {folder}: {error.strerror} ({parent})") from None
+        raise UserError(f"cannot save to {path}: {error.strerror} ({parent})") from None
 
 
 def is_model(names: set[str]) -> bool:
@@ -136,11 +142,27 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_file(path: Path) -> None:
+    """UserError or OSError unless `replacing_file` can write `path`: to be called before the work
+    whose result it is."""
+    check_parent(regular_file(path))
+
+
+def regular_file(path: Path) -> Path:
+    """The file that a path leads to, which need not be there yet."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+            raise UserError(f"{path} is {kind}: name a file")
+    return Path(os.path.realpath(path))
+
+
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A new file to write, which at the end takes the place of `path`, whole or not at all."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file")
+    """A new file to write, which at the end takes the place of the one that `path` leads to, whole
+    or not at all. UserError for what is no regular file."""
+    path = regular_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".gpt-tiny-{uuid.uuid4().hex}")
     try:

@@ -7,10 +7,11 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import DATA, GPT2, REFERENCE, assert_error
+from conftest import DATA, GPT2, REFERENCE, assert_error, not_on_windows
 
 import export
 import run
@@ -182,6 +183,72 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(call, folder, wo
     result = call(export.main, *words)
     assert_error(result, status, [says])
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.fixture
+def unloaded(monkeypatch) -> None:
+    def load(folder: Path):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(checkpoint, "load", load)
+
+
+@not_on_windows("it has neither these nodes nor links for everyone")
+@pytest.mark.parametrize("is_page", [False, True])
+def test_what_is_no_file_to_write_is_refused_before_the_model_is_loaded(
+    call, tmp_path, unloaded, is_page
+):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").touch()
+    before = sorted(tmp_path.iterdir())
+    for name in ("pipe", "loop", "notes"):
+        page = ["--page"] if is_page else []
+        assert_error(call(export.main, REFERENCE, *page, "-o", tmp_path / name), 1, [name])
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "loop").is_symlink()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where no one may write, not even root")
+def test_a_place_that_cannot_be_written_is_named_before_the_model_is_loaded(call, unloaded):
+    for page in ([], ["--page"]):
+        result = call(export.main, REFERENCE, *page, "-o", "/proc/story/text")
+        assert_error(result, 1, ["cannot save to /proc/story/text: "])
+
+
+@not_on_windows("not everyone may make links there")
+@pytest.mark.parametrize("name", ["config.json", "model.mpk", "model.safetensors", "merges.txt"])
+def test_no_file_of_the_model_is_an_output(call, tmp_path, unloaded, name):
+    shutil.copytree(REFERENCE, tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model" / name)
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    for output in ("model/" + name, "link"):
+        result = call(export.main, tmp_path / "model", "-o", tmp_path / output)
+        assert_error(result, 1, ["is a file of the model"])
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+@pytest.mark.parametrize(("name", "written"), [("story.v2", "story.v2"), ("a.html", "a")])
+def test_a_large_page_is_a_folder_of_its_name(call, tmp_path, monkeypatch, name, written):
+    monkeypatch.setattr(export, "MAX_PAGE_BYTES", 1000)
+    monkeypatch.setattr(export.build, "page", lambda *sources, address: address)
+    for _ in range(2):  # the second takes the place of the first
+        result = call(export.main, REFERENCE, "--page", "-o", tmp_path / name)
+        assert result.status == 0 and f"{written} is a folder" in result.out
+        assert sorted(os.listdir(tmp_path / written)) == ["index.html", "model.bin"]
+    assert os.listdir(tmp_path) == [written]
+
+
+def test_a_large_page_beside_a_folder_of_someone_elses_is_refused_before_the_work(
+    call, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(export, "MAX_PAGE_BYTES", 1000)
+    monkeypatch.setattr(export, "write_sources", None)
+    (tmp_path / "story").mkdir()
+    (tmp_path / "story" / "notes.txt").touch()
+    result = call(export.main, REFERENCE, "--page", "-o", tmp_path / "story.html")
+    assert_error(result, 1, ["story exists and is no page of ours"])
 
 
 def test_a_page_beyond_a_browsers_memory_is_refused(call, folder, monkeypatch):

@@ -73,6 +73,31 @@ def test_a_link_to_a_model_is_saved_through(model_folder, weights):
     assert checkpoint.read_config(model_folder)["seed"] == 1
 
 
+@not_on_windows("not everyone may make links there")
+def test_a_file_is_replaced_and_a_link_to_it_is_written_through(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "new link").symlink_to("new")
+    for name, written in (("file", "file"), ("link", "file"), ("new link", "new")):
+        folders.write_file(tmp_path / name, name.encode())
+        assert (tmp_path / written).read_text() == name
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "new link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "new", "new link"]
+
+
+@not_on_windows("it has no such nodes")
+def test_what_is_no_regular_file_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link"):
+        with pytest.raises(ValueError, match="is a device or a pipe: name a file"):
+            folders.write_file(path, b"text")
+    with pytest.raises(ValueError, match="is a device or a pipe: name a file"):
+        folders.check_file(Path(os.devnull))  # which asks alone: root could replace it
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
 def test_missing_parents_are_made_when_the_model_is_saved(tmp_path, weights):
     folders.check_destination(tmp_path / "a" / "b" / "model")
     assert os.listdir(tmp_path) == []
