@@ -22,7 +22,7 @@ from generation import Generator, round_matrices, sample
 from gpt_tiny import GPT
 from models import checkpoint, folders
 from scoring import Score, known_ids, losses
-from tokenizers import Tokenizer
+from tokenizers import NotUTF8, Tokenizer
 from training.texts import Texts
 
 
@@ -41,6 +41,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.stop == "":
         parser.error("--stop is empty: give at least one character")
+    if arguments.stop is not None:
+        arguments.stop = in_utf8(arguments.stop, "--stop")
     of_use = ("model_path", "score", "weights")
     for name, value in vars(arguments).items():
         if arguments.score and name not in of_use and value != parser.get_default(name):
@@ -123,8 +125,10 @@ def warn_of_unknown(n_tokens: int, source: str, what_happens: str = "") -> None:
 
 
 def prompts(prompt: str, is_interactive: bool) -> Iterator[str]:
+    if hasattr(sys.stdin, "reconfigure"):  # UTF-8 and any system's line breaks, on every system
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline=None)
     if not is_interactive:
-        yield sys.stdin.read() if prompt == "-" else prompt
+        yield in_utf8(sys.stdin.read() if prompt == "-" else prompt, "the prompt")
         return
     while True:
         if sys.stdin.isatty():
@@ -133,7 +137,20 @@ def prompts(prompt: str, is_interactive: bool) -> Iterator[str]:
         if not line:
             return
         if line := line.rstrip("\n"):
-            yield line
+            yield in_utf8(line, "the prompt")
+
+
+def in_utf8(text: str, name: str) -> str:
+    """The text, in which Python has half a surrogate pair for each byte that it could not decode.
+
+    NotUTF8 where these bytes are not UTF-8.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeDecodeError as error:
+        raise NotUTF8(error.object[error.start], error.start, name) from None
+    except UnicodeEncodeError:  # Windows has such words
+        raise UserError(f"{name} holds half a surrogate pair, which is no character") from None
 
 
 class Continuation:

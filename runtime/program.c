@@ -70,6 +70,14 @@ static double number(const char *option, int is_count) {
   return number;
 }
 
+static void check_utf8(const char *name, Text text) {
+  unsigned code_point;
+  for (long at = 0, length; at < text.n; at += length)
+    if ((length = character(text.text + at, text.n - at, &code_point)) <= 0)
+      fail(1, "%s is not UTF-8: invalid byte 0x%02x at offset %ld; convert it to UTF-8", name,
+           text.text[at], at);
+}
+
 static void parse(int n_words, char **words) {
   program = words[0];
   seed((byte *)"0", 1);
@@ -91,6 +99,7 @@ static void parse(int n_words, char **words) {
     if (letter == 'r') stride = number(option, 1);
     if (letter == 'S' && (!*stop || strlen(stop) > LONGEST_STOP))
       fail(2, "--stop is empty or too long: give 1 to %d bytes", LONGEST_STOP);
+    if (letter == 'S') check_utf8("--stop", (Text){(byte *)stop, strlen(stop)});
     if (letter == ':') fail(2, "argument %s: expected one argument", words[at]);
     if (letter == '?') fail(2, "unrecognized arguments: %s; see %s --help", words[at], program);
   }
@@ -121,11 +130,8 @@ static void show(Text text) {
 
 static void continue_text(Text prompt) {
   static int *ids;
-  unsigned code_point;
   if (!prompt.n) fail(1, "the prompt is empty: give at least one character");
-  for (long at = 0, length; at < prompt.n; at += length)
-    if ((length = character(prompt.text + at, prompt.n - at, &code_point)) <= 0)
-      fail(1, "the prompt is not UTF-8: invalid byte 0x%02x at offset %ld", prompt.text[at], at);
+  check_utf8("the prompt", prompt);
   ids = resized(ids, 2 * prompt.n * sizeof(int));
   long n_unknown = begin(prompt, (Text){(byte *)stop, strlen(stop)}, ids);
   if (n_unknown)

@@ -1,5 +1,6 @@
 """What the tests share: the reference model, and the command lines called in this process."""
 
+import io
 import json
 import os
 import re
@@ -101,6 +102,17 @@ def call(folder, monkeypatch, capsys):
         return Result(status, out, err)
 
     return call
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """Gives bytes to the standard input, which on Linux keeps the line breaks of Windows."""
+
+    def pipe(data: bytes) -> None:
+        stream = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", newline="\n")
+        monkeypatch.setattr(sys, "stdin", stream)
+
+    return pipe
 
 
 def assert_error(result: Result, status: int, words: list[str]) -> None:

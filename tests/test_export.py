@@ -106,6 +106,19 @@ def test_prompts_come_from_standard_input_whole_or_line_by_line(program, call):
     assert output(story, "-i", *short, stdin="A\n\nThe b") == "".join(lines)
 
 
+@pytest.mark.parametrize("flags", [["-p", "-"], ["-i"]])
+@pytest.mark.parametrize(
+    "text", [b"The\r\n\r\nclass\rA\n", b"The \xc3\xa9\r\n\r\na\xe9b", b"a\xc3"]
+)
+def test_a_program_reads_standard_input_as_run_py_does(program, call, pipe, flags, text):
+    words = [*flags, "-n", "9", "--temperature", "0"]
+    pipe(text)
+    ours = call(run.main, REFERENCE, *words)
+    theirs = started(program(REFERENCE), *words, stdin=text)
+    assert (ours.status, ours.out) == (theirs.returncode, theirs.stdout.decode())
+    assert ours.err == theirs.stderr.decode()
+
+
 def test_unknown_characters_are_a_warning_and_characters_come_whole(program):
     process = started(program(REFERENCE), "-p", "日本The ", "-n", "5")
     assert process.stderr.decode().startswith("warning: 2 tokens of the prompt")
@@ -127,6 +140,7 @@ def test_unknown_characters_are_a_warning_and_characters_come_whole(program):
         (["other"], 2, "unrecognized arguments: other"),
         (["-p", ""], 1, "the prompt is empty"),
         ([b"-p", b"a\xff"], 1, "not UTF-8: invalid byte 0xff at offset 1"),
+        ([b"--stop", b"a\xff"], 1, "--stop is not UTF-8: invalid byte 0xff at offset 1"),
     ],
 )
 def test_wrong_usage_of_a_program_is_one_line(program, words, status, says):

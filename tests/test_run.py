@@ -115,6 +115,36 @@ def test_interactive_continues_each_line(call, monkeypatch):
     assert (result.status, result.out) == (0, "".join(expected))
 
 
+@pytest.mark.parametrize("end", [b"\r\n", b"\r"])
+def test_a_prompt_with_line_breaks_of_windows_is_the_same_prompt(call, pipe, end):
+    texts = []
+    for text in (b"The\n\nclass", b"The\n\nclass".replace(b"\n", end)):
+        for flags in (["-p", "-"], ["-i"]):
+            pipe(text)
+            texts.append(generate(call, *flags, "-n", "12").out)
+    assert texts[:2] == texts[2:]
+    assert texts[0].startswith("The\n\nclass")
+
+
+@pytest.mark.parametrize("flags", [["-p", "a\udcff"], ["-p", "-"], ["-i"], ["--stop", "a\udcff"]])
+def test_an_invalid_byte_in_a_prompt_is_refused_by_its_place(call, pipe, flags):
+    pipe(b"a\xff")
+    result = generate(call, *flags, "-n", "5")
+    name = "--stop" if "--stop" in flags else "the prompt"
+    says = f"error: {name} is not UTF-8: invalid byte 0xff at offset 1; convert it to UTF-8"
+    assert_error(result, 1, [says])
+    assert result.out == ""
+    assert_error(generate(call, "-p", "\ud800"), 1, ["surrogate"])  # Windows can pass it
+
+
+def test_a_prompt_is_utf8_whatever_the_systems_encoding_is(call, monkeypatch):
+    expected = generate(call, "-p", "Thé", "-n", "5").out
+    assert generate(call, "-p", "Th\udcc3\udca9", "-n", "5").out == expected  # a locale of ASCII
+    stream = io.TextIOWrapper(io.BytesIO("Thé".encode()), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdin", stream)
+    assert generate(call, "-p", "-", "-n", "5").out == expected
+
+
 def change_config(path: Path, **settings) -> None:
     config = json.loads((path / "config.json").read_text())
     config["model"].update(settings)
