@@ -33,7 +33,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Errors are of one line; `-h` is the number of heads, so help is `--help` alone."""
+    """Errors are of one line."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -42,8 +42,9 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=HelpFormatter,
             add_help=False,
             allow_abbrev=False,
+            conflict_handler="resolve",  # train.py's -h is the number of heads
         )
-        self.add_argument("--help", action="help", help="show this help")
+        self.add_argument("-h", "--help", action="help", help="show this help")
 
     def format_help(self) -> str:
         usable = devices.usable()

@@ -83,7 +83,7 @@ static void parse(int n_words, char **words) {
   seed((byte *)"0", 1);
   opterr = 0;
   for (int at = 1, letter, i;
-       (letter = getopt_long(n_words, words, "+:p:n:s:i", known, NULL)) != -1; at = optind) {
+       (letter = getopt_long(n_words, words, "+:p:n:s:ih", known, NULL)) != -1; at = optind) {
     for (i = 0; known[i].val && known[i].val != letter;) i++;
     const char *option = known[i].name;
     if (letter == 'h') exit(printf("usage: %s [OPTION]...\n\n%s", program, HELP) < 0);

@@ -151,7 +151,9 @@ def test_wrong_usage_of_a_program_is_one_line(program, words, status, says):
 
 
 def test_a_program_shows_its_flags(program):
-    assert "--temperature N" in output(program(REFERENCE), "--help")
+    shown = output(program(REFERENCE), "--help")
+    assert "--temperature N" in shown and "-h, --help" in shown
+    assert output(program(REFERENCE), "-h") == shown
 
 
 def test_a_truncated_or_altered_program_refuses(program, tmp_path):

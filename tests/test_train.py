@@ -327,6 +327,7 @@ def test_an_older_way_to_choose_a_backend_is_refused_with_todays(folder, script,
 def test_help_names_every_option_and_the_backends(call):
     result = call(train.main, "--help")
     assert (result.status, result.err) == (0, "")
+    assert "-h, --help" not in result.out  # but the number of heads
     flags = "-o -c -d -l -h -n -b -r -s -t -m -x --help --tokenizer --vocab-size --dropout"
     for flag in flags.split():
         assert re.search(rf"^ +{flag}\b", result.out, re.M), flag
