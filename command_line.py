@@ -33,7 +33,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Errors are of one line."""
+    """Errors are of one line, and a path that is empty is one: it would be the working folder."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -44,6 +44,7 @@ class ArgumentParser(argparse.ArgumentParser):
             allow_abbrev=False,
             conflict_handler="resolve",  # train.py's -h is the number of heads
         )
+        self.register("type", Path, path)
         self.add_argument("-h", "--help", action="help", help="show this help")
 
     def format_help(self) -> str:
@@ -57,6 +58,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"error: {message}; see python {self.prog} --help\n")
+
+
+def path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty: name a file or a folder")
+    return Path(text)
 
 
 def number(kind: type, lowest: float, below: float = float("inf")) -> Callable:

@@ -215,6 +215,8 @@ def test_a_model_that_cannot_be_read_is_one_line_that_says_why(call, tmp_path, d
         ([REFERENCE, "--stride", "0"], 2, ["--stride", "'0'"]),
         ([REFERENCE, "--stride", "65"], 1, ["a stride of 65 is beyond the context of 64"]),
         ([REFERENCE, "-s", "-1"], 2, ["-s/--seed", "'-1'"]),
+        (["", "-n", "5"], 2, ["model_path", "the path is empty"]),
+        (["--score", ""], 2, ["--score", "the path is empty"]),
         ([REFERENCE, "other"], 2, ["other"]),
         ([REFERENCE, "-p", ""], (1, 2), ["prompt is empty", "at least one character"]),
     ],

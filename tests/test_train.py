@@ -279,6 +279,8 @@ def test_a_size_that_is_none_is_refused(call, flag, value):
         (["--no-such-option"], ["--no-such-option"]),
         (["corpus.txt"], ["corpus.txt"]),
         (["-n"], ["-n/--n-steps"]),
+        (["-t", ""], ["-t/--text-corpus", "the path is empty"]),
+        (["--resume", ""], ["--resume", "the path is empty"]),
     ],
 )
 def test_wrong_usage_is_refused_by_the_name_of_the_option(call, options, words):
