@@ -11,7 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tinygrad import Device, Tensor, helpers
@@ -34,6 +34,7 @@ FREESTANDING = "-c -x c -fPIC -ffreestanding -nostdlib -fno-ident"
 DEFINITIONS = [f"-DABI={ClangRenderer.abi}"]
 if sys.platform == "win32":  # it gives a stack its memory page by page, in their order
     DEFINITIONS += ["-Xclang", "-fstack-clash-protection"]
+SAID = "GPT_TINY_SAID"  # a variable for the processes that this one starts
 # What tinygrad writes is C with clang's vectors.
 PROBE = "typedef float f4 __attribute__((ext_vector_type(4))); f4 f(f4 x) { return x + x.wzyx; }"
 
@@ -41,7 +42,7 @@ PROBE = "typedef float f4 __attribute__((ext_vector_type(4))); f4 f(f4 x) { retu
 class CPUCompiler(ClangCompiler):
     """tinygrad's ClangCompiler, with flags of our own and any clang that there is."""
 
-    def __init__(self, arch: list[str]):
+    def __init__(self, arch: Sequence[str]):
         super().__init__(arch)
         self.command = self.find()
         # tinygrad's cache of compiled kernels knows only their source
@@ -87,13 +88,21 @@ class CPUCompiler(ClangCompiler):
                     self.call(words, PROBE)
                     return words
             except (OSError, ValueError):
-                print(f"warning: {command} can't compile what tinygrad writes", file=sys.stderr)
+                warn_once(f"warning: {command} can't compile what tinygrad writes")
         try:
             import ziglang
         except ImportError:
             reason = "no C compiler: pip install ziglang, or put a clang on the PATH"
             raise UserError(reason) from None
         return [str(Path(ziglang.__file__).parent / "zig"), "clang"]
+
+
+def warn_once(line: str) -> None:
+    """On standard error, in this process and all that it starts."""
+    said = os.environ.get(SAID, "").splitlines()
+    if line not in said:
+        print(line, file=sys.stderr)
+        os.environ[SAID] = "\n".join([*said, line])
 
 
 def symbols(code: bytes) -> dict[str, int]:

@@ -80,6 +80,26 @@ def test_a_clang_that_does_not_compile_is_left_with_a_warning(compiler, path, ca
     assert err.startswith(f"warning: {clang}")
 
 
+@pytest.mark.parametrize("forks", [True, False])
+def test_it_is_said_once_whatever_processes_compile(path, forks):
+    code = f"""
+import backend, numpy as np
+from tinygrad import Tensor
+from backend import processes
+if not {forks}:
+    processes.can_fork = lambda: False
+x = Tensor(np.ones(7, np.float32)).realize()
+Tensor.realize(x.sum(), (x * 2).contiguous())
+"""
+    gcc = write_program(path / "gcc", "exit 1")
+    environment = os.environ | {"DEV": "CPU", "CC": str(gcc), "CACHEDB": str(path / "cache.db")}
+    command = [sys.executable, "-c", code]
+    options = {"env": environment | {"PARALLEL": "2"}, "capture_output": True, "text": True}
+    process = subprocess.run(command, cwd=ROOT, **options)
+    assert process.returncode == 0
+    assert process.stderr == f"warning: {gcc} can't compile what tinygrad writes\n"
+
+
 def test_cc_wins_and_may_hold_options(compiler, path, monkeypatch):
     write_clang(path / "clang")
     mine = write_clang(path / "my clang")
