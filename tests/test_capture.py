@@ -97,6 +97,32 @@ def test_one_captures_at_a_time(folder):
     assert not any(folder.iterdir())
 
 
+def test_one_that_comes_when_another_ends_waits_for_who_has_waited_before(folder):
+    holds, may_end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with capture.alone(folder / "jit"):
+            holds.set()
+            may_end.wait()
+
+    def come() -> None:
+        with capture.alone(folder / "jit"):
+            pass
+
+    second, third = threading.Thread(target=hold), threading.Thread(target=come)
+    with capture.alone(folder / "jit"):
+        second.start()
+        second.join(0.1)
+    assert holds.wait(60)
+    third.start()
+    third.join(0.1)
+    waits = third.is_alive()
+    may_end.set()
+    second.join()
+    third.join()
+    assert waits and not any(folder.iterdir())
+
+
 def test_what_is_damaged_or_not_the_users_alone_is_made_anew(folder):
     powers()
     [kept] = folder.iterdir()
@@ -125,6 +151,10 @@ def test_the_jits_that_were_used_last_are_kept(folder, monkeypatch):
     monkeypatch.setattr(capture, "KEPT_BYTES", kept.stat().st_size + 250_000)
     capture.drop_oldest(folder)
     assert set(folder.iterdir()) == {kept, folder / "older_2", folder / "older_3"}
+    monkeypatch.setattr(capture, "KEPT_BYTES", 100)
+    with capture.alone(folder / "older_1"):
+        capture.drop_oldest(folder)
+        assert set(folder.iterdir()) == {kept, folder / "older_1.lock"}
 
 
 def test_a_jit_depends_on_every_file_of_the_program_and_on_no_test():
