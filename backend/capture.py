@@ -28,7 +28,7 @@ from backend.blas import blas
 from backend.compiler import processor
 from backend.machine import cache_folder
 from backend.memory import address_of
-from backend.processes import forked
+from backend.processes import forked, wait_for
 
 KEPT_BYTES = 128 << 20  # of files of up to a few MB each
 LOCK = ".lock"
@@ -68,7 +68,7 @@ class Captured:
 
     def __call__(self, *tensors: Tensor, **numbers: int) -> None:
         if self.process:
-            self.process.join()
+            wait_for(self.process)
             self.process = self.restore()
         if self.jit.captured is None:
             self.capture(*tensors, **numbers)

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from tinygrad import Device, Tensor
 
-from backend import capture
+from backend import capture, processes
 from backend.memory import get, put, zeros
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="jits are kept for the CPU")
@@ -67,6 +67,27 @@ def test_what_another_process_fails_to_capture_is_captured_here(folder, monkeypa
 
     monkeypatch.setattr(capture, "keep", keep_here)
     assert powers(begins=True) == ([3, 9, 27], 1)
+
+
+@only_with_forks
+def test_another_process_that_hangs_is_ended_and_it_is_captured_here(folder, monkeypatch):
+    this, keep, ended = os.getpid(), capture.keep, []
+
+    def keep_here(*arguments) -> None:
+        while os.getpid() != this:  # holding the lock
+            signal.pause()
+        keep(*arguments)
+
+    def wait_for(process) -> None:
+        processes.wait_for(process)
+        ended.append(process.exitcode)
+
+    monkeypatch.setattr(processes, "PATIENCE", 0.1)
+    monkeypatch.setattr(capture, "wait_for", wait_for)
+    monkeypatch.setattr(capture, "keep", keep_here)
+    assert powers(begins=True) == ([3, 9, 27], 1)
+    assert ended == [-signal.SIGKILL]
+    assert powers() == ([3, 9, 27], 0)
 
 
 def test_a_worker_takes_what_another_captured_meanwhile(folder, monkeypatch):
