@@ -1,6 +1,7 @@
 """What is kept for the next start: by one process at a time, whole, and no more than a size."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None
+
+N_DIGEST = hashlib.sha256().digest_size
 
 
 @contextlib.contextmanager
@@ -44,6 +47,19 @@ def is_at(path: Path, file: IO) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     return False
+
+
+def sealed(data: bytes) -> bytes:
+    """To be kept: `unsealed` gives it back."""
+    return hashlib.sha256(data).digest() + data
+
+
+def unsealed(kept: bytes) -> bytes:
+    """What was sealed; ValueError for anything else, damaged or foreign, be it by one bit."""
+    data = kept[N_DIGEST:]
+    if sealed(data) != kept:
+        raise ValueError("it is not what was kept")
+    return data
 
 
 def drop_oldest(paths: Iterable[Path], n_bytes: int, drop: Callable[[Path], object]) -> None:

@@ -57,7 +57,8 @@ class Captured:
 
     def restore(self) -> None:
         with contextlib.suppress(Exception):  # to begin with: there is none
-            self.jit.captured = restored(pickle.loads(read_private(self.path)), self.state)
+            kept = pickle.loads(caches.unsealed(read_private(self.path)))
+            self.jit.captured = restored(kept, self.state)
             os.utime(self.path)  # those that are used stay
 
     def begin(self, *tensors: Tensor, **numbers: int) -> None:
@@ -124,7 +125,7 @@ def keep(path: Path, jit: CapturedJit, state: list[UOp]) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     with open(temporary, "xb", opener=lambda *name: os.open(*name, 0o600)) as file:
-        file.write(data)
+        file.write(caches.sealed(data))
     temporary.replace(path)
     drop_oldest(path.parent)
 

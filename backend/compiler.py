@@ -2,12 +2,14 @@
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import platform
 import re
 import shlex
 import shutil
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from tinygrad.device import TinyELF
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
+from backend.caches import sealed, unsealed
 from backend.errors import UserError
 from backend.imports import ops_cpu
 from backend.memory import address_of
@@ -45,8 +48,10 @@ class CPUCompiler(ClangCompiler):
     def __init__(self, arch: Sequence[str]):
         super().__init__(arch)
         self.command = self.find()
-        # tinygrad's cache of compiled kernels knows only their source
-        key = hashlib.sha256(" ".join([*self.command, FLAGS]).encode()).hexdigest()[:16]
+        # tinygrad's cache of compiled kernels, which checkouts and machines may share, knows only
+        # their source; what an object is like, and where it begins, is up to this file
+        form = repr((self.command, processor(), Path(__file__).read_bytes()))
+        key = hashlib.sha256(form.encode()).hexdigest()[:16]
         self.cachekey = f"{self.cachekey}_{key}" if self.cachekey else None
 
     def compile(self, src: str) -> bytes:
@@ -60,8 +65,22 @@ class CPUCompiler(ClangCompiler):
             raise ValueError(f"{command[0]} does not compile: {run.stderr.decode()[:300]}")
         return run.stdout
 
+    def compile_cached(self, source: str) -> bytes:
+        return self.cached(source) or self.keep(source, self.compile(source))
+
     def cached_or_source(self, source: str) -> bytes:
-        return (self.cachekey and helpers.diskcache_get(self.cachekey, source)) or source.encode()
+        return self.cached(source) or source.encode()
+
+    def cached(self, source: str) -> bytes | None:
+        """Its object as it was kept, whole; None if there is none, or it is damaged."""
+        with contextlib.suppress(Exception):  # whatever a damaged database raises
+            return self.cachekey and unsealed(helpers.diskcache_get(self.cachekey, source))
+
+    def keep(self, source: str, lib: bytes) -> bytes:
+        with contextlib.suppress(sqlite3.Error):  # a full disk, say: nothing is lost but time
+            if self.cachekey:
+                helpers.diskcache_put(self.cachekey, source, sealed(lib))
+        return lib
 
     def compile_together(self, sources: list[str]) -> dict[bytes, bytes]:
         """Source -> object, for sources of one function: the same but for where that begins."""
@@ -74,9 +93,7 @@ class CPUCompiler(ClangCompiler):
         places, libs = symbols(code), {}
         for source, name in zip(sources, names, strict=True):
             lib = code[:ENTRY] + places[name].to_bytes(8, "little") + code[ENTRY + 8 :]
-            libs[source.encode()] = lib
-            if self.cachekey:
-                helpers.diskcache_put(self.cachekey, source, lib)
+            libs[source.encode()] = self.keep(source, lib)
         return libs
 
     def find(self) -> list[str]:
@@ -143,6 +160,7 @@ def addresses(function: Callable[[], CPUProgram | None]) -> list[Tensor]:
     return [address_of(program.addr, device)] if program else []
 
 
+@functools.cache
 def processor() -> str:
     """What tells this machine's processor from others that the same code may not run on."""
     with contextlib.suppress(OSError):
