@@ -67,8 +67,8 @@ def drop_oldest(paths: Iterable[Path], n_bytes: int, drop: Callable[[Path], obje
     how old one is its own time says."""
     found = []
     for path in paths:
-        with contextlib.suppress(FileNotFoundError):  # another process drops some, too
-            files = [path, *path.iterdir()] if path.is_dir() else [path]
+        with contextlib.suppress(OSError):  # another process drops some, too
+            files = path.iterdir() if path.is_dir() else [path]
             size = sum(file.stat().st_size for file in files)
             found.append((path.stat().st_mtime_ns, size, path))
     for number, (_, size, path) in enumerate(sorted(found, reverse=True)):
