@@ -13,6 +13,7 @@ import platform
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import tinygrad
@@ -22,13 +23,15 @@ from tinygrad.engine.realize import get_call_arg_uops, get_call_outs_ins
 from tinygrad.helpers import ContextVar
 from tinygrad.uop.ops import Ops
 
+from backend import caches
 from backend.blas import blas
 from backend.compiler import processor
 from backend.machine import cache_folder
 from backend.memory import address_of
-from backend.processes import forked
+from backend.processes import forked, wait_for
 
 KEPT_BYTES = 128 << 20  # of files of up to a few MB each
+LOCK = ".lock"
 FIRST_PLACE = 10_000  # numbers of the places of the state's buffers: those of arguments are small
 
 
@@ -54,7 +57,8 @@ class Captured:
 
     def restore(self) -> None:
         with contextlib.suppress(Exception):  # to begin with: there is none
-            self.jit.captured = restored(pickle.loads(read_private(self.path)), self.state)
+            kept = pickle.loads(caches.unsealed(read_private(self.path)))
+            self.jit.captured = restored(kept, self.state)
             os.utime(self.path)  # those that are used stay
 
     def begin(self, *tensors: Tensor, **numbers: int) -> None:
@@ -65,7 +69,7 @@ class Captured:
 
     def __call__(self, *tensors: Tensor, **numbers: int) -> None:
         if self.process:
-            self.process.join()
+            wait_for(self.process)
             self.process = self.restore()
         if self.jit.captured is None:
             self.capture(*tensors, **numbers)
@@ -95,23 +99,9 @@ class Captured:
             self.jit(*tensors, **variables)
 
 
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> AbstractContextManager[None]:
     """For one process at a time, where files can be locked."""
-    lock = None
-    with contextlib.suppress(OSError, ImportError):
-        import fcntl
-
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = path.with_suffix(".lock").open("a")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if lock:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # closing it is not enough: forks may have it, too
-            lock.close()
-            path.with_suffix(".lock").unlink(missing_ok=True)
+    return caches.file_lock(path.with_suffix(LOCK))
 
 
 def places(buffers: Sequence[UOp]) -> dict[UOp, UOp]:
@@ -135,18 +125,15 @@ def keep(path: Path, jit: CapturedJit, state: list[UOp]) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     with open(temporary, "xb", opener=lambda *name: os.open(*name, 0o600)) as file:
-        file.write(data)
+        file.write(caches.sealed(data))
     temporary.replace(path)
     drop_oldest(path.parent)
 
 
 def drop_oldest(folder: Path) -> None:
     """Leaves the files that were used last, KEPT_BYTES of them."""
-    n_bytes = 0
-    for path in sorted(folder.iterdir(), key=os.path.getmtime, reverse=True):
-        n_bytes += path.stat().st_size
-        if n_bytes > KEPT_BYTES:
-            path.unlink()
+    jits = [path for path in folder.iterdir() if path.suffix != LOCK]
+    caches.drop_oldest(jits, KEPT_BYTES, Path.unlink)
 
 
 def restored(kept: tuple, state: list[UOp]) -> CapturedJit:

@@ -2,16 +2,18 @@
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import platform
 import re
 import shlex
 import shutil
+import sqlite3
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tinygrad import Device, Tensor, helpers
@@ -19,6 +21,7 @@ from tinygrad.device import TinyELF
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
+from backend.caches import sealed, unsealed
 from backend.errors import UserError
 from backend.imports import ops_cpu
 from backend.memory import address_of
@@ -34,6 +37,7 @@ FREESTANDING = "-c -x c -fPIC -ffreestanding -nostdlib -fno-ident"
 DEFINITIONS = [f"-DABI={ClangRenderer.abi}"]
 if sys.platform == "win32":  # it gives a stack its memory page by page, in their order
     DEFINITIONS += ["-Xclang", "-fstack-clash-protection"]
+SAID = "GPT_TINY_SAID"  # a variable for the processes that this one starts
 # What tinygrad writes is C with clang's vectors.
 PROBE = "typedef float f4 __attribute__((ext_vector_type(4))); f4 f(f4 x) { return x + x.wzyx; }"
 
@@ -41,11 +45,13 @@ PROBE = "typedef float f4 __attribute__((ext_vector_type(4))); f4 f(f4 x) { retu
 class CPUCompiler(ClangCompiler):
     """tinygrad's ClangCompiler, with flags of our own and any clang that there is."""
 
-    def __init__(self, arch: list[str]):
+    def __init__(self, arch: Sequence[str]):
         super().__init__(arch)
         self.command = self.find()
-        # tinygrad's cache of compiled kernels knows only their source
-        key = hashlib.sha256(" ".join([*self.command, FLAGS]).encode()).hexdigest()[:16]
+        # tinygrad's cache of compiled kernels, which checkouts and machines may share, knows only
+        # their source; what an object is like, and where it begins, is up to this file
+        form = repr((self.command, processor(), Path(__file__).read_bytes()))
+        key = hashlib.sha256(form.encode()).hexdigest()[:16]
         self.cachekey = f"{self.cachekey}_{key}" if self.cachekey else None
 
     def compile(self, src: str) -> bytes:
@@ -59,8 +65,22 @@ class CPUCompiler(ClangCompiler):
             raise ValueError(f"{command[0]} does not compile: {run.stderr.decode()[:300]}")
         return run.stdout
 
+    def compile_cached(self, source: str) -> bytes:
+        return self.cached(source) or self.keep(source, self.compile(source))
+
     def cached_or_source(self, source: str) -> bytes:
-        return (self.cachekey and helpers.diskcache_get(self.cachekey, source)) or source.encode()
+        return self.cached(source) or source.encode()
+
+    def cached(self, source: str) -> bytes | None:
+        """Its object as it was kept, whole; None if there is none, or it is damaged."""
+        with contextlib.suppress(Exception):  # whatever a damaged database raises
+            return self.cachekey and unsealed(helpers.diskcache_get(self.cachekey, source))
+
+    def keep(self, source: str, lib: bytes) -> bytes:
+        with contextlib.suppress(sqlite3.Error):  # a full disk, say: nothing is lost but time
+            if self.cachekey:
+                helpers.diskcache_put(self.cachekey, source, sealed(lib))
+        return lib
 
     def compile_together(self, sources: list[str]) -> dict[bytes, bytes]:
         """Source -> object, for sources of one function: the same but for where that begins."""
@@ -73,9 +93,7 @@ class CPUCompiler(ClangCompiler):
         places, libs = symbols(code), {}
         for source, name in zip(sources, names, strict=True):
             lib = code[:ENTRY] + places[name].to_bytes(8, "little") + code[ENTRY + 8 :]
-            libs[source.encode()] = lib
-            if self.cachekey:
-                helpers.diskcache_put(self.cachekey, source, lib)
+            libs[source.encode()] = self.keep(source, lib)
         return libs
 
     def find(self) -> list[str]:
@@ -87,13 +105,21 @@ class CPUCompiler(ClangCompiler):
                     self.call(words, PROBE)
                     return words
             except (OSError, ValueError):
-                print(f"warning: {command} can't compile what tinygrad writes", file=sys.stderr)
+                warn_once(f"warning: {command} can't compile what tinygrad writes")
         try:
             import ziglang
         except ImportError:
             reason = "no C compiler: pip install ziglang, or put a clang on the PATH"
             raise UserError(reason) from None
         return [str(Path(ziglang.__file__).parent / "zig"), "clang"]
+
+
+def warn_once(line: str) -> None:
+    """On standard error, in this process and all that it starts."""
+    said = os.environ.get(SAID, "").splitlines()
+    if line not in said:
+        print(line, file=sys.stderr)
+        os.environ[SAID] = "\n".join([*said, line])
 
 
 def symbols(code: bytes) -> dict[str, int]:
@@ -134,6 +160,7 @@ def addresses(function: Callable[[], CPUProgram | None]) -> list[Tensor]:
     return [address_of(program.addr, device)] if program else []
 
 
+@functools.cache
 def processor() -> str:
     """What tells this machine's processor from others that the same code may not run on."""
     with contextlib.suppress(OSError):

@@ -1,5 +1,6 @@
 """tinygrad's CPU device with our compiler, loops and all cores: importing this is enough."""
 
+import functools
 import platform
 import sys
 
@@ -17,11 +18,14 @@ from backend.imports import ops_cpu
 from backend.memory import MIN_HUGE_BYTES, huge_pages
 from backend.processes import Progress, compiling_processes
 
+# one a process: tinygrad makes a renderer for each kernel that it sends to another
+compiler_for = functools.cache(CPUCompiler)
+
 
 class ClangRenderer(cstyle.ClangRenderer):
     def __init__(self, target):
         super().__init__(target)
-        self.compiler = CPUCompiler(target.arch.split(","))
+        self.compiler = compiler_for(tuple(target.arch.split(",")))
 
 
 class CPUAllocator(ops_cpu.CPUAllocator):

@@ -21,6 +21,7 @@ from tinygrad.helpers import PARALLEL
 from backend.compiler import ELF, CPUCompiler
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PATIENCE = 60  # seconds in which a process compiles some kernel, or else it hangs
 N_TOGETHER = 4  # kernels in one call: clang takes as long to start as to compile one
 
 
@@ -40,6 +41,8 @@ def begin_fork() -> None:
     for number in (signal.SIGINT, signal.SIGHUP):  # so is what a terminal sends all processes
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != multiprocessing.parent_process().pid:  # it has ended before that
+        os._exit(1)
     # a connection to tinygrad's cache must not be used on both sides, nor closed on this one
     begin_fork.connection, helpers._db_connection = helpers._db_connection, None
 
@@ -52,7 +55,7 @@ def forked(capture: Callable[[], None]) -> multiprocessing.Process | None:
     def work() -> None:
         begin_fork()
         forked_pool.cache_clear()
-        Progress.mine = 1
+        Progress.mine = Progress.forked
         with contextlib.suppress(Exception), patch.object(CapturedJit, "__call__", lambda *_: None):
             capture()
         os._exit(0)  # with the processes that compile for it
@@ -61,6 +64,17 @@ def forked(capture: Callable[[], None]) -> multiprocessing.Process | None:
     process.start()
     atexit.register(process.kill)
     return process
+
+
+def wait_for(process: multiprocessing.Process) -> None:
+    """Until it ends, or compiles nothing more for PATIENCE seconds, in which case it is ended."""
+    counts, before = Progress.counts[Progress.forked], None
+    while process.is_alive() and counts.tolist() != before:
+        before = counts.tolist()
+        process.join(PATIENCE)
+    process.kill()
+    process.join()
+    counts[:] = 0  # nothing that it has left comes any more
 
 
 class ForkedPool:
@@ -120,7 +134,7 @@ class Progress:
 
     # for each of the two processes how many are compiled, and of how many
     counts = np.frombuffer(mmap.mmap(-1, 4 * 8), np.int64).reshape(2, 2)
-    mine = 0
+    mine, forked = 0, 1
 
     def __init__(self, total: int, **_):
         if (self.counts[:, 0] == self.counts[:, 1]).all():

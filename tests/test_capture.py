@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from tinygrad import Device, Tensor
 
-from backend import capture
+from backend import capture, processes
 from backend.memory import get, put, zeros
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="jits are kept for the CPU")
@@ -69,6 +69,27 @@ def test_what_another_process_fails_to_capture_is_captured_here(folder, monkeypa
     assert powers(begins=True) == ([3, 9, 27], 1)
 
 
+@only_with_forks
+def test_another_process_that_hangs_is_ended_and_it_is_captured_here(folder, monkeypatch):
+    this, keep, ended = os.getpid(), capture.keep, []
+
+    def keep_here(*arguments) -> None:
+        while os.getpid() != this:  # holding the lock
+            signal.pause()
+        keep(*arguments)
+
+    def wait_for(process) -> None:
+        processes.wait_for(process)
+        ended.append(process.exitcode)
+
+    monkeypatch.setattr(processes, "PATIENCE", 0.1)
+    monkeypatch.setattr(capture, "wait_for", wait_for)
+    monkeypatch.setattr(capture, "keep", keep_here)
+    assert powers(begins=True) == ([3, 9, 27], 1)
+    assert ended == [-signal.SIGKILL]
+    assert powers() == ([3, 9, 27], 0)
+
+
 def test_a_worker_takes_what_another_captured_meanwhile(folder, monkeypatch):
     alone = capture.alone
 
@@ -97,12 +118,39 @@ def test_one_captures_at_a_time(folder):
     assert not any(folder.iterdir())
 
 
+def test_one_that_comes_when_another_ends_waits_for_who_has_waited_before(folder):
+    holds, may_end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with capture.alone(folder / "jit"):
+            holds.set()
+            may_end.wait()
+
+    def come() -> None:
+        with capture.alone(folder / "jit"):
+            pass
+
+    second, third = threading.Thread(target=hold), threading.Thread(target=come)
+    with capture.alone(folder / "jit"):
+        second.start()
+        second.join(0.1)
+    assert holds.wait(60)
+    third.start()
+    third.join(0.1)
+    waits = third.is_alive()
+    may_end.set()
+    second.join()
+    third.join()
+    assert waits and not any(folder.iterdir())
+
+
 def test_what_is_damaged_or_not_the_users_alone_is_made_anew(folder):
     powers()
     [kept] = folder.iterdir()
     good = kept.read_bytes()
-    kept.write_bytes(good[: len(good) // 2])
-    assert powers() == ([3, 9, 27], 1)
+    for damaged in (good[: len(good) // 2], good.replace(b"restrict", b"Restrict", 1)):
+        kept.write_bytes(damaged)
+        assert powers() == ([3, 9, 27], 1)
     if sys.platform == "win32":  # where no such mode opens a file to others
         return
     os.chmod(kept, 0o666)
@@ -125,6 +173,10 @@ def test_the_jits_that_were_used_last_are_kept(folder, monkeypatch):
     monkeypatch.setattr(capture, "KEPT_BYTES", kept.stat().st_size + 250_000)
     capture.drop_oldest(folder)
     assert set(folder.iterdir()) == {kept, folder / "older_2", folder / "older_3"}
+    monkeypatch.setattr(capture, "KEPT_BYTES", 100)
+    with capture.alone(folder / "older_1"):
+        capture.drop_oldest(folder)
+        assert set(folder.iterdir()) == {kept, folder / "older_1.lock"}
 
 
 def test_a_jit_depends_on_every_file_of_the_program_and_on_no_test():

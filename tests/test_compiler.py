@@ -5,6 +5,7 @@ import io
 import os
 import shlex
 import shutil
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from tinygrad import Device, Tensor
+from tinygrad import Device, Tensor, helpers
 from tinygrad.device import TinyELF
 
-from backend.compiler import PROBE, CPUProgram
+import backend.compiler
+from backend.compiler import PROBE, CPUCompiler, CPUProgram
 from backend.processes import Progress
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
@@ -80,6 +82,26 @@ def test_a_clang_that_does_not_compile_is_left_with_a_warning(compiler, path, ca
     assert err.startswith(f"warning: {clang}")
 
 
+@pytest.mark.parametrize("forks", [True, False])
+def test_it_is_said_once_whatever_processes_compile(path, forks):
+    code = f"""
+import backend, numpy as np
+from tinygrad import Tensor
+from backend import processes
+if not {forks}:
+    processes.can_fork = lambda: False
+x = Tensor(np.ones(7, np.float32)).realize()
+Tensor.realize(x.sum(), (x * 2).contiguous())
+"""
+    gcc = write_program(path / "gcc", "exit 1")
+    environment = os.environ | {"DEV": "CPU", "CC": str(gcc), "CACHEDB": str(path / "cache.db")}
+    command = [sys.executable, "-c", code]
+    options = {"env": environment | {"PARALLEL": "2"}, "capture_output": True, "text": True}
+    process = subprocess.run(command, cwd=ROOT, **options)
+    assert process.returncode == 0
+    assert process.stderr == f"warning: {gcc} can't compile what tinygrad writes\n"
+
+
 def test_cc_wins_and_may_hold_options(compiler, path, monkeypatch):
     write_clang(path / "clang")
     mine = write_clang(path / "my clang")
@@ -124,3 +146,40 @@ def test_functions_compiled_together_do_what_each_says(compiler):
         x = np.full(8, 4, np.float32)
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(program.addr)(x.ctypes.data)
         assert x[0] == expected
+
+
+def test_a_kept_object_that_is_damaged_or_foreign_is_compiled_anew(compiler):
+    source = "ABI void f(float *x) { x[0] *= 7; }"
+    good = compiler.compile_cached(source)
+    kept = helpers.diskcache_get(compiler.cachekey, source)
+    entry_beyond = good[:24] + b"\xff" * 8 + good[32:]
+    one_bit = kept[:150] + bytes([kept[150] ^ 1]) + kept[151:]
+    for damaged in (kept[:-100], one_bit, entry_beyond, good, b"", "text"):
+        helpers.diskcache_put(compiler.cachekey, source, damaged)
+        assert compiler.cached_or_source(source) == source.encode()
+        assert compiler.compile_cached(source) == good
+        assert compiler.cached_or_source(source) == good
+
+
+def test_a_damaged_cache_costs_time_alone(compiler, tmp_path, monkeypatch):
+    (tmp_path / "cache.db").write_bytes(b"damaged" * 1000)
+    connection = sqlite3.connect(tmp_path / "cache.db")
+    monkeypatch.setattr(helpers, "_db_connection", connection)
+    assert compiler.compile_cached("void f(void) {}").startswith(b"\x7fELF")
+    connection.close()
+
+
+def test_another_version_of_the_program_or_another_processor_has_objects_of_its_own(
+    compiler, tmp_path, monkeypatch
+):
+    def key() -> str:
+        return CPUCompiler([compiler.arch, "native"]).cachekey
+
+    assert key() == compiler.cachekey
+    monkeypatch.setattr(backend.compiler, "processor", lambda: "another")
+    assert key() != compiler.cachekey
+    monkeypatch.undo()
+    source = Path(backend.compiler.__file__).read_bytes()
+    (tmp_path / "compiler.py").write_bytes(source.replace(b"ENTRY + 8", b"ENTRY + 4"))
+    monkeypatch.setattr(backend.compiler, "__file__", str(tmp_path / "compiler.py"))
+    assert key() != compiler.cachekey

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GPT2, ROOT
+from conftest import GPT2, ROOT, not_on_windows
 
 from models import folders
 from tokenizers import BytePairTokenizer, SimpleVowelTokenizer, Tokenizer
@@ -155,6 +155,51 @@ def test_trainings_that_begin_at_the_same_time_share_what_the_first_has_written(
     text = read("a.txt")
     assert [text.stored.stat().st_ino] == others
     assert len(list(corpus.FOLDER.iterdir())) == 1
+
+
+@not_on_windows("removes no file that is mapped")
+def test_ids_that_were_used_last_are_kept_up_to_a_size(monkeypatch):
+    def write(name: str, n: int) -> tuple[Corpus, Path]:
+        Path(name).write_text(TEXT * n)
+        text = read(name)
+        os.utime(text.stored.parent, (0, 0))
+        return text, text.stored.parent
+
+    (a, folder_a), (b, folder_b), (_, folder_c) = (write(name, 10) for name in ("a", "b", "c"))
+    (folder_c / "notes").write_text("mine")
+    for name in ("mine/corpus.json", "mine-0123456789abcdef/ids", "mine.txt"):
+        (corpus.FOLDER / name).parent.mkdir(exist_ok=True)
+        (corpus.FOLDER / name).write_text("mine")
+    of_killed, of_another = (corpus.FOLDER / f".gpt-tiny-{name}" for name in ("killed", "another"))
+    for folder in (of_killed, of_another):
+        folder.mkdir()
+        (folder / "ids").write_text(TEXT)
+    os.utime(of_killed / "ids", (0, 0))
+    others = {x for x in corpus.FOLDER.iterdir() if x not in (folder_a, folder_b, of_killed)}
+
+    monkeypatch.setattr(corpus, "KEPT_BYTES", 3 * len(a.ids))
+    read("a")
+    _, folder_d = write("d", 10)
+    assert set(corpus.FOLDER.iterdir()) == {folder_a, folder_d} | others
+    assert decoded(b) == TEXT * 10  # as a training that has it goes on
+    assert [path.name for path in folder_c.iterdir()] == ["notes"]
+    _, folder_e = write("e", 100)
+    assert set(corpus.FOLDER.iterdir()) == {folder_e} | others
+
+
+def test_ids_that_another_training_drops_when_they_are_found_are_made_anew(monkeypatch):
+    Path("a.txt").write_text(TEXT)
+    read("a.txt")
+    find = corpus.Encoder.kept
+
+    def find_and_drop(encoder, folder):
+        monkeypatch.setattr(corpus.Encoder, "kept", find)
+        found = find(encoder, folder)
+        corpus.remove(folder)
+        return found
+
+    monkeypatch.setattr(corpus.Encoder, "kept", find_and_drop)
+    assert decoded(read("a.txt")) == TEXT
 
 
 def test_another_tokenizer_has_ids_of_its_own(encodings):

@@ -196,6 +196,26 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
         distributed.launch(2, ["train.py"])
 
 
+def test_the_banner_of_a_killed_worker_is_seen_and_not_shown_wherever_reads_part_it():
+    before, banner = b"step 1\n== a ==\n\n", distributed.BANNER + b"==\n=   BAD TERMINATION\n"
+    for step in (1, 2, 3, 30, 100):
+        data = before + banner
+        chunks = iter([data[i : i + step] for i in range(0, len(data), step)] + [b""])
+        shown = b""
+        for text, is_banner in distributed.parted_by_banner(chunks.__next__):
+            shown += text
+            if is_banner:
+                break
+        assert is_banner and shown.rstrip() == before.rstrip()
+
+
+def test_all_that_workers_print_is_passed_on_and_a_line_when_it_ends():
+    chunks = [b"step 1\n", b"\n", b"=", b"= 2\n===", b"\n" + 39 * b"=", b""]
+    parts = list(distributed.parted_by_banner(iter(chunks).__next__))
+    assert b"".join(text for text, _ in parts) == b"".join(chunks)
+    assert parts[0] == (b"step 1\n", False) and not any(banner for _, banner in parts)
+
+
 def test_without_the_flag_mpi_is_not_imported():
     code = "import sys, train; train.distributed.World(); print('mpi4py' in sys.modules)"
     run = [sys.executable, "-c", code]

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tokenizers
-from backend import machine
+from backend import caches, machine
 from backend.errors import UserError
 from models import folders, hub
 from tokenizers import SimpleVowelTokenizer, Tokenizer
@@ -29,7 +30,10 @@ from training.texts import Texts
 
 DEFAULT_MEGA_BYTES = 999  # gpt-burn's
 FOLDER = Path(".data/ids")
-IDS, FACTS = "ids", "corpus.json"
+KEPT_BYTES = 4 << 30
+IDS, FACTS, VOCABULARY = "ids", "corpus.json", "tokenizer.json"
+KEPT_NAME = re.compile(r".+-[0-9a-f]{16}")  # of a folder of ids in FOLDER
+A_DAY = 24 * 60 * 60  # in seconds
 N_AT_ONCE = 256  # windows to cut before what they touched of a file goes out of memory
 BAR_FORMAT = "{desc} {bar} {n_fmt}B/{total_fmt}B"
 
@@ -59,6 +63,13 @@ class Corpus:
             return self.stored
         return np.frombuffer(self.mapped or b"", self.tokenizer.dtype)
 
+    def is_there(self) -> bool:
+        """Maps the ids, which are there from then on; False if another training dropped them."""
+        try:
+            return len(self.ids) >= 0
+        except FileNotFoundError:
+            return False
+
     @property
     def n_training(self) -> int:
         return len(self.ids) * 9 // 10
@@ -84,10 +95,11 @@ def read(config: TrainingConfig, tokenizer: Tokenizer | None, world: World) -> C
     """
     with contextlib.ExitStack() as stack:
         encoder = Encoder(config, tokenizer, world.bar())
-        corpus = world.from_first_of_machine(lambda: encoder.corpus(stack))
-        len(corpus.ids)  # which maps them: a temporary file then may go
-        world.any(0)  # waits until all ranks have
-    return corpus
+        for _ in range(9):
+            corpus = world.from_first_of_machine(lambda: encoder.corpus(stack))
+            if not world.any(not corpus.is_there()):  # all ranks have it: temporary files may go
+                return corpus
+    raise UserError(f"other trainings drop all ids in {FOLDER}: start this one anew")
 
 
 class Encoder:
@@ -119,7 +131,10 @@ class Encoder:
                 return self.in_memory()
             if not is_kept:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / name
-            return self.written(folder)
+            corpus = self.written(folder)
+            if is_kept:
+                drop_oldest()
+            return corpus
         except OSError as error:
             print(
                 f"warning: {folder}: {error.strerror or error}: ids stay in memory", file=sys.stderr
@@ -132,9 +147,11 @@ class Encoder:
             kept = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             is_complete = kept["n_ids_bytes"] == (folder / IDS).stat().st_size
             if kept["texts"] == self.texts.facts and is_complete:
-                tokenizer = self.tokenizer or SimpleVowelTokenizer.load(folder / "tokenizer.json")
+                tokenizer = self.tokenizer or SimpleVowelTokenizer.load(folder / VOCABULARY)
                 if kept["tokenizer"] == tokenizer.digest():
                     self.warn(kept["is_cut"])
+                    with contextlib.suppress(OSError):  # of someone else, say
+                        os.utime(folder)  # those that are used stay
                     return Corpus(self.texts.name, tokenizer, kept["checksum"], folder / IDS)
         return None
 
@@ -203,6 +220,25 @@ class Encoder:
             self.texts.rewind(bar)
             with self.texts.naming_errors():
                 yield
+
+
+def drop_oldest() -> None:
+    """Leaves the ids that were used last, KEPT_BYTES of them, and all that is not ours."""
+    complete = (facts.parent for facts in FOLDER.glob(f"*/{FACTS}"))
+    ours = [folder for folder in complete if KEPT_NAME.fullmatch(folder.name)]
+    caches.drop_oldest(ours, KEPT_BYTES, remove)
+    for unfinished in FOLDER.glob(".gpt-tiny-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - (unfinished / IDS).stat().st_mtime > A_DAY:  # its training was killed
+                remove(unfinished)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder of ids, not other files in it. Who has the ids mapped still reads them; on
+    Windows, which removes no file that is mapped, OSError before anything is removed."""
+    for name in (IDS, VOCABULARY, FACTS):
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()  # fails where there is anything else in it
 
 
 def make_tokenizer(config: TrainingConfig) -> Tokenizer:

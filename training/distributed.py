@@ -6,13 +6,14 @@ update. Without MPI there is a world of one, through the same code.
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,17 @@ def stop_signals() -> list[int]:
     return numbers
 
 
+def parted_by_banner(read: Callable[[], bytes]) -> Iterator[tuple[bytes, bool]]:
+    """What is read, as it comes, and whether BANNER follows, which may come in several parts."""
+    begun = b""  # a line break, passed on already, and what may begin the banner behind it
+    while chunk := read():
+        text, banner, _ = (begun + chunk).partition(BANNER)
+        n_passed_on = len(begun[:1])
+        begun = b"" if banner else re.search(rb"(\n=*)?\Z", text)[0]
+        yield text[n_passed_on : len(text) - len(begun[1:])], bool(banner)
+    yield begun[1:], False
+
+
 def launch(n_workers: int, words: list[str]) -> int:
     """Runs the command under mpiexec, with one clear line if a rank is killed; its exit status."""
     command = [*mpiexec(n_workers), sys.executable, *words]
@@ -211,11 +223,10 @@ def launch(n_workers: int, words: list[str]) -> int:
     for number in stop_signals():
         signal.signal(number, forward)
     was_killed = False
-    while chunk := os.read(process.stdout.fileno(), 1 << 16):
-        text, banner, _ = chunk.partition(BANNER)
+    for text, banner in parted_by_banner(lambda: os.read(process.stdout.fileno(), 1 << 16)):
         sys.stdout.buffer.write(b"" if was_killed else text)
         sys.stdout.buffer.flush()
-        was_killed = was_killed or bool(banner)
+        was_killed = was_killed or banner
     status = process.wait()
     if signals:
         return 128 + signals[0]
