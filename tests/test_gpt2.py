@@ -109,6 +109,22 @@ def test_a_tied_head_beside_names_with_the_prefix_is_read(tmp_path, model_and_to
     assert_same_weights(copied(tmp_path, tensors), model_and_tokenizer[0])
 
 
+@pytest.mark.parametrize("kind", ["U8", "BOOL"])
+def test_masks_of_whole_numbers_or_truths_are_read_over(tmp_path, model_and_tokenizer, kind):
+    """As transformers saved them: to 4.26, and to 4.30."""
+    folder = copied(tmp_path)
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header, end = json.loads(data[8 : 8 + n]), len(data) - 8 - n
+    offsets = [end, end + 64 * 64]
+    mask = {"dtype": kind, "shape": [1, 1, 64, 64], "data_offsets": offsets}
+    text = json.dumps(header | {"transformer.h.0.attn.bias": mask}).encode()
+    rest = data[8 + n :] + np.tri(64, dtype=np.uint8).tobytes()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    assert_same_weights(folder, model_and_tokenizer[0])
+
+
 def test_half_precision_stays(tmp_path, model_and_tokenizer):
     theirs = safetensors.read(GPT2 / "model.safetensors")
     tensors = {name: array.astype(np.float16) for name, array in theirs.items()}
