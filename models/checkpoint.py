@@ -54,7 +54,10 @@ def find(folder: Path) -> Path:
     config = parse_config(repository.fetch("config.json"))  # before the weights of what is no GPT-2
     for file in TOKENIZER_FILES.get(config.get("tokenizer", "char"), ()):
         repository.fetch(file)
-    weights = repository.fetch("model.safetensors", INDEX)
+    files = ("model.safetensors", INDEX)
+    if not any(map(repository.cached, files)):  # else all is there, and no one is asked
+        repository.download("generation_config.json")
+    weights = repository.fetch(*files)
     if weights.name == INDEX:
         for shard in sorted(set(safetensors.weight_map(weights).values())):
             repository.fetch(shard)
@@ -200,7 +203,8 @@ def write(
     elif is_gpt2:
         tensors = gpt2.weights_to_theirs(weights, n_layers)
         safetensors.write(folder / "model.safetensors", tensors)
-        config = gpt2.config_to_theirs(config, tokenizer and tokenizer.end)
+        end, ends = (tokenizer.end, tokenizer.ends) if tokenizer else (None, ())
+        config = gpt2.config_to_theirs(config, end, ends)
     else:
         safetensors.write(folder / "model.safetensors", weights)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
