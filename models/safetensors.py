@@ -19,11 +19,11 @@ MAX_JSON_BYTES = 4 << 20  # parsed JSON takes up to 25 times its size in memory
 SHARD_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)  # a file beside the index
 DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}  # that weights may have
 OTHERS = (
-    "F4 F6_E2M3 F6_E3M2 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ "
-    "U8 I8 U16 I16 U32 I32 U64 I64 C64"
-).split()
+    *("BOOL", "F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ"),
+    *("F8_E5M2FNUZ", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64"),
+)
 # a type's bits are the first number in its name
-N_BITS = {"BOOL": 8} | {kind: int(re.search(r"\d+", kind)[0]) for kind in (*DTYPES, *OTHERS)}
+N_BITS = {kind: int((re.findall(r"\d+", kind) or [8])[0]) for kind in (*DTYPES, *OTHERS)}
 MAX_DIMENSIONS = 64  # numpy's and PyTorch's
 
 
