@@ -18,7 +18,7 @@ import numpy as np
 
 import tokenizers
 from backend.errors import UserError
-from gpt_tiny import GPT, GPTConfig
+from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt2, gpt_burn, hub, safetensors
 from models.folders import INDEX, WEIGHT_FILES, replacing
 from models.safetensors import MAX_JSON_BYTES, LazyArrays, parse_json
@@ -62,11 +62,6 @@ def find(folder: Path) -> Path:
         for shard in sorted(set(safetensors.weight_map(weights).values())):
             repository.fetch(shard)
     return weights.parent
-
-
-def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Of a model's parameters, by name."""
-    return {name: tensor.shape for name, tensor in GPT(config).parameters().items()}
 
 
 def read_config(folder: Path) -> dict:
