@@ -9,7 +9,6 @@ import codecs
 import contextlib
 import hashlib
 import json
-import os
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from backend.errors import UserError
+from backend.machine import n_threads
 
 # Bytes read from a file at a time. With larger pieces numpy asks the system for fresh memory at
 # every step, which takes up to half of the time.
@@ -293,7 +293,7 @@ class BytePairTokenizer(Tokenizer):
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """On all cores: tiktoken lets other threads run."""
-        texts, n = iter(texts), os.cpu_count() or 1
+        texts, n = iter(texts), n_threads()
         with ThreadPoolExecutor(n) as threads:
             while some := list(islice(texts, 4 * n)):
                 yield from threads.map(self.encode, some)
