@@ -35,6 +35,24 @@ WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".joi
 SEPARATORS = frozenset(WHITE_SPACE + string.punctuation)
 
 
+# What Hugging Face's package of this name has, for whom a program in this folder gets this file.
+THEIRS = {
+    *("AddedToken", "Encoding", "NormalizedString", "PreTokenizedString", "Regex", "Token"),
+    *("decoders", "implementations", "models", "normalizers", "pre_tokenizers", "processors"),
+    *("trainers", "ByteLevelBPETokenizer", "CharBPETokenizer", "BertWordPieceTokenizer"),
+    *("SentencePieceBPETokenizer", "SentencePieceUnigramTokenizer"),
+}
+
+
+def __getattr__(name: str):
+    if name in THEIRS:
+        raise ImportError(
+            f"{__file__} is not Hugging Face's package tokenizers, which has {name}: import that, "
+            "or transformers, in a program outside of this folder"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 class NotUTF8(UserError):
     """A text that has another encoding, by its first byte that UTF-8 does not have there."""
 
