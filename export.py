@@ -109,7 +109,6 @@ def write_sources(generator: Generator, tokenizer: Tokenizer, folder: Path) -> K
         "N_SHARES": N_SHARES,
         "TOKENIZER": ["char", "vowel", "bpe"].index(tokenizer.name),
         "UNKNOWN": -1 if tokenizer.unknown is None else tokenizer.unknown,
-        "END": -1 if tokenizer.end is None else tokenizer.end,
         "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
         "ID": kernels.place_of(generator.steps[1][0]),
         "IDS": kernels.place_of(generator.steps[generator.chunk][0]),
@@ -125,7 +124,8 @@ def write_sources(generator: Generator, tokenizer: Tokenizer, folder: Path) -> K
     }
     lines = (f"  {name} = {size},\n" for name, size in sizes.items())
     text = json.dumps(help_of_program())
-    header = f"enum {{\n{''.join(lines)}}};\n#define HELP {text}\n"
+    is_end = " || ".join(f"(id) == {end}" for end in tokenizer.ends) or "0"
+    header = f"enum {{\n{''.join(lines)}}};\n#define IS_END(id) ({is_end})\n#define HELP {text}\n"
     (folder / "model.h").write_text(header, encoding="utf-8")
     with (folder / "model.bin").open("wb") as file:
         kernels.write(file)

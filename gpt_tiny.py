@@ -57,19 +57,38 @@ def no_dropout(x: Tensor) -> Tensor:
     return x
 
 
-class GPT:
-    """GPT-2 (Radford et al., 2019), to the letter or as gpt-burn builds it."""
+class Layers:
+    """What a GPT is made of, before it has weights: its tensors have shapes, and no memory."""
 
-    def __init__(self, config: GPTConfig, weights: Mapping[str, np.ndarray] | None = None):
-        self.config = config
+    def __init__(self, config: GPTConfig):
         self.token_embedding = Embedding(config.vocab_size, config.d_model)
         self.positional_embedding = Embedding(config.context_length, config.d_model)
         self.blocks = [Block(config) for _ in range(config.n_layers)]
         self.norm = LayerNorm(config)
         self.linear = None if config.gpt2 else Linear(config.d_model, config.vocab_size)
-        parameters = self.parameters()
-        for name in weights or {}:
-            parameters[name].replace(filled(weights[name]))
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Name -> parameter. The names are gpt-burn's; a linear's weight is (out, in)."""
+        return get_state_dict(self)
+
+
+class GPT(Layers):
+    """GPT-2 (Radford et al., 2019), to the letter or as gpt-burn builds it.
+
+    Of each of the `shapes(config)` it is given an array, which it copies, or a tensor to share.
+    ValueError where one is missing, too much, or of another shape.
+    """
+
+    def __init__(self, config: GPTConfig, weights: Mapping[str, np.ndarray | Tensor]):
+        super().__init__(config)
+        self.config, parameters = config, self.parameters()
+        if wrong := parameters.keys() ^ weights.keys():
+            raise ValueError(f"the config and the weights do not agree on {min(wrong)}")
+        for name, parameter in parameters.items():
+            given = weights[name]
+            if given.shape != parameter.shape:
+                raise ValueError(f"{name} is {given.shape}, and must be {parameter.shape}")
+            parameter.replace(given if isinstance(given, Tensor) else filled(given))
 
     def __call__(self, ids: Tensor, dropout: Callable = no_dropout) -> Tensor:
         """ids (batch, time) -> logits (batch, time, vocab_size)"""
@@ -90,10 +109,6 @@ class GPT:
     def loss(self, ids: Tensor, targets: Tensor, dropout: Callable = no_dropout) -> Tensor:
         """ids, targets (batch, time) -> mean cross-entropy, nats a token"""
         return self(ids, dropout).sparse_categorical_crossentropy(targets)
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Name -> parameter. The names are gpt-burn's; a linear's weight is (out, in)."""
-        return get_state_dict(self)
 
 
 class Block:
@@ -227,17 +242,22 @@ def hash_32(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
+def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Of a GPT's parameters, by name."""
+    return {name: parameter.shape for name, parameter in Layers(config).parameters().items()}
+
+
 def initial_weights(config: GPTConfig, seed: int) -> dict[str, np.ndarray]:
     """Normal(0, 0.02), also for biases; what ends a residual branch by sqrt(2 n_layers) less."""
     rng = np.random.default_rng(seed)
     weights = {}
-    for name, parameter in GPT(config).parameters().items():
+    for name, shape in shapes(config).items():
         if ".gamma" in name or ".beta" in name:
-            weights[name] = np.full(parameter.shape, ".gamma" in name, np.float32)
+            weights[name] = np.full(shape, ".gamma" in name, np.float32)
             continue
         ends_branch = "multi_head.out." in name or "pwff.linear_2." in name
         deviation = 0.02 / math.sqrt(2 * config.n_layers) if ends_branch else 0.02
-        normal = rng.standard_normal(parameter.shape, np.float32)
+        normal = rng.standard_normal(shape, np.float32)
         weights[name] = np.multiply(normal, deviation, out=normal)
     return weights
 

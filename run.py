@@ -165,7 +165,7 @@ class Continuation:
         """What is certain now that this token has come, or that none (None) will."""
         if self.has_ended:
             return ""
-        self.has_ended = token in (None, self.tokenizer.end)
+        self.has_ended = token is None or token in self.tokenizer.ends
         data = b"" if self.has_ended else self.tokenizer.token_bytes(token)
         text, n_held = self.held + self.decoder.decode(data, final=self.has_ended), 0
         if self.stop and self.stop in text:

@@ -9,7 +9,6 @@ import codecs
 import contextlib
 import hashlib
 import json
-import os
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from backend.errors import UserError
+from backend.machine import n_threads
 
 # Bytes read from a file at a time. With larger pieces numpy asks the system for fresh memory at
 # every step, which takes up to half of the time.
@@ -33,6 +33,24 @@ WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".joi
     map(chr, range(0x2000, 0x200B))
 )
 SEPARATORS = frozenset(WHITE_SPACE + string.punctuation)
+
+
+# What Hugging Face's package of this name has, for whom a program in this folder gets this file.
+THEIRS = {
+    *("AddedToken", "Encoding", "NormalizedString", "PreTokenizedString", "Regex", "Token"),
+    *("decoders", "implementations", "models", "normalizers", "pre_tokenizers", "processors"),
+    *("trainers", "ByteLevelBPETokenizer", "CharBPETokenizer", "BertWordPieceTokenizer"),
+    *("SentencePieceBPETokenizer", "SentencePieceUnigramTokenizer"),
+}
+
+
+def __getattr__(name: str):
+    if name in THEIRS:
+        raise ImportError(
+            f"{__file__} is not Hugging Face's package tokenizers, which has {name}: import that, "
+            "or transformers, in a program outside of this folder"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class NotUTF8(UserError):
@@ -51,7 +69,9 @@ def load(config_name: str, folder: Path) -> "Tokenizer":
     if config_name == SimpleVowelTokenizer.name:
         return SimpleVowelTokenizer.load(folder / "tokenizer.json")
     if config_name == BytePairTokenizer.name:
-        return BytePairTokenizer.load(folder)
+        tokenizer = BytePairTokenizer.load(folder)
+        tokenizer.ends = ends_in(folder, tokenizer)
+        return tokenizer
     raise UserError(f"unknown tokenizer {config_name!r}: there are 'char', 'vowel' and 'bpe'")
 
 
@@ -64,6 +84,7 @@ class Tokenizer:
     name: str
     tokens: list[bytes]
     end: int | None = None  # the id that ends a text
+    ends: tuple[int, ...] = ()  # the ids that end what a model writes
 
     @property
     def vocab_size(self) -> int:
@@ -269,6 +290,7 @@ class BytePairTokenizer(Tokenizer):
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise UserError("its ids are not 0, 1, 2, ...")
         self.end = vocab.get(self.end_of_text)
+        self.ends = () if self.end is None else (self.end,)
         self.tokens = [b""] * len(vocab)
         for token, id in vocab.items():
             if id != self.end:
@@ -289,7 +311,7 @@ class BytePairTokenizer(Tokenizer):
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """On all cores: tiktoken lets other threads run."""
-        texts, n = iter(texts), os.cpu_count() or 1
+        texts, n = iter(texts), n_threads()
         with ThreadPoolExecutor(n) as threads:
             while some := list(islice(texts, 4 * n)):
                 yield from threads.map(self.encode, some)
@@ -328,15 +350,34 @@ class BytePairTokenizer(Tokenizer):
             return cls(vocab, pairs)
 
 
+def ends_in(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end what a folder's model writes, as Hugging Face's transformers has them: in
+    `generation_config.json`, where there is one, and else in `config.json`."""
+    files = {"generation_config.json": None, "config.json": list(tokenizer.ends)}
+    for name, default in files.items():
+        if not (folder / name).is_file():
+            continue
+        with loading(folder / name, "config") as path:
+            config = json.loads(read_vocabulary(path))
+            if not isinstance(config, dict):
+                raise UserError("it is not a JSON object")
+            ends = config.get("eos_token_id", default)
+            ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+            if any(type(id) is not int for id in ends):
+                raise UserError("its eos_token_id is neither an id nor a list of ids")
+            return tuple(sorted({id for id in ends if 0 <= id < tokenizer.vocab_size}))
+    return tokenizer.ends
+
+
 @contextlib.contextmanager
-def loading(path: Path) -> Iterator[Path]:
+def loading(path: Path, kind: str = "vocabulary") -> Iterator[Path]:
     """Makes one line, with the file's name, of what is wrong with it."""
     try:
         yield path
     except OSError as error:
-        raise UserError(f"cannot read the vocabulary {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the {kind} {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a vocabulary: {error!s:.200}") from error
+        raise UserError(f"{path} is not a {kind}: {error!s:.200}") from error
 
 
 def most_frequent(counts: Counter, n: int) -> list:
@@ -434,7 +475,7 @@ def slices(data: bytes, offsets: np.ndarray, indices: np.ndarray) -> Iterator[by
 
 
 def parse_json(data: bytes) -> list[str]:
-    content = json.loads(data.decode())
+    content = json.loads(data.decode("utf-8-sig"))
     tokens = content.get("tokens") if isinstance(content, dict) else None
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise UserError('it holds no list of strings named "tokens"')
@@ -470,7 +511,7 @@ def parse_bincode(data: bytes) -> list[str]:
 def read_vocabulary(path: Path) -> str:
     if path.stat().st_size > MAX_VOCABULARY_BYTES:
         raise UserError("it is far too large")
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
 
 
 # The characters by which GPT-2's files write the bytes 0 to 255: those of Latin-1 that are visible

@@ -39,6 +39,11 @@ def n_cores() -> int:
     return max(1, int(min(len(usable_cores()), share_of_processor())))
 
 
+def n_threads() -> int:
+    """How many are of use: NUM_CPU_THREADS, where a user has set it, or one for each core."""
+    return int(os.environ.get("NUM_CPU_THREADS") or n_cores())
+
+
 def share_of_processor(root: Path = Path("/")) -> float:
     """What Linux's control groups leave the process, in cores; of version 2 or 1 and nested."""
     shares = [math.inf]

@@ -20,7 +20,7 @@ import numpy as np
 
 import tokenizers
 from backend.errors import UserError
-from gpt_tiny import GPT, GPTConfig
+from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt2, gpt_burn, hub, safetensors
 from models.folders import INDEX, MODEL_FILES, WEIGHT_FILES, replacing
 from models.safetensors import MAX_JSON_BYTES, LazyArrays, parse_json
@@ -56,7 +56,10 @@ def find(folder: Path) -> Path:
     config = parse_config(repository.fetch("config.json"))  # before the weights of what is no GPT-2
     for file in TOKENIZER_FILES.get(config.get("tokenizer", "char"), ()):
         repository.fetch(file)
-    weights = repository.fetch("model.safetensors", INDEX)
+    files = ("model.safetensors", INDEX)
+    if not any(map(repository.cached, files)):  # else all is there, and no one is asked
+        repository.download("generation_config.json")
+    weights = repository.fetch(*files)
     if weights.name == INDEX:
         for shard in sorted(set(safetensors.weight_map(weights).values())):
             repository.fetch(shard)
@@ -68,11 +71,6 @@ def files(folder: Path) -> set[Path]:
     names = {*MODEL_FILES, *chain(*TOKENIZER_FILES.values())}
     paths = [*map(folder.joinpath, names), *folder.glob("*.safetensors")]
     return set(map(Path, map(os.path.realpath, paths)))
-
-
-def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Of a model's parameters, by name."""
-    return {name: tensor.shape for name, tensor in GPT(config).parameters().items()}
 
 
 def read_config(folder: Path) -> dict:
@@ -209,7 +207,8 @@ def write(
     elif is_gpt2:
         tensors = gpt2.weights_to_theirs(weights, n_layers)
         safetensors.write(folder / "model.safetensors", tensors)
-        config = gpt2.config_to_theirs(config, tokenizer and tokenizer.end)
+        end, ends = (tokenizer.end, tokenizer.ends) if tokenizer else (None, ())
+        config = gpt2.config_to_theirs(config, end, ends)
     else:
         safetensors.write(folder / "model.safetensors", weights)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

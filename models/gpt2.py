@@ -3,7 +3,7 @@
 Its file holds a block's query, key and value as one tensor, and each linear's weight as (in, out).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -29,7 +29,8 @@ FIXED = {
     "quantization_config": (None,),
 }
 DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-IGNORED = (".attn.bias", ".attn.masked_bias")  # causal masks, in older files
+# In older files: causal masks, and the head, where transformers takes the token embedding.
+IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.decoder.weight")
 
 
 def config_to_ours(config: dict) -> dict:
@@ -56,8 +57,9 @@ def config_to_ours(config: dict) -> dict:
     return {**training, "model": model, "tokenizer": "bpe"}
 
 
-def config_to_theirs(config: dict, end: int | None) -> dict:
-    """Hugging Face's config of our model; `end` is the id of <|endoftext|>."""
+def config_to_theirs(config: dict, end: int | None, ends: Sequence[int]) -> dict:
+    """Hugging Face's config of our model; `end` is the id of <|endoftext|>, `ends` are the ids that
+    end what the model writes."""
     model = config["model"]
     return {
         "model_type": "gpt2",
@@ -67,7 +69,7 @@ def config_to_theirs(config: dict, end: int | None) -> dict:
         **dict.fromkeys(DROPOUTS, model["dropout"]),
         **{name: values[0] for name, values in FIXED.items() if values[0] is not None},
         "bos_token_id": end,
-        "eos_token_id": end,
+        "eos_token_id": ends[0] if len(ends) == 1 else [*ends] or None,
         "gpt_tiny": {k: v for k, v in config.items() if k not in ("model", "tokenizer")},
     }
 

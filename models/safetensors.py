@@ -5,6 +5,7 @@ A large model may be in several files, with an index that says which of them hol
 
 import json
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -16,7 +17,14 @@ from backend.errors import UserError
 
 MAX_JSON_BYTES = 4 << 20  # parsed JSON takes up to 25 times its size in memory
 SHARD_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)  # a file beside the index
-DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
+DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}  # that weights may have
+OTHERS = (
+    *("BOOL", "F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ"),
+    *("F8_E5M2FNUZ", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64"),
+)
+# a type's bits are the first number in its name
+N_BITS = {kind: int((re.findall(r"\d+", kind) or [8])[0]) for kind in (*DTYPES, *OTHERS)}
+MAX_DIMENSIONS = 64  # numpy's and PyTorch's
 
 
 class LazyArrays(Mapping):
@@ -42,27 +50,31 @@ def read(path: Path) -> LazyArrays:
     """The tensors of a safetensors file; bfloat16 becomes float32.
 
     As https://huggingface.co/docs/safetensors asks, they must fill the file without gap or overlap.
+    They may be of any type, but what is taken must be of one of DTYPES: else a ValueError.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         end = start = 8 + int.from_bytes(file.read(8), "little")
-        if start > min(size, MAX_JSON_BYTES):
+        if start > size:
             raise UserError(f"{path} is truncated or corrupt: the header does not fit")
+        if start > MAX_JSON_BYTES:
+            raise UserError(f"{path}: the header does not fit into {MAX_JSON_BYTES >> 20} MiB")
         header = parse_json(file.read(start - 8), path)
     header.pop("__metadata__", None)
     readers = {}
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["dtype"] not in DTYPES:
-                raise UserError(f"{name!r:.80} is of the type {entry['dtype']!r:.20}")
-            dtype, shape = np.dtype(DTYPES[entry["dtype"]]), entry["shape"]
-            if len(shape) > 8 or not all(type(size) is int and size > 0 for size in shape):
+            kind, shape = entry["dtype"], entry["shape"]
+            are_sizes = all(type(size) is int and size >= 0 for size in shape)
+            if len(shape) > MAX_DIMENSIONS or not are_sizes:
                 raise UserError(f"{name!r:.80} has no proper shape")
-            begin, end = end, end + math.prod(shape) * dtype.itemsize
-            if entry["data_offsets"] != [begin - start, end - start] or end > size:
+            begin, (_, last) = end, entry["data_offsets"]
+            end = start + operator.index(last)
+            n_bits = 8 * (end - begin)
+            is_whole = n_bits == math.prod(shape) * N_BITS[kind] if kind in N_BITS else n_bits >= 0
+            if entry["data_offsets"] != [begin - start, end - start] or end > size or not is_whole:
                 raise UserError(f"the data of {name!r:.80} does not fit its shape or the file")
-            read = read_bfloat16 if entry["dtype"] == "BF16" else map_array
-            readers[name] = partial(read, path, dtype, begin, tuple(shape))
+            readers[name] = partial(read_array, path, name, kind, begin, tuple(shape))
         if end < size:
             raise UserError("the tensors end before the file does")
     except (ValueError, KeyError, TypeError) as error:
@@ -107,13 +119,17 @@ def weight_map(index: Path) -> dict[str, str]:
     return files
 
 
-def map_array(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+def read_array(path: Path, name: str, kind: str, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    if kind not in DTYPES:
+        raise UserError(
+            f"{path}: the tensor {name!r:.80} is of the type {kind!r:.20}, which is not supported: "
+            f"weights may be {', '.join(DTYPES)}"
+        )
+    if 0 in shape:
+        return np.empty(shape, DTYPES[kind])
     # "c", for tinygrad's OpenCL takes no array that is not writable: it does not write to the file
-    return np.asarray(np.memmap(path, dtype, "c", offset, shape))
-
-
-def read_bfloat16(*where) -> np.ndarray:
-    return (map_array(*where).astype(np.uint32) << 16).view(np.float32)
+    array = np.asarray(np.memmap(path, DTYPES[kind], "c", offset, shape))
+    return (array.astype(np.uint32) << 16).view(np.float32) if kind == "BF16" else array
 
 
 def write(path: Path, weights: Mapping[str, np.ndarray]) -> None:

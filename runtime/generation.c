@@ -82,8 +82,8 @@ Text next(int stride, const Sampling *sampling) {
   }
   const float *scores = logits();
   for (int i = 0; i < VOCAB_SIZE; i++) is_finite &= scores[i] - scores[i] == 0;
-  int id = is_finite ? sample(scores, sampling) : END;
-  if (!is_finite || id == END) {
+  int id = is_finite ? sample(scores, sampling) : 0;
+  if (!is_finite || IS_END(id)) {
     Text last = rest();
     has_ended = 1;
     return last;

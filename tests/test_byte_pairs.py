@@ -1,5 +1,6 @@
 """GPT-2's byte pairs, beside the plain rule."""
 
+import codecs
 import json
 import sys
 from itertools import pairwise
@@ -60,6 +61,13 @@ def test_the_end_of_a_text_is_never_encoded_from_a_text(byte_pairs):
     ids = byte_pairs.encode("<|endoftext|>")
     assert 511 not in ids
     assert byte_pairs.decode([*ids, 511]) == "<|endoftext|>"
+
+
+def test_a_byte_order_mark_before_the_files_changes_nothing(tmp_path, byte_pairs):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + (GPT2 / name).read_bytes())
+    loaded = tokenizers.load("bpe", tmp_path)
+    assert (loaded.vocab, loaded.merges) == (byte_pairs.vocab, byte_pairs.merges)
 
 
 def test_half_a_surrogate_pair_is_encoded_as_a_question_mark(byte_pairs):

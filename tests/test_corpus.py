@@ -7,15 +7,19 @@ import io
 import itertools
 import lzma
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import GPT2, ROOT, not_on_windows
 
+from backend.errors import UserError
 from models import folders
 from tokenizers import BytePairTokenizer, SimpleVowelTokenizer, Tokenizer
 from training import corpus
@@ -119,6 +123,90 @@ def test_a_folder_stands_for_all_txt_below_it_in_sorted_order(folder):
         (folder / "texts" / name).write_text(f"{name} " * 9)
     expected = [f"{name} " * 9 for name in ("a/b/c.txt", "a/z.txt", "a.txt", "b.txt")]
     assert decoded(read("texts")) == "".join(expected)
+
+
+def in_folder(*names: str) -> list[str]:
+    return [str(Path("texts", name)) for name in names]
+
+
+def test_what_of_a_folder_is_left_out_is_named(folder, monkeypatch, capsys):
+    for name in ("a.txt", "B.TXT", "notes.md", "c.txt.gz", ".d.txt", ".git/x", "closed/e.txt"):
+        (folder / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "texts" / name).write_text(f"{name} " * 9)
+    scandir = os.scandir
+
+    def with_one_closed(path):
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", with_one_closed)
+    assert decoded(read("texts")) == "B.TXT " * 9 + "a.txt " * 9
+    warning, joined = capsys.readouterr().err.splitlines()
+    left_out = in_folder("closed")[0] + " (Permission denied), "
+    left_out += ", ".join(in_folder(".d.txt", "c.txt.gz", "notes.md"))
+    rule = "a folder stands for its .txt that are not hidden"
+    assert warning == f"warning: left out: {left_out}; {rule}"
+    assert joined == f"{in_folder('B.TXT')[0]} and 1 more are joined into one text"
+
+    for name in in_folder("a.txt", "B.TXT"):
+        os.remove(name)
+    with pytest.raises(
+        UserError, match=r"no \.txt in texts, and no way into .* \(Permission denied"
+    ):
+        read("texts")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links are for administrators")
+def test_a_linked_file_is_read_and_a_linked_folder_named(capsys):
+    for name in ("texts", "elsewhere"):
+        Path(name).mkdir()
+        Path(name, "a.txt").write_text(f"{name} " * 9)
+    os.symlink(Path("elsewhere", "a.txt").absolute(), Path("texts", "b.txt"))
+    os.symlink(Path("elsewhere").absolute(), Path("texts", "c"))
+    for number in range(9):
+        Path("texts", f"d{number}").touch()
+    assert decoded(read("texts")) == "texts " * 9 + "elsewhere " * 9
+    assert f": {', '.join(in_folder('c', 'd0', 'd1'))} and 7 more;" in capsys.readouterr().err
+
+
+def zipped(name: str) -> bytes:
+    with zipfile.ZipFile(data := io.BytesIO(), "w") as archive:
+        archive.writestr(name, TEXT)
+    return data.getvalue()
+
+
+def tarred() -> bytes:
+    with tarfile.open(fileobj=(data := io.BytesIO()), mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"))
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "kind"),
+    [
+        ("a.zip", zipped("a.txt"), "a zip archive"),
+        ("a.docx", zipped("word/document.xml"), r"a zip archive, as \.docx"),
+        ("a.tar", tarred(), "a tar archive"),
+        ("a.tar.gz", gzip.compress(tarred()), "a tar archive"),
+        ("a.pdf", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "a PDF"),
+        ("a.txt", gzip.compress(TEXT.encode()), "compressed by gzip"),
+        ("a", bz2.compress(TEXT.encode()), "compressed by bzip2"),
+        ("a.txt.xy", lzma.compress(TEXT.encode()), "compressed by xz"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_by_that_and_with_the_kinds_there_are(name, data, kind):
+    Path(name).write_bytes(data)
+    pattern = rf"^{re.escape(name)} is {kind}.*: a text is .*UTF-8.*\.gz, \.bz2 or \.xz.*\.txt.* -"
+    with pytest.raises(UserError, match=pattern):
+        read(name)
+
+
+def test_what_comes_through_a_pipe_may_be_of_another_kind(monkeypatch):
+    data = io.BytesIO(gzip.compress(TEXT.encode()))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(data))
+    with pytest.raises(UserError, match=r"^standard input is compressed by gzip: "):
+        read("-")
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "vowel"])

@@ -98,6 +98,17 @@ def test_a_program_writes_what_run_py_writes(program, call, request, model, weig
         assert output(story, *words) == call(run.main, folder, *options, *words).out
 
 
+def test_a_program_ends_its_text_at_each_id_that_ends_one(program, call, tmp_path):
+    pytest.importorskip("tiktoken")
+    folder = shutil.copytree(GPT2, tmp_path / "gpt2")
+    greedy = json.loads((GPT2 / "expected.json").read_text(encoding="utf-8"))[0]
+    (folder / "generation_config.json").write_text('{"eos_token_id": [511, 309]}')
+    words = ["-p", greedy["text"], "-n", "8", "--temperature", "0"]
+    text = output(program(folder), *words)
+    assert text == call(run.main, folder, *words).out
+    assert len(text) < len(call(run.main, GPT2, *words).out)
+
+
 def test_prompts_come_from_standard_input_whole_or_line_by_line(program, call):
     story, short = program(REFERENCE), ["-n", "20", "--temperature", "0"]
     whole = output(story, "-p", "The\n class", *short)

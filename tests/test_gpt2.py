@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from conftest import GPT2
 
+import run
+from backend.errors import UserError
 from models import safetensors
 
 pytest.importorskip("tiktoken")
@@ -107,6 +109,70 @@ def test_a_tied_head_beside_names_with_the_prefix_is_read(tmp_path, model_and_to
     tensors = dict(safetensors.read(GPT2 / "model.safetensors"))
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     assert_same_weights(copied(tmp_path, tensors), model_and_tokenizer[0])
+
+
+@pytest.mark.parametrize("kind", ["U8", "BOOL"])
+def test_masks_of_whole_numbers_or_truths_are_read_over(tmp_path, model_and_tokenizer, kind):
+    """As transformers saved them: to 4.26, and to 4.30."""
+    folder = copied(tmp_path)
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header, end = json.loads(data[8 : 8 + n]), len(data) - 8 - n
+    offsets = [end, end + 64 * 64]
+    mask = {"dtype": kind, "shape": [1, 1, 64, 64], "data_offsets": offsets}
+    text = json.dumps(header | {"transformer.h.0.attn.bias": mask}).encode()
+    rest = data[8 + n :] + np.tri(64, dtype=np.uint8).tobytes()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    assert_same_weights(folder, model_and_tokenizer[0])
+
+
+def test_a_head_of_the_earlier_name_is_the_token_embedding_as_in_transformers(
+    tmp_path, model_and_tokenizer
+):
+    tensors = dict(safetensors.read(GPT2 / "model.safetensors"))
+    tensors["lm_head.decoder.weight"] = np.zeros_like(tensors["transformer.wte.weight"])
+    assert_same_weights(copied(tmp_path, tensors), model_and_tokenizer[0])
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_generation", "end"),
+    [
+        (309, None, 309),
+        ([430, 309, 10**6], None, 309),
+        (511, {"eos_token_id": 309}, 309),
+        (309, {"eos_token_id": [147, 511]}, 147),
+        (309, {"temperature": 0.7}, None),
+        (None, None, None),
+    ],
+)
+def test_a_text_ends_at_the_ids_at_which_transformers_ends_it(
+    tmp_path, call, of_model, of_generation, end
+):
+    folder, reference = copied(tmp_path, eos_token_id=of_model), REFERENCE[0]
+    if of_generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(of_generation))
+    ids = reference["greedy_ids"][:8]
+    ids = ids[: ids.index(end)] if end else ids
+    tokenizer = checkpoint.load(folder)[1]
+    words = ["-p", reference["text"], "-n", "8", "--temperature", "0"]
+    assert call(run.main, folder, *words).out == reference["text"] + tokenizer.decode(ids) + "\n"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1.5]}'])
+def test_a_generation_config_that_cannot_be_used_is_named(tmp_path, content):
+    folder = copied(tmp_path)
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"generation_config\.json is not a config: .*") as error:
+        checkpoint.load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ends", [309, [309, 511], None])
+def test_the_ids_that_end_a_text_are_saved_with_the_model(tmp_path, ends):
+    model, tokenizer = checkpoint.load(copied(tmp_path, eos_token_id=ends))
+    checkpoint.save(tmp_path / "new", {"model": asdict(model.config)}, weights_of(model), tokenizer)
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["eos_token_id"] == ends
 
 
 def test_half_precision_stays(tmp_path, model_and_tokenizer):

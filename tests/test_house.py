@@ -42,10 +42,11 @@ def test_the_model_imports_the_backend_in_one_line():
     assert sum("backend" in line for line in lines if "import" in line) == 1
 
 
-def test_tokenizers_take_nothing_of_the_backend_but_the_error():
+def test_tokenizers_take_nothing_of_the_backend_but_the_error_and_the_number_of_threads():
     lines = (ROOT / "tokenizers.py").read_text().splitlines()
     imports = [line for line in lines if "backend" in line and "import" in line]
-    assert imports == ["from backend.errors import UserError"]
+    names = [line.removeprefix("from backend.") for line in imports]
+    assert names == ["errors import UserError", "machine import n_threads"]
 
 
 @pytest.mark.parametrize("wing", ["backend", "models", "runtime", "training"])

@@ -172,6 +172,17 @@ def test_a_name_is_fetched_once_and_then_asked_of_no_one(server, call, tmp_path,
     assert server.requests == []
 
 
+def test_a_generation_config_is_fetched_where_there_is_one(server, call, tmp_path):
+    ends = json.dumps({"eos_token_id": REFERENCE["greedy_ids"][0]}).encode()
+    server.repositories["gpt2"] = FILES | {"generation_config.json": ends}
+    assert call("run.py", "gpt2", *GREEDY).out == REFERENCE["text"] + "\n"
+    assert server.fetched() == sorted([*NEEDED, "generation_config.json"]) == stored(tmp_path)
+
+    server.requests.clear()
+    assert call("run.py", "gpt2", *GREEDY).out == REFERENCE["text"] + "\n"
+    assert server.requests == []
+
+
 def test_a_folder_wins_over_the_name(monkeypatch):
     monkeypatch.chdir(GPT2.parent)
     assert checkpoint.find(Path(GPT2.name)) == Path(GPT2.name)

@@ -10,6 +10,7 @@ import pytest
 from conftest import REFERENCE, ROOT, TINY
 from tinygrad.helpers import NUM_CPU_THREADS, PARALLEL, Context
 
+import tokenizers
 from backend import cores, machine
 
 
@@ -60,6 +61,22 @@ def test_as_many_cores_are_used_as_the_share_allows(monkeypatch, share, expected
     with Context(NUM_CPU_THREADS=64, PARALLEL=64):  # as tinygrad counts them
         cores.count_cores()
         assert (NUM_CPU_THREADS.value, PARALLEL.value) == (expected, expected)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 3), ("5", 5), (" 1 ", 1)])
+def test_texts_are_encoded_on_as_many_threads_as_the_user_or_the_share_allows(
+    monkeypatch, given, expected
+):
+    monkeypatch.setattr(machine, "share_of_processor", lambda: 3.5)
+    monkeypatch.setattr(machine, "usable_cores", lambda: set(range(12)))
+    monkeypatch.delenv("NUM_CPU_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("NUM_CPU_THREADS", given)
+    pools = []
+    monkeypatch.setattr(tokenizers, "ThreadPoolExecutor", lambda n: pools.append(n) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(tokenizers.BytePairTokenizer.encode_all(None, ["a"]))
+    assert pools == [expected]
 
 
 def test_a_number_of_cores_that_the_user_gives_stays(monkeypatch):

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import DATA, REFERENCE
 from tinygrad import Tensor, dtypes
+from tinygrad.helpers import GlobalCounters
 
-from gpt_tiny import GPT, Dropout, GPTConfig, hash_32, initial_weights
-from models import gpt_burn
+from gpt_tiny import GPT, Dropout, GPTConfig, hash_32, initial_weights, shapes
+from models import checkpoint, gpt_burn
 
 TINY = GPTConfig(
     context_length=8, vocab_size=11, n_layers=2, n_heads=2, d_model=12, d_hidden=48, dropout=0
@@ -35,8 +36,7 @@ def test_logits_equal_gpt_burns(reference, reference_logits):
 
 def test_parameters_are_named_and_shaped_as_gpt_burns():
     theirs = gpt_burn.read_record(DATA / "adamw_steps" / "before.mpk")
-    ours = GPT(TINY).parameters()
-    assert {name: p.shape for name, p in ours.items()} == {n: a.shape for n, a in theirs.items()}
+    assert shapes(TINY) == {name: array.shape for name, array in theirs.items()}
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 8])
@@ -66,8 +66,35 @@ def test_initial_weights_depend_on_the_seed_alone():
     "config", [TINY, GPTConfig(), replace(TINY, n_layers=3, d_hidden=7), replace(TINY, gpt2=True)]
 )
 def test_n_parameters_counts_all(config):
-    counted = sum(math.prod(p.shape) for p in GPT(config).parameters().values())
-    assert config.n_parameters == counted
+    assert config.n_parameters == sum(map(math.prod, shapes(config).values()))
+
+
+def test_a_model_has_the_weights_that_it_is_given_and_no_others():
+    weights = initial_weights(TINY, 0)
+    for name, parameter in GPT(TINY, weights).parameters().items():
+        np.testing.assert_array_equal(parameter.numpy(), weights[name])
+    with pytest.raises(TypeError, match="weights"):
+        GPT(TINY)
+    name = "blocks.1.norm_2.beta"
+    for wrong in ({k: v for k, v in weights.items() if k != name}, weights | {"z": weights[name]}):
+        with pytest.raises(ValueError, match=r"do not agree on (blocks\.1\.norm_2\.beta|z)$"):
+            GPT(TINY, wrong)
+    with pytest.raises(ValueError, match=r"norm_2\.beta is \(11,\), and must be \(12,\)"):
+        GPT(TINY, weights | {name: weights[name][1:]})
+
+
+def test_a_model_shares_the_tensors_that_it_is_given():
+    tensors = {name: Tensor(values) for name, values in initial_weights(TINY, 0).items()}
+    for name, parameter in GPT(TINY, tensors).parameters().items():
+        assert parameter.uop is tensors[name].uop
+
+
+def test_shapes_take_no_memory_and_loading_draws_no_random_numbers(monkeypatch):
+    before = GlobalCounters.mem_used
+    assert shapes(GPTConfig(d_model=2**16, d_hidden=2**18))["linear.weight"] == (104, 2**16)
+    assert GlobalCounters.mem_used == before
+    monkeypatch.setattr(np.random, "default_rng", None)
+    checkpoint.load(REFERENCE)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from tinygrad import Device, Tensor
 
 from backend import memory
 from backend.memory import Flat
-from gpt_tiny import GPT, GPTConfig
+from gpt_tiny import GPTConfig
 from models import gpt_burn
 from training.optimizers import AdamW, Muon, clipped, learning_rate, learning_rates
 from training.settings import OptimizerConfig, TrainingConfig
-from training.state import flat_parameters
+from training.state import flat_model
 
 FIGURES = json.loads((DATA / "options.json").read_text())
 
@@ -24,8 +24,8 @@ FIGURES = json.loads((DATA / "options.json").read_text())
 def test_five_training_steps_equal_gpt_burns():
     folder = DATA / "adamw_steps"
     config = GPTConfig(**json.loads((folder / "config.json").read_text())["model"])
-    model, before = GPT(config), gpt_burn.read_record(folder / "before.mpk")
-    parameters = flat_parameters(model)
+    before = gpt_burn.read_record(folder / "before.mpk")
+    model, parameters = flat_model(config)
     parameters.write([before[name] for name in model.parameters()])
     optimizer = AdamW(parameters, OptimizerConfig())
     gradients = Flat(parameters.shapes)

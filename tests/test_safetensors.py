@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +44,59 @@ def test_a_shape_of_a_million_million_elements_is_refused(tmp_path):
         safetensors.read(path)
 
 
+def written(path: Path, header: dict, data: bytes) -> Path:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+@pytest.mark.parametrize("kind", [*safetensors.N_BITS, "F3_OF_TOMORROW"])
+def test_a_tensor_of_any_type_is_no_hindrance_until_it_is_used(tmp_path, kind):
+    n = safetensors.N_BITS.get(kind, 24)  # bytes of 8 numbers
+    mask = {"dtype": kind, "shape": [2, 4], "data_offsets": [0, n]}
+    used = {"dtype": "F32", "shape": [1], "data_offsets": [n, n + 4]}
+    path = tmp_path / "model.safetensors"
+    arrays = safetensors.read(written(path, {"mask": mask, "x": used}, bytes(n) + b"\0\0\x80?"))
+    assert arrays["x"].tolist() == [1.0]
+    if kind in safetensors.DTYPES:
+        assert arrays["mask"].tolist() == [[0.0] * 4] * 2
+        return
+    with pytest.raises(ValueError) as error:
+        arrays["mask"]
+    assert f"'mask' is of the type {kind!r}, which is not supported" in str(error.value)
+    assert str(path) in str(error.value) and "corrupt" not in str(error.value)
+
+
+def test_the_official_library_knows_the_same_sizes(tmp_path):
+    official = pytest.importorskip("safetensors")
+    for kind, n in safetensors.N_BITS.items():
+        entry = {"dtype": kind, "shape": [8], "data_offsets": [0, n]}
+        with official.safe_open(written(tmp_path / kind, {"x": entry}, bytes(n)), "np") as file:
+            assert file.keys() == ["x"]
+
+
+@pytest.mark.parametrize("kind", safetensors.DTYPES)
+def test_tensors_without_a_dimension_or_without_numbers_are_read(tmp_path, kind):
+    n = safetensors.N_BITS[kind] // 8
+    header = {
+        "empty": {"dtype": kind, "shape": [0, 3], "data_offsets": [0, 0]},
+        "scalar": {"dtype": kind, "shape": [], "data_offsets": [0, n]},
+        "none left": {"dtype": kind, "shape": [0], "data_offsets": [n, n]},
+    }
+    arrays = safetensors.read(written(tmp_path / "model.safetensors", header, bytes(n)))
+    assert {name: array.shape for name, array in arrays.items()} == {
+        name: tuple(entry["shape"]) for name, entry in header.items()
+    }
+    assert arrays["scalar"] == 0
+
+
+def test_a_header_too_large_for_us_is_not_called_corrupt(tmp_path):
+    path = written(tmp_path / "model.safetensors", {"__metadata__": {"x": "x" * (5 << 20)}}, b"")
+    with pytest.raises(ValueError, match="the header does not fit into 4 MiB") as error:
+        safetensors.read(path)
+    assert "corrupt" not in str(error.value)
+
+
 ENTRY = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 BAD_HEADERS = {
     "overlap": f'{{"x":{ENTRY},"y":{ENTRY}}}',
@@ -50,7 +104,9 @@ BAD_HEADERS = {
     "the tensors end before": '{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
     "not fit its shape": '{"x":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}',
     "no proper shape": '{"x":{"dtype":"F32","shape":[-2,-1],"data_offsets":[0,8]}}',
-    "'x' is of the type 'I64'": '{"x":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}',
+    "'x' does not fit its shape": '{"x":{"dtype":"I64","shape":[2],"data_offsets":[0,8]}}',
+    "'f4' does not fit its shape": '{"f4":{"dtype":"F4","shape":[3],"data_offsets":[0,8]}}',
+    "'new' does not fit": '{"new":{"dtype":"NEW","shape":[3],"data_offsets":[0,9]}}',
     "not valid JSON": '{"x"',
     "recursion": '{"x":' + "[" * 100_000,
     "not a JSON object": "[]",

@@ -1,5 +1,7 @@
+import inspect
 import io
 import os
+import pickle
 import random
 
 import numpy as np
@@ -40,6 +42,17 @@ def bincode(tokens: dict[str, int]) -> bytes:
     there = [string(token) + number(id) for token, id in tokens.items()]
     back = [number(id) + string(token) for token, id in tokens.items()]
     return number(len(tokens)) + b"".join(there) + number(len(tokens)) + b"".join(back)
+
+
+def test_who_asks_for_hugging_faces_package_is_told_that_this_is_another():
+    with pytest.raises(ImportError, match=r"tokenizers\.py is not Hugging Face's .* AddedToken"):
+        from tokenizers import AddedToken  # noqa: F401
+    with pytest.raises(ImportError, match=r"cannot import name 'no_such'"):
+        from tokenizers import no_such  # noqa: F401
+    assert not hasattr(tokenizers, "__path__") and not hasattr(tokenizers, "__version__")
+    assert tokenizers.THEIRS.isdisjoint(vars(tokenizers))
+    assert dict(inspect.getmembers(tokenizers))["CharTokenizer"] is CharTokenizer
+    assert pickle.loads(pickle.dumps(CharTokenizer)) is CharTokenizer
 
 
 def test_the_103_characters_have_the_original_order():

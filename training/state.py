@@ -16,7 +16,7 @@ from backend import machine
 from backend.capture import sources
 from backend.errors import UserError
 from backend.memory import Flat, put, zeros
-from gpt_tiny import GPT, initial_weights
+from gpt_tiny import GPT, GPTConfig, initial_weights, shapes
 from models import checkpoint, folders
 from tokenizers import Tokenizer
 from training.corpus import Corpus
@@ -104,9 +104,8 @@ def begin(config: TrainingConfig, corpus: Corpus, start: Start, world: World) ->
     is_kept = world.rank == 0 and not config.files.no_save
     position.output_path = output_folder(config, position.output_path) if is_kept else ""
 
-    model = GPT(config.model)
     algorithm = config.optimizer.algorithm
-    parameters = flat_parameters(model, algorithm)
+    model, parameters = flat_model(config.model, algorithm)
     optimizer = OPTIMIZERS[algorithm](parameters, config.optimizer)
     losses = zeros(config.batches_per_step)
     if world.rank == 0:
@@ -122,13 +121,10 @@ def begin(config: TrainingConfig, corpus: Corpus, start: Start, world: World) ->
     return Training(config, corpus, position, *learned, start.folder)
 
 
-def flat_parameters(model: GPT, algorithm: str = "adamw") -> Flat:
-    """Memory for the parameters, in which the model has them from now on."""
-    tensors = model.parameters()
-    parameters = OPTIMIZERS[algorithm].memory({name: p.shape for name, p in tensors.items()})
-    for tensor, part in zip(tensors.values(), parameters.parts, strict=True):
-        tensor.replace(part)
-    return parameters
+def flat_model(config: GPTConfig, algorithm: str = "adamw") -> tuple[GPT, Flat]:
+    """A model whose parameters, all 0 yet, lie in memory for this optimizer; and that memory."""
+    parameters = OPTIMIZERS[algorithm].memory(shapes(config))
+    return GPT(config, dict(zip(shapes(config), parameters.parts, strict=True))), parameters
 
 
 def check_sizes(config: TrainingConfig, corpus: Corpus) -> None:

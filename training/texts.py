@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -21,6 +22,23 @@ from training.settings import CORPUS
 
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # by suffix, Python's own modules
 STANDARD_INPUT = Path("-")
+WHAT_IS_A_TEXT = (
+    "a text is a file in UTF-8, also compressed with the ending .gz, .bz2 or .xz, a folder of "
+    ".txt, or - for standard input"
+)
+OTHER_KINDS = {  # by the first bytes
+    rb"PK(\x03\x04|\x05\x06)": "a zip archive, as .docx, .odt and .epub are",
+    rb".{257}ustar": "a tar archive",
+    rb"%PDF-": "a PDF",
+    rb"\xd0\xcf\x11\xe0": "a document of an old Office",
+    rb"\x1f\x8b": "compressed by gzip",
+    rb"BZh[1-9]1AY&SY": "compressed by bzip2",
+    rb"\xfd7zXZ\x00": "compressed by xz",
+    rb"\x28\xb5\x2f\xfd": "compressed by zstd",
+    rb"7z\xbc\xaf": "a 7z archive",
+    rb"Rar!\x1a\x07": "a rar archive",
+}
+N_NAMED = 3  # of what is left out
 CHUNK = 1 << 16
 N_PARTS = 16  # of a file, whose checksum tells it from others of its size and time
 
@@ -42,12 +60,21 @@ class Text:
             time = os.fstat(file.fileno()).st_mtime_ns if is_file else 0
         return [os.path.abspath(self.name), size, time, checksum]
 
+    def check(self) -> None:
+        """ValueError for a file of another kind, also where that is compressed."""
+        with uncompressed(self) as (file, _):
+            first = file.read(512)
+        for pattern, kind in OTHER_KINDS.items():
+            if re.match(pattern, first, re.DOTALL):
+                raise UserError(f"{self.name} is {kind}: {WHAT_IS_A_TEXT}")
+
 
 class Texts:
     """Several texts, one after the other, as one file that can be read again from its start.
 
     Each path is a file, plain or compressed as its suffix says; a folder, for all `.txt` below it
-    that are not hidden, in sorted order; a pipe; or `-`, standard input. ValueError for others.
+    that are not hidden, in sorted order; a pipe; or `-`, standard input. ValueError for others. A
+    line says what of a folder is left out, and that several texts are joined.
     """
 
     def __init__(self, paths: Sequence[Path], flag: str = "--text-corpus"):
@@ -58,6 +85,10 @@ class Texts:
         self.names = [text.name for text in self.texts]
         others = f" and {len(self.names) - 1} more" if self.names[1:] else ""
         self.name = self.names[0] + others
+        for text in self.texts:
+            text.check()
+        if others:
+            print(f"{self.name} are joined into one text", file=sys.stderr)
         self.rewind()
 
     def rewind(self, bar: tqdm | None = None) -> None:
@@ -114,14 +145,34 @@ def texts_of(path: Path, flag: str) -> list[Text]:
         with path.open("rb") as stream:
             return [Text(str(path), spooled(stream), is_stream=True)]
     if path.is_dir():
-        found = {file.relative_to(path).parts: file for file in path.rglob("*.txt")}
-        shown = [parts for parts in sorted(found) if not any(part[0] == "." for part in parts)]
-        if texts := [found[parts] for parts in shown if found[parts].is_file()]:
-            return [file_text(file) for file in texts]
-        raise UserError(f"there is no .txt in {path}: name a text with {flag}")
+        return [file_text(file) for file in files_below(path, flag)]
     if not path.is_file():
         raise UserError(f"there is no {path}: name a text with {flag}")
     return [file_text(path)]
+
+
+def files_below(folder: Path, flag: str) -> list[Path]:
+    """All `.txt` below a folder that are not hidden, in sorted order; says what else there is."""
+    errors, found, others = [], [], []
+    for place, folders, names in os.walk(folder, onerror=errors.append):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        for file in (Path(place, name) for name in (*names, *links)):  # no link is walked into
+            is_hidden = any(part[0] == "." for part in file.relative_to(folder).parts)
+            is_text = file.suffix.lower() == ".txt"
+            if is_text and not is_hidden and os.path.isfile(file):
+                found.append(file)
+            elif is_text or not is_hidden:
+                others.append(str(file))
+    closed = [f"{error.filename} ({error.strerror})" for error in errors]
+    if not found:
+        beside = f", and no way into {', '.join(closed)}" if closed else ""
+        reason = f"there is no .txt in {folder}{beside}"
+        raise UserError(f"{reason}: name a text with {flag}; {WHAT_IS_A_TEXT}")
+    if left_out := closed + sorted(others)[:N_NAMED]:
+        more = f" and {len(others) - N_NAMED} more" if others[N_NAMED:] else ""
+        rule = "a folder stands for its .txt that are not hidden"
+        print(f"warning: left out: {', '.join(left_out)}{more}; {rule}", file=sys.stderr)
+    return sorted(found)
 
 
 def file_text(path: Path) -> Text:
