@@ -16,7 +16,8 @@ INDEX = "model.safetensors.index.json"  # of weights in several files, as Huggin
 WEIGHT_FILES = ("model.safetensors", "model.mpk", INDEX)  # what we write comes first
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 TRAINING_FILES = ("training.json", "optimizer.safetensors")  # that may stand beside a model
-MODEL_FILES = ("config.json", *WEIGHT_FILES, *TRAINING_FILES)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+MODEL_FILES = ("config.json", *WEIGHT_FILES, *TRAINING_FILES, *TOKENIZER_FILES)
 
 
 @contextlib.contextmanager

@@ -125,3 +125,10 @@ def test_the_newest_model_of_a_folder_is_the_one_saved_last(tmp_path, weights):
 def test_trainings_of_the_same_second_do_not_share_a_folder(tmp_path):
     claimed = {folders.claim(tmp_path / "1795367562_4") for _ in range(3)}
     assert len(claimed) == 3 and all(folder.is_dir() for folder in claimed)
+
+
+def test_a_model_of_another_tokenizer_leaves_nothing_of_the_one_before(model_folder, weights):
+    for name in folders.TOKENIZER_FILES:
+        (model_folder / name).touch()
+    checkpoint.save(model_folder, CONFIG, weights)
+    assert sorted(os.listdir(model_folder)) == ["config.json", "model.safetensors"]
