@@ -14,6 +14,7 @@ from training import resume
 from training.batches import capture_training, capture_validation, make_plan
 from training.distributed import HANGUP, World, stop_signals
 from training.metrics import append_metrics, begin_metrics, progress, step_line
+from training.settings import TrainingConfig
 from training.state import Training
 
 
@@ -58,11 +59,18 @@ def train(training: Training, world: World, announce: Callable[[str], None]) -> 
                 n_tokens = (config.batches_per_step - first) * config.tokens_per_batch
                 append_metrics(training, train_loss, n_tokens / (time.time() - step_started))
             position.step, position.batch, position.losses = step + 1, 0, []
-            if (step + 6) % config.files.checkpoint_every == 0 and training.is_kept:
+            if training.is_kept and is_checkpoint(step, config):
                 folder = resume.new_folder(step)
                 announce(f"store checkpoint model to: {folder}")
                 resume.save(folder, training)
     return 0
+
+
+def is_checkpoint(step: int, config: TrainingConfig) -> bool:
+    """Whether the training is stored after that step, the last one in any case."""
+    every = config.files.checkpoint_every
+    offset = 5 if every == 10 else 0  # gpt-burn's, for the default
+    return (step + 1 + offset) % every == 0 or step + 1 == config.n_steps
 
 
 def keep_if_best(training: Training) -> None:
