@@ -2,7 +2,9 @@
 
 import argparse
 import codecs
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -136,12 +138,16 @@ def main() -> int:
         elif options.init_from:
             config, start = from_model(options.init_from, words)
         start.position.arguments += words
+        if config.model.gpt2 and config.files.format == "burn":
+            raise UserError("--format burn: gpt-burn has no GPT-2")
         if config.files.output_path and not config.files.no_save and world.rank == 0:
             folders.check_destination(config.files.output_path)
         text = corpus.read(config, start.tokenizer, world)
         start.position.texts = list(map(str, config.files.text_corpus))
+        start.position.directory = os.getcwd()
         training = begin(config.with_tokenizer(text.tokenizer), text, start, world)
-        return run(training, world)
+        with folders.reserved(training.folder) if training.is_kept else contextlib.nullcontext():
+            return run(training, world)
 
 
 def from_checkpoint(
@@ -154,9 +160,13 @@ def from_checkpoint(
     start = saved or light
     # The model's sizes stand in its config: those in the words may be defaults, beside --init-from.
     model = start.config["model"]
-    began = changed(configure(start.position.arguments, changed(DEFAULTS, model)), model)
-    if texts := start.position.texts:
-        began = changed(began, {"text_corpus": tuple(map(Path, texts))})
+    position = start.position
+    began = changed(configure(position.arguments, changed(DEFAULTS, model)), model)
+    output_path = position.path(position.output_path)
+    position.output_path = str(output_path)
+    began = changed(began, {"output_path": output_path})
+    if position.texts:
+        began = changed(began, {"text_corpus": tuple(map(position.path, position.texts))})
     config = configure(words, began)
     names = [name for name in flat(began) if name not in MAY_CHANGE]
     refuse_contradictions(config, began, names, "the training to go on with")
@@ -182,8 +192,6 @@ def from_model(path: Path, words: list[str]) -> tuple[TrainingConfig, Start]:
     if context_length > longest:
         given = flag("context_length", context_length)
         raise UserError(f"{given} is beyond the model's {longest}")
-    if config.model.gpt2 and config.files.format == "burn":
-        raise UserError("--format burn: gpt-burn has no GPT-2")
     weights = {name: p.numpy().astype(np.float32) for name, p in model.parameters().items()}
     positions = "positional_embedding.weight"
     weights[positions] = weights[positions][:context_length]
@@ -191,7 +199,7 @@ def from_model(path: Path, words: list[str]) -> tuple[TrainingConfig, Start]:
 
 
 def run(training: Training, world: distributed.World) -> int:
-    config, folder = training.config, Path(training.position.output_path)
+    config, folder = training.config, training.folder
     is_on_cpu = devices.in_use().startswith("CPU")
     if config.dtype == "bfloat16" and is_on_cpu and not (blas() and bfloat16.sbgemm()):
         print(ROUNDED_ONLY, file=sys.stderr)

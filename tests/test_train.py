@@ -219,6 +219,25 @@ def test_validation_size_and_checkpoint_every(call, folder):
     assert stored == ["1", "2"]  # after 2 steps, and the last one
 
 
+def test_a_new_training_takes_over_an_older_ones_folder_when_it_has_finished_a_step(call, folder):
+    def kept() -> dict[str, bytes]:
+        return {name: (folder / "taken" / name).read_bytes() for name in files(folder / "taken")}
+
+    call(train.main, *TINY, "-n", "2", "-o", "taken")
+    (folder / "taken" / "best" / "notes.txt").write_text("mine")
+    before = kept()
+    failed = call(train.main, *TINY, "-n", "2", "-r", "1e30", "-o", "taken")
+    assert failed.status == 1 and kept() == before
+
+    vowels = ["--tokenizer", "vowel", "--vocab-size", "104"]
+    assert call(train.main, *TINY, *vowels, "-n", "1", "-o", "taken").status == 0
+    after = kept()
+    assert after["best/config.json"] == after["config.json"] != before["config.json"]
+    assert after["best/notes.txt"] == b"mine"
+    checkpoint.load(folder / "taken" / "best")
+    assert after["metrics.csv"].count(b"\n") == 2
+
+
 @pytest.fixture(scope="module")
 def bad_files(folder, corpus) -> None:
     (folder / "empty.txt").write_bytes(b"")
