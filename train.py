@@ -30,7 +30,7 @@ ROUNDED_ONLY = (
     "multiplied in float32"
 )
 # what may change when a training goes on; a corpus that has moved is known by its checksum
-MAY_CHANGE = {"n_steps", "text_corpus", "output_path"}
+MAY_CHANGE = {"n_steps", "text_corpus", "output_path", "no_save", "format", "checkpoint_every"}
 
 
 def make_parser(defaults: TrainingConfig) -> command_line.ArgumentParser:
@@ -105,9 +105,10 @@ def configure(words: list[str], began: TrainingConfig | None = None) -> Training
 
 
 def flag(name: str, value: object) -> str:
-    """A setting as one writes it."""
+    """A setting as one writes it, or says that it is not set."""
     given = {"grad_clipping": "grad_clip", "max_vocab_size": "vocab_size", "algorithm": "optimizer"}
-    return f"--{given.get(name, name).replace('_', '-')} {value}"
+    option = f"--{given.get(name, name).replace('_', '-')}"
+    return f"no {option}" if value is None else f"{option} {value}"
 
 
 def refuse_contradictions(

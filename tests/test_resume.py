@@ -154,12 +154,30 @@ def test_flags_that_contradict_the_checkpoint_are_refused(call, train_here):
             ["--optimizer", "muon"],
             "--optimizer muon contradicts the training to go on with: it has --optimizer adamw",
         ),
+        (
+            ["--grad-clip", "1"],
+            "--grad-clip 1.0 contradicts the training to go on with: it has no --grad-clip",
+        ),
         (["-n", "0"], "'0' is not a whole number"),
         (["-t", str(ROOT / "README.md")], "--text-corpus"),
     ]:
         refused = call(train.main, "--resume", ".data/checkpoints", *words)
         assert refused.status in (1, 2) and not refused.out
         assert_error(refused, refused.status, [message])
+
+
+def test_what_concerns_files_alone_may_change_when_a_training_goes_on(tmp_path, train_here):
+    def files() -> set[Path]:
+        return {path for path in tmp_path.rglob("*") if path.is_file()}
+
+    train_here(*TINY, "-n", "1", "-o", "model")
+    before = files()
+    assert len(step_lines(train_here("--resume", ".data/checkpoints", "-n", "2", "-x"))) == 1
+    assert files() == before
+    words = ["--checkpoint-every", "1", "--format", "burn"]
+    rest = train_here("--resume", ".data/checkpoints", "-n", "3", *words)
+    assert rest.count("store checkpoint") == 2
+    assert (tmp_path / "model" / "model.mpk").exists()
 
 
 def test_a_training_of_any_length_goes_on_for_longer_also_from_another_directory(

@@ -185,12 +185,14 @@ def test_what_agrees_with_the_model_to_start_from_is_taken(call, folder, corpus)
     (folder / "bpe").mkdir()  # is not taken for one with a vocabulary
     options = ["-h", "4", "-d", "48", "--tokenizer", GPT2, "-c", "16", "--dropout", "0"]
     words = ["--init-from", GPT2, "-t", corpus, "-b", "2", "--validation-size", "2", "-n", "1"]
-    result = call(train.main, *words, *options, "-x")
+    result = call(train.main, *words, *options, "-o", "fine_tuned")
     assert result.status == 0, result.err
     config, _ = json.JSONDecoder().raw_decode(result.out.split("\n", 1)[1])
     assert config["tokenizer"] == "bpe"
     sizes = {"d_model": 48, "n_heads": 4, "context_length": 16, "dropout": 0, "gpt2": True}
     assert config["model"].items() >= sizes.items()
+    refused = call(train.main, "--resume", ".data/checkpoints", "-n", "2", "--format", "burn")
+    assert_error(refused, 1, ["gpt-burn has no GPT-2"])
 
 
 def test_vowel_tokenizer_trains_is_saved_and_generates(call, folder, corpus):
