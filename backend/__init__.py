@@ -3,8 +3,8 @@
 Read `errors`, `machine` (what differs from one to another), `blas` (matrix products), `bfloat16`
 (those of CPUs that are fast at it), `products` and `rounded` (those of generation), `sizes` (that
 vary), `imports`, `cores`, `compiler`, `processes` and `cpu` (the CPU as a device), then `devices`
-(which backend), `caches` and `capture` (jits kept for the next start), `rendered` (kernels as C),
-`memory` and `lookup`.
+(which backend), `locks`, `caches` and `capture` (what is kept for the next start), `rendered`
+(kernels as C), `memory` and `lookup`.
 Nothing here knows of a GPT.
 """
 

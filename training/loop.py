@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from backend.memory import get
+from models import folders
 from training import resume
 from training.batches import capture_training, capture_validation, make_plan
 from training.distributed import HANGUP, World, stop_signals
 from training.metrics import append_metrics, begin_metrics, progress, step_line
+from training.settings import TrainingConfig
 from training.state import Training
 
 
@@ -24,8 +27,8 @@ def train(training: Training, world: World, announce: Callable[[str], None]) -> 
     """
     config, position = training.config, training.position
     train_batch, validate = capture_training(training, world), capture_validation(training, world)
-    if training.is_kept:
-        begin_metrics(training)
+    if training.is_kept and position.step:
+        take_folder(training)
     started = time.time() - position.seconds
     with noted_signals(world) as signals:
         for step in range(position.step, config.n_steps):
@@ -55,14 +58,37 @@ def train(training: Training, world: World, announce: Callable[[str], None]) -> 
                 raise training.diverged()
             print(step_line(training, train_loss), flush=True)
             if training.is_kept:
+                if step == 0:  # not before: a training that fails at once changes nothing
+                    take_folder(training)
                 n_tokens = (config.batches_per_step - first) * config.tokens_per_batch
                 append_metrics(training, train_loss, n_tokens / (time.time() - step_started))
             position.step, position.batch, position.losses = step + 1, 0, []
-            if (step + 6) % config.files.checkpoint_every == 0 and training.is_kept:
+            if training.is_kept and is_checkpoint(step, config):
                 folder = resume.new_folder(step)
                 announce(f"store checkpoint model to: {folder}")
                 resume.save(folder, training)
     return 0
+
+
+def is_checkpoint(step: int, config: TrainingConfig) -> bool:
+    """Whether the training is stored after that step, the last one in any case."""
+    every = config.files.checkpoint_every
+    offset = 5 if every == 10 else 0  # gpt-burn's, for the default
+    return (step + 1 + offset) % every == 0 or step + 1 == config.n_steps
+
+
+def take_folder(training: Training) -> None:
+    """Makes the folder the training's own: what it has kept elsewhere comes along, and nothing of
+    an earlier training passes for its."""
+    position, best = training.position, training.folder / "best"
+    before = Path(position.output_path, "best")
+    if position.step and before.exists():
+        if before.resolve() != best.resolve():
+            with folders.replacing(best) as new:
+                shutil.copytree(before, new, dirs_exist_ok=True)
+    elif best.exists():
+        training.save_model(best)
+    begin_metrics(training)
 
 
 def keep_if_best(training: Training) -> None:
@@ -71,7 +97,7 @@ def keep_if_best(training: Training) -> None:
     is_lower = not position.validation_loss >= position.best_loss  # one that is NaN fails to save
     if training.is_kept and position.step > 0 and is_lower:
         position.best_loss = position.validation_loss
-        training.save_model(Path(position.output_path) / "best")
+        training.save_model(training.folder / "best")
 
 
 @contextlib.contextmanager
