@@ -4,7 +4,6 @@ import base64
 import gzip
 import hashlib
 import html
-import os
 import platform
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from string import Template
 
 import numpy as np
 import ziglang
+from tinygrad.helpers import NUM_CPU_THREADS
 
 from backend.blas import blas
 from backend.compiler import FLAGS
@@ -74,7 +74,7 @@ def program(target: Target, sources: Path, output: Path) -> None:
         flags += (f"-DHALVES_ARE_SINGLE={int(name == 'sse2')}",)
         return compiled(sources, sources / f"{name}.o", "-c", *flags, RUNTIME / "steps.c")
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(NUM_CPU_THREADS.value) as threads:
         objects = list(threads.map(step, target.processors))
     files = [RUNTIME / "program.c", RUNTIME / "system.c", *SHARED, *objects]
     code = compiled(

@@ -7,15 +7,18 @@ import json
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import DATA, GPT2, REFERENCE, assert_error
+from tinygrad.helpers import Context
 
 import export
 import run
 from gpt_tiny import GPTConfig, initial_weights
 from models import checkpoint
+from runtime import build
 from tokenizers import SimpleVowelTokenizer
 
 PROMPTS = json.loads((REFERENCE / "expected.json").read_text())
@@ -182,6 +185,22 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(call, folder, wo
     result = call(export.main, *words)
     assert_error(result, status, [says])
     assert sorted(folder.iterdir()) == before
+
+
+def test_compiling_takes_no_more_cores_than_it_may(monkeypatch, tmp_path):
+    def compiled(_, output: Path, *words) -> Path:
+        output.write_bytes(b"")
+        return output
+
+    def threads(n: int) -> ThreadPoolExecutor:
+        assert n == 1
+        return ThreadPoolExecutor(n)
+
+    monkeypatch.setattr(build, "compiled", compiled)
+    monkeypatch.setattr(build, "ThreadPoolExecutor", threads)
+    (tmp_path / "model.bin").write_bytes(bytes(64))
+    with Context(NUM_CPU_THREADS=1):
+        build.program(build.TARGETS["x86_64-linux"], tmp_path, tmp_path / "story")
 
 
 def test_a_page_beyond_a_browsers_memory_is_refused(call, folder, monkeypatch):
