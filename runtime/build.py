@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import html
 import platform
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +24,18 @@ ZIG = Path(ziglang.__file__).parent / "zig"
 RUNTIME = Path(__file__).parent
 PRODUCTS = RUNTIME.parent / "backend"  # where products.c is
 SHARED = [RUNTIME / name for name in ("generation.c", "tokenizer.c", "sampling.c")]
+OF_PROGRAMS = [RUNTIME / name for name in ("program.c", "system.c", "whole.c")]
 X86 = {"sse2": "x86_64", "avx2": "x86_64_v3", "avx512": "x86_64_v4+avx512vnni"}
+# Of a program on Linux whole.c comes first, in its file and when it runs.
+WHOLE_FIRST = ("-static", "-Wl,-e,start", "-Wl,-z,norelro", "-T", RUNTIME / "program.ld")
 ALIGNMENT = 64  # bytes: of the model in a program's file
+MOST_BYTES = (4 << 30) - (32 << 20)  # of a model in a program for Windows and macOS
+# Where a signature covers a program's file, so that nothing can follow it, the model is linked in.
+LINKED = """.section __MODEL,__model
+.globl _linked
+.p2align 6
+_linked: .incbin "model.bin"
+"""
 
 
 @dataclass(frozen=True)
@@ -33,15 +44,17 @@ class Target:
 
     triple: str
     processors: dict[str, str]
-    flags: tuple[str, ...] = ()
+    flags: tuple[str | Path, ...] = ()
     suffix: str = ""
+    links_model: bool = False
 
 
+ARM = {"any": "generic"}
 TARGETS = {
-    "x86_64-linux": Target("x86_64-linux-musl", X86, ("-static",)),
-    "aarch64-linux": Target("aarch64-linux-musl", {"any": "generic"}, ("-static",)),
+    "x86_64-linux": Target("x86_64-linux-musl", X86, WHOLE_FIRST),
+    "aarch64-linux": Target("aarch64-linux-musl", ARM, WHOLE_FIRST),
     "x86_64-windows": Target("x86_64-windows-gnu", X86, ("-lshell32",), ".exe"),
-    "x86_64-macos": Target("x86_64-macos", X86),
+    "x86_64-macos": Target("x86_64-macos", X86, links_model=True),
 }
 WASM = ("-target", "wasm32-freestanding", "-msimd128", "-DSTEP=step_any", "-DHALVES_ARE_SINGLE")
 WASM += ("-Wl,--no-entry", "-Wl,-z,stack-size=1048576", "-Wl,--export-memory")
@@ -54,20 +67,27 @@ def this_machine() -> str:
     return f"{'aarch64' if is_arm else 'x86_64'}-{system}"
 
 
+def zig(*words: str | Path) -> None:
+    run = subprocess.run([ZIG, *words], capture_output=True, text=True)
+    if run.returncode:
+        raise UserError(f"zig can't compile this model: {run.stderr[:300]}")
+
+
 def compiled(sources: Path, output: Path, *arguments: str | Path) -> Path:
     """Calls zig for C of ours and that in the folder `sources`."""
     integer = "int" if blas() is None or blas().integer.itemsize == 4 else "long long"
-    words = [ZIG, "cc", *FLAGS.split(), "-fno-strict-aliasing", "-s", "-DABI="]
+    words = ["cc", *FLAGS.split(), "-fno-strict-aliasing", "-s", "-DABI="]
     words += [f"-DBLAS_INTEGER={integer}", "-I", sources, "-I", RUNTIME, "-I", PRODUCTS]
-    words += [*arguments, "-o", output]
-    run = subprocess.run(words, capture_output=True, text=True)
-    if run.returncode:
-        raise UserError(f"zig can't compile this model: {run.stderr[:300]}")
+    zig(*words, *arguments, "-o", output)
     return output
 
 
 def program(target: Target, sources: Path, output: Path) -> None:
     """The C in the folder `sources`, and `model.bin` there, as one file that runs on its own."""
+    model = sources / "model.bin"
+    if (n_bytes := model.stat().st_size) > MOST_BYTES and "linux" not in target.triple:
+        need = f"the program would need {n_bytes / 1e9:.1f} GB, and its system allows 4.3"
+        raise UserError(f"{need}: try --weights int8")
 
     def step(name: str) -> Path:
         flags = f"-mcpu={target.processors[name]}", f"-DSTEP=step_{name}", "-target", target.triple
@@ -76,20 +96,35 @@ def program(target: Target, sources: Path, output: Path) -> None:
 
     with ThreadPoolExecutor(NUM_CPU_THREADS.value) as threads:
         objects = list(threads.map(step, target.processors))
-    files = [RUNTIME / "program.c", RUNTIME / "system.c", *SHARED, *objects]
-    code = compiled(
-        sources, sources / "program", "-target", target.triple, *target.flags, *files
-    ).read_bytes()
-    code += bytes(-len(code) % ALIGNMENT)
-    with output.open("wb") as file, (sources / "model.bin").open("rb") as model:
-        file.write(code)
-        while piece := model.read(1 << 24):
-            file.write(piece)
-        file.write(len(code).to_bytes(8, "little") + b"gpt-tiny")
-    sum_ = checksum(output)
-    with output.open("ab") as file:
-        file.write(sum_.to_bytes(8, "little"))
+    files = ["-target", target.triple, *target.flags, *OF_PROGRAMS, *SHARED, *objects]
+    if target.links_model:
+        seal(model, 0)
+        compiled(sources, output, *files, linked(target, sources))
+    else:
+        code = compiled(sources, sources / "program", *files).read_bytes()
+        code += bytes(-len(code) % ALIGNMENT)
+        with output.open("wb") as file, model.open("rb") as weights:
+            file.write(code)
+            shutil.copyfileobj(weights, file, 1 << 24)
+        seal(output, len(code))
     output.chmod(0o755)
+
+
+def linked(target: Target, sources: Path) -> Path:
+    """`model.bin` in the folder `sources` as an object. `zig cc` would keep it in its cache."""
+    (sources / "model.s").write_text(LINKED, encoding="utf-8")
+    words = "clang", "-c", f"--target={target.triple.replace('-', '-apple-')}", "-I", sources
+    zig(*words, sources / "model.s", "-o", sources / "model.o")
+    return sources / "model.o"
+
+
+def seal(path: Path, place: int) -> None:
+    """Has a file end as whole.c expects: where the model is, 8 letters, and a sum of all before."""
+    with path.open("ab") as file:
+        file.write(place.to_bytes(8, "little") + b"gpt-tiny")
+    sum_ = checksum(path)
+    with path.open("ab") as file:
+        file.write(sum_.to_bytes(8, "little"))
 
 
 def checksum(path: Path) -> int:

@@ -142,17 +142,35 @@ def test_a_program_shows_its_flags(program):
     assert "--temperature N" in output(program(REFERENCE), "--help")
 
 
+def assert_refuses(copy: bytes, path: Path, *emulator: str) -> None:
+    path.write_bytes(copy)
+    path.chmod(0o755)
+    process = started(*emulator, path)
+    assert (process.returncode, process.stdout) == (1, b""), len(copy)
+    assert process.stderr == b"error: this program is truncated or altered\n"
+
+
+def altered(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 128]) + data[place + 1 :]
+
+
+@pytest.mark.skipif("sys.platform == 'darwin'", reason="macOS refuses such a program itself")
 def test_a_truncated_or_altered_program_refuses(program, tmp_path):
     data = program(REFERENCE).read_bytes()
     place = len(data) - 100_000  # within the weights
-    altered = data[:place] + bytes([data[place] ^ 128]) + data[place + 1 :]
-    for copy in (altered, data[:-8], data[:-1], data[:place]):
-        path = tmp_path / "copy"
-        path.write_bytes(copy)
-        path.chmod(0o755)
-        process = started(path)
-        assert process.returncode == 1
-        assert process.stderr == b"error: this program is truncated or altered\n"
+    for copy in (altered(data, place), data[:-8], data[:-1], data[:place]):
+        assert_refuses(copy, tmp_path / "copy")
+
+
+# in what checks it, constants, code, the data and all up to the weights
+CUTS = [1500, 4096, 4097, 16_000, 30_000, 100_000, 213_000, 215_000, 217_000]
+
+
+@pytest.mark.skipif("sys.platform != 'linux'", reason="other systems refuse such a program")
+def test_a_program_truncated_or_altered_in_its_code_refuses_as_well(program, tmp_path):
+    data = program(REFERENCE).read_bytes()
+    for copy in (*(data[:n] for n in CUTS), altered(data, 100_000)):
+        assert_refuses(copy, tmp_path / "copy")
 
 
 def test_weights_are_in_the_precision_of_their_file(program):
@@ -184,6 +202,14 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(call, folder, wo
     before = sorted(folder.iterdir())
     result = call(export.main, *words)
     assert_error(result, status, [says])
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_program_that_its_system_would_not_load_is_refused(call, folder, monkeypatch):
+    monkeypatch.setattr(build, "MOST_BYTES", 100_000)
+    before = sorted(folder.iterdir())
+    words = [REFERENCE, "--target", "x86_64-macos"]
+    assert_error(call(export.main, *words), 1, ["GB", "--weights int8"])
     assert sorted(folder.iterdir()) == before
 
 
