@@ -55,15 +55,16 @@ TARGETS = {
     "aarch64-linux": Target("aarch64-linux-musl", ARM, WHOLE_FIRST),
     "x86_64-windows": Target("x86_64-windows-gnu", X86, ("-lshell32",), ".exe"),
     "x86_64-macos": Target("x86_64-macos", X86, links_model=True),
+    "aarch64-macos": Target("aarch64-macos", ARM, links_model=True),
 }
 WASM = ("-target", "wasm32-freestanding", "-msimd128", "-DSTEP=step_any", "-DHALVES_ARE_SINGLE")
 WASM += ("-Wl,--no-entry", "-Wl,-z,stack-size=1048576", "-Wl,--export-memory")
 
 
 def this_machine() -> str:
-    """The name of the target that this machine is or, of an Arm Mac, that it can run."""
+    """The name of the target that this machine is."""
     system = {"Darwin": "macos"}.get(platform.system(), platform.system().lower())
-    is_arm = platform.machine().lower() in ("arm64", "aarch64") and system == "linux"
+    is_arm = platform.machine().lower() in ("arm64", "aarch64") and system != "windows"
     return f"{'aarch64' if is_arm else 'x86_64'}-{system}"
 
 
