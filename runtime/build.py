@@ -68,8 +68,8 @@ def this_machine() -> str:
     return f"{'aarch64' if is_arm else 'x86_64'}-{system}"
 
 
-def zig(*words: str | Path) -> None:
-    run = subprocess.run([ZIG, *words], capture_output=True, text=True)
+def zig(*words: str | Path, folder: Path | None = None) -> None:
+    run = subprocess.run([ZIG, *words], capture_output=True, text=True, cwd=folder)
     if run.returncode:
         raise UserError(f"zig can't compile this model: {run.stderr[:300]}")
 
@@ -114,8 +114,8 @@ def program(target: Target, sources: Path, output: Path) -> None:
 def linked(target: Target, sources: Path) -> Path:
     """`model.bin` in the folder `sources` as an object. `zig cc` would keep it in its cache."""
     (sources / "model.s").write_text(LINKED, encoding="utf-8")
-    words = "clang", "-c", f"--target={target.triple.replace('-', '-apple-')}", "-I", sources
-    zig(*words, sources / "model.s", "-o", sources / "model.o")
+    triple = target.triple.replace("-", "-apple-")
+    zig("clang", "-c", f"--target={triple}", "model.s", "-o", "model.o", folder=sources)
     return sources / "model.o"
 
 

@@ -278,6 +278,15 @@ def test_programs_for_other_machines_write_the_same(program, target, emulator, t
             assert_refuses(copy, tmp_path / "copy", emulator)
 
 
+def test_the_model_that_is_linked_is_never_another_file_of_its_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("model.bin").write_bytes(b"another")
+    Path("sources").mkdir()
+    Path("sources/model.bin").write_bytes(b"the model")
+    target, sources = build.TARGETS["aarch64-macos"], tmp_path / "sources"
+    assert b"the model" in build.linked(target, sources).read_bytes()
+
+
 def load_commands(data: bytes) -> list[tuple[int, bytes]]:
     """The number and the bytes of each in a Mach-O file of 64 bits."""
     commands, place = [], 32
