@@ -138,4 +138,5 @@ def explain(error: BaseException) -> str:
 
 
 def bold(text: str) -> str:
-    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
+    is_plain = os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR")
+    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() and not is_plain else text

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import DATA, GPT2, REFERENCE, assert_error
+from conftest import DATA, GPT2, REFERENCE, assert_error, not_on_windows
 
 import export
 import run
@@ -103,6 +103,20 @@ def test_prompts_come_from_standard_input_whole_or_line_by_line(program, call):
     assert output(story, "-p", "-", *short, stdin="The\r\n class") == whole
     lines = [output(story, "-p", line, *short).removeprefix(line) for line in ("A", "The b")]
     assert output(story, "-i", *short, stdin="A\n\nThe b") == "".join(lines)
+
+
+@not_on_windows("Windows has no such terminals")
+@pytest.mark.parametrize(
+    ("environment", "is_bold"),
+    [({"TERM": "xterm"}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+)
+def test_a_prompt_is_bold_on_a_terminal_that_knows_bold(program, environment, is_bold):
+    shown, terminal = os.openpty()
+    words = [program(REFERENCE), "-p", "The", "-n", "1", "--temperature", "0"]
+    subprocess.run(words, stdout=terminal, env=environment, check=True)
+    os.close(terminal)
+    assert os.read(shown, 1000).startswith(b"\033[1mThe\033[0m" if is_bold else b"The")
+    os.close(shown)
 
 
 def test_unknown_characters_are_a_warning_and_characters_come_whole(program):

@@ -39,6 +39,23 @@ def test_what_the_system_cannot_show_is_no_error(folder):
     assert process.returncode == 0 and process.stdout.startswith("Th? ")
 
 
+@pytest.mark.parametrize(
+    ("environment", "is_bold"),
+    [
+        ({"TERM": "xterm"}, True),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+    ],
+)
+def test_a_terminal_that_knows_no_bold_is_sent_none(monkeypatch, environment, is_bold):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert command_line.bold("The") == ("\033[1mThe\033[0m" if is_bold else "The")
+
+
 def test_a_prompt_longer_than_the_context_is_continued_from_its_end(call):
     prompt = PROMPTS[3]
     assert len(prompt["prompt"]) > 64
