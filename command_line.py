@@ -1,11 +1,18 @@
 """What both command lines share: help, errors of one line, and the choice of the backend."""
 
+import os
+import sys
+
+if None in (sys.stdin, sys.stdout, sys.stderr):  # closed: what is opened next would take its number
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the process ends
+            os.set_inheritable(getattr(sys, name).fileno(), True)
+
 import argparse
 import contextlib
 import errno
 import gc
-import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Trains a GPT on a text: python train.py -t my.txt."""
 
+import command_line  # isort: skip - before another file is opened
+
 import argparse
 import codecs
 import json
@@ -10,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-import command_line
 from backend import bfloat16, devices
 from backend.blas import blas
 from backend.errors import UserError

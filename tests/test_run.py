@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DATA, REFERENCE, ROOT, assert_error
+from conftest import DATA, REFERENCE, ROOT, assert_error, not_on_windows
 from tinygrad import Device
 
 import command_line
@@ -54,6 +54,35 @@ def test_a_terminal_that_knows_no_bold_is_sent_none(monkeypatch, environment, is
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert command_line.bold("The") == ("\033[1mThe\033[0m" if is_bold else "The")
+
+
+def run_with(redirection: str, *words: str) -> subprocess.CompletedProcess:
+    """run.py as a shell starts it, with this redirection."""
+    command = [sys.executable, ROOT / "run.py", REFERENCE, "--temperature", "0", *words]
+    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh"]
+    return subprocess.run([*shell, *command], capture_output=True, text=True)
+
+
+@not_on_windows("Windows closes no streams so")
+def test_a_closed_stream_is_missed_by_no_text():
+    whole = run_with("", "-p", "The", "-n", "9").stdout
+    for redirection, shown in (("2>&-", whole), ("<&-", whole), (">&-", ""), (">&- 2>&-", "")):
+        process = run_with(redirection, "-p", "The", "-n", "9")
+        assert (process.returncode, process.stdout, process.stderr) == (0, shown, ""), redirection
+    process = run_with("<&-", "-p", "-")
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr == "error: the prompt is empty: give at least one character\n"
+
+
+@not_on_windows("Windows closes no streams so")
+def test_no_file_is_opened_in_the_place_of_a_closed_stream():
+    code = "import os, command_line; out = open(3, 'w'); print(os.dup(0), file=out); "
+    code += "print(*[(os.fstat(n).st_rdev, os.get_inheritable(n)) for n in range(3)], file=out)"
+    shell = ["sh", "-c", 'exec 3>&1; exec "$@" <&- >&- 2>&-', "sh"]
+    command = [*shell, sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    null = (os.stat(os.devnull).st_rdev, True)
+    assert process.stdout == f"4\n{null} {null} {null}\n"
 
 
 def test_a_prompt_longer_than_the_context_is_continued_from_its_end(call):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GPT2, REFERENCE, ROOT, TINY, Result, assert_error
+from conftest import GPT2, REFERENCE, ROOT, TINY, Result, assert_error, not_on_windows
 from tinygrad import Device
 
 import run
@@ -97,6 +97,15 @@ def test_output_is_as_documented(trained):
     assert len(lines[8]) <= 201  # 200 tokens of one character, none for an unknown one
     assert len(lines[8]) > 150
     assert lines[8].endswith("\n")
+
+
+@not_on_windows("Windows closes no streams so")
+def test_a_training_without_standard_streams_keeps_its_model(folder, corpus):
+    words = [*TINY, "-n", "1", "-t", corpus.name, "-o", "without_streams"]
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    process = subprocess.run([*shell, sys.executable, ROOT / "train.py", *words], cwd=folder)
+    assert process.returncode == 0
+    checkpoint.load(folder / "without_streams")
 
 
 def test_loss_falls(trained):
