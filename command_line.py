@@ -1,6 +1,7 @@
 """What both command lines share: help, errors of one line, and the choice of the backend."""
 
 import os
+import signal
 import sys
 
 if None in (sys.stdin, sys.stdout, sys.stderr):  # closed: what is opened next would take its number
@@ -8,6 +9,13 @@ if None in (sys.stdin, sys.stdout, sys.stderr):  # closed: what is opened next w
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the process ends
             os.set_inheritable(getattr(sys, name).fileno(), True)
+
+# The imports of a command take a second, in which Ctrl-C ends it as silently as later, in `run`.
+if (
+    os.path.dirname(os.path.realpath(sys.argv[0])) == os.path.dirname(os.path.realpath(__file__))
+    and callable(signal.getsignal(signal.SIGINT))  # not ignored, as in the background
+):
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import contextlib
@@ -122,6 +130,8 @@ class LastingStream:
 def run(main: Callable[[], int | None]) -> None:
     """Ends the process with what `main` returns; what a user can get wrong is a line on stderr."""
     sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
+    if callable(at_rest := signal.getsignal(signal.SIGINT)):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main())
     except BrokenPipeError:  # python run.py ... | head
@@ -131,6 +141,8 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        if callable(at_rest):
+            signal.signal(signal.SIGINT, at_rest)
         gc.freeze()  # to look for garbage at the end would take a tenth of a second
 
 

@@ -1,6 +1,6 @@
 """Makes one file of a trained model, a program or a page: python export.py my_model -o story."""
 
-import command_line  # isort: skip - before another file is opened
+import command_line  # isort: skip - first, for the time of the imports
 
 import argparse
 import json

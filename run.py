@@ -3,7 +3,7 @@
 With --score it says instead how well the model predicts a text.
 """
 
-import command_line  # isort: skip - before another file is opened
+import command_line  # isort: skip - first, for the time of the imports
 
 import argparse
 import codecs

@@ -1,6 +1,6 @@
 """Trains a GPT on a text: python train.py -t my.txt."""
 
-import command_line  # isort: skip - before another file is opened
+import command_line  # isort: skip - first, for the time of the imports
 
 import argparse
 import codecs

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -54,6 +55,26 @@ def test_a_terminal_that_knows_no_bold_is_sent_none(monkeypatch, environment, is
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert command_line.bold("The") == ("\033[1mThe\033[0m" if is_bold else "The")
+
+
+@pytest.mark.parametrize("script", ["train.py", "run.py", "export.py"])
+def test_ctrl_c_ends_a_command_in_silence_while_it_imports(tmp_path, signals, script):
+    (tmp_path / "numpy.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / script]
+    process = subprocess.run(command, env=environment, capture_output=True)
+    assert (process.returncode, process.stdout, process.stderr) == (130, b"", b"")
+
+
+@not_on_windows("Windows sends no signals to a process")
+def test_ctrl_c_ends_a_text_in_silence(signals):
+    command = [sys.executable, ROOT / "run.py", REFERENCE, "-n", "1000000"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **options) as process:
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == b""
+    assert process.returncode == 130
 
 
 def run_with(redirection: str, *words: str) -> subprocess.CompletedProcess:
