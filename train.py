@@ -230,4 +230,4 @@ def print_example(training: Training) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, outlives_reader=True)

@@ -40,6 +40,16 @@ def test_what_the_system_cannot_show_is_no_error(folder):
     assert process.returncode == 0 and process.stdout.startswith("Th? ")
 
 
+def test_a_system_that_knows_ascii_alone_shows_the_whole_text(folder):
+    words = [REFERENCE, "-p", "The ", "-n", "300", "--temperature", "1000"]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, ROOT / "run.py", *words]
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True)
+    text = process.stdout.decode("ascii")
+    assert (process.returncode, process.stderr) == (0, b"")
+    assert len(text.rstrip("\n")) <= 304 <= len(text) - 1 and "?" in text
+
+
 @pytest.mark.parametrize(
     ("environment", "is_bold"),
     [
@@ -104,6 +114,13 @@ def test_no_file_is_opened_in_the_place_of_a_closed_stream():
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     null = (os.stat(os.devnull).st_rdev, True)
     assert process.stdout == f"4\n{null} {null} {null}\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_that_a_text_goes_to_is_one_line():
+    process = run_with(">/dev/full", "-n", "9")
+    assert process.returncode == 1
+    assert process.stderr == "error: No space left on device\n"
 
 
 def test_a_prompt_longer_than_the_context_is_continued_from_its_end(call):
