@@ -6,6 +6,7 @@ update. Without MPI there is a world of one, through the same code.
 
 import contextlib
 import os
+import selectors
 import shutil
 import signal
 import socket
@@ -197,7 +198,7 @@ def launch(n_workers: int, words: list[str]) -> int:
     if sys.stderr.isatty():
         environment[COLUMNS] = str(shutil.get_terminal_size().columns)
     # a session of its own: Ctrl-C reaches the ranks once, from here
-    options = {"stdout": subprocess.PIPE, "start_new_session": True}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
     process = subprocess.Popen(command, env=environment, **options)
     signals = []
 
@@ -210,12 +211,7 @@ def launch(n_workers: int, words: list[str]) -> int:
 
     for number in stop_signals():
         signal.signal(number, forward)
-    was_killed = False
-    while chunk := os.read(process.stdout.fileno(), 1 << 16):
-        text, banner, _ = chunk.partition(BANNER)
-        sys.stdout.buffer.write(b"" if was_killed else text)
-        sys.stdout.buffer.flush()
-        was_killed = was_killed or bool(banner)
+    was_killed = pass_on(process)
     status = process.wait()
     if signals:
         return 128 + signals[0]
@@ -225,3 +221,21 @@ def launch(n_workers: int, words: list[str]) -> int:
             "to go on: python train.py --resume .data/checkpoints"
         )
     return status
+
+
+def pass_on(process: subprocess.Popen) -> bool:
+    """Writes what mpiexec does, which would end with its reader, up to what it tells of a rank that
+    was killed; whether one was."""
+    was_killed = False
+    with selectors.DefaultSelector() as streams:
+        streams.register(process.stdout, selectors.EVENT_READ, sys.stdout.buffer)
+        streams.register(process.stderr, selectors.EVENT_READ, sys.stderr.buffer)
+        while streams.get_map():
+            for stream, _ in streams.select():
+                if not (chunk := os.read(stream.fd, 1 << 16)):
+                    streams.unregister(stream.fileobj)
+                text, banner, _ = chunk.partition(BANNER)
+                stream.data.write(b"" if was_killed else text)
+                stream.data.flush()
+                was_killed = was_killed or bool(banner)
+    return was_killed
