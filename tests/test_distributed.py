@@ -250,7 +250,8 @@ def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_pa
     first = int(re.search(r"step +(\d+)/", wait_for(resumed, "step ")).group(1))
     wait_for(resumed, "store checkpoint")
     processes = workers_of(resumed)
-    ranks = [p for p in processes if "train.py" in Path(f"/proc/{p}/cmdline").read_text()]
+    [launcher] = [p for p in processes if "proxy" in Path(f"/proc/{p}/cmdline").read_text()]
+    ranks = [p for p in processes if status_of(p)[1] == launcher]  # which start processes, too
     os.kill(ranks[-1], signal.SIGKILL)
     out, err = resumed.communicate(timeout=HANGS)
     assert resumed.returncode == 1
