@@ -1,5 +1,7 @@
 """Trains a GPT on a text: python train.py -t my.txt."""
 
+import command_line  # isort: skip - first, for the time of the imports
+
 import argparse
 import codecs
 import contextlib
@@ -12,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-import command_line
 from backend import bfloat16, devices
 from backend.blas import blas
 from backend.errors import UserError
@@ -238,4 +239,4 @@ def print_example(training: Training) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, outlives_reader=True)

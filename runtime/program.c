@@ -121,7 +121,9 @@ static void continue_text(Text prompt) {
   long n_unknown = begin(prompt, (Text){(byte *)stop, strlen(stop)}, ids);
   if (n_unknown)
     fprintf(stderr, "warning: %ld tokens of the prompt are not in the vocabulary\n", n_unknown);
-  int is_bold = isatty(1) && !is_interactive;
+  const char *terminal = getenv("TERM"), *no_color = getenv("NO_COLOR");
+  int is_plain = (terminal && !strcmp(terminal, "dumb")) || (no_color && *no_color);
+  int is_bold = isatty(1) && !is_interactive && !is_plain;
   if (is_bold) fputs("\033[1m", stdout);
   if (!is_interactive) show(prompt);
   if (is_bold) fputs("\033[0m", stdout);

@@ -136,6 +136,20 @@ def test_a_program_reads_standard_input_as_run_py_does(program, call, pipe, flag
     assert ours.err == theirs.stderr.decode()
 
 
+@not_on_windows("Windows has no such terminals")
+@pytest.mark.parametrize(
+    ("environment", "is_bold"),
+    [({"TERM": "xterm"}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+)
+def test_a_prompt_is_bold_on_a_terminal_that_knows_bold(program, environment, is_bold):
+    shown, terminal = os.openpty()
+    words = [program(REFERENCE), "-p", "The", "-n", "1", "--temperature", "0"]
+    subprocess.run(words, stdout=terminal, env=environment, check=True)
+    os.close(terminal)
+    assert os.read(shown, 1000).startswith(b"\033[1mThe\033[0m" if is_bold else b"The")
+    os.close(shown)
+
+
 def test_unknown_characters_are_a_warning_and_characters_come_whole(program):
     process = started(program(REFERENCE), "-p", "日本The ", "-n", "5")
     assert process.stderr.decode().startswith("warning: 2 tokens of the prompt")

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GPT2, REFERENCE, ROOT, TINY, Result, assert_error
+from conftest import (
+    GPT2,
+    REFERENCE,
+    ROOT,
+    TINY,
+    Result,
+    assert_error,
+    not_on_windows,
+    start,
+)
 from tinygrad import Device
 
 import run
@@ -97,6 +106,24 @@ def test_output_is_as_documented(trained):
     assert len(lines[8]) <= 201  # 200 tokens of one character, none for an unknown one
     assert len(lines[8]) > 150
     assert lines[8].endswith("\n")
+
+
+def test_a_training_outlives_the_reader_of_its_lines(folder, corpus):
+    training = start(folder, *TINY, "-n", "3", "-t", corpus.name, "-o", "without_reader")
+    while "step   1/3" not in training.stdout.readline():
+        assert training.poll() is None
+    training.stdout.close()
+    assert (training.stderr.read(), training.wait()) == ("", 0)
+    checkpoint.load(folder / "without_reader")
+
+
+@not_on_windows("Windows closes no streams so")
+def test_a_training_without_standard_streams_keeps_its_model(folder, corpus):
+    words = [*TINY, "-n", "1", "-t", corpus.name, "-o", "without_streams"]
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    process = subprocess.run([*shell, sys.executable, ROOT / "train.py", *words], cwd=folder)
+    assert process.returncode == 0
+    checkpoint.load(folder / "without_streams")
 
 
 def test_loss_falls(trained):

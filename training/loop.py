@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import shutil
 import signal
 import time
@@ -18,6 +19,8 @@ from training.distributed import HANGUP, World, stop_signals
 from training.metrics import append_metrics, begin_metrics, progress, step_line
 from training.settings import TrainingConfig
 from training.state import Training
+
+HEARD = b"stopping after the batch in flight; a second Ctrl-C or SIGTERM stops at once\n"
 
 
 def train(training: Training, world: World, announce: Callable[[str], None]) -> int:
@@ -104,10 +107,14 @@ def keep_if_best(training: Training) -> None:
 def noted_signals(world: World) -> Iterator[list[int]]:
     """Signals to stop as they come, for the batch in flight to end first; a second one ends at
     once, but for workers, whom only all together can end, and for what a terminal sends that goes
-    away, which may come twice."""
+    away, which may come twice. The first is answered on stderr."""
     noted, previous = [], {}
 
     def note(number: int, frame) -> None:
+        if world.rank == 0 and not noted:
+            is_bar_shown = not world.bar()["disable"]
+            with contextlib.suppress(OSError):  # print may be what this interrupts
+                os.write(2, b"\n" * is_bar_shown + HEARD)
         noted.append(number)
         if world.size == 1 and number != HANGUP:
             restore(signal.SIGINT, signal.SIGTERM)
