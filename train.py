@@ -87,8 +87,8 @@ class Texts(argparse.Action):
         setattr(namespace, self.dest, (*(() if before is self.default else before), value))
 
 
-def workers(text: str) -> int:
-    return number(int, 1, 2**16)(str(distributed.count_workers(text)))
+def workers(text: str) -> int | str:
+    return text if text == "auto" else number(int, 1, 2**16)(text)
 
 
 def configure(words: list[str], began: TrainingConfig | None = None) -> TrainingConfig:
@@ -130,11 +130,11 @@ def main() -> int:
     start = Start()
     if not (options.resume or options.init_from):
         config = configure(words)  # first: what is wrong ends here, and not on each of the workers
-    devices.check()
     world = distributed.World(command_line.explain)
-    if (options.workers or 1) > 1 and not world.is_under_mpi:
-        return distributed.launch(options.workers, sys.argv)
+    if not world.is_under_mpi and (n := distributed.count_workers(options.workers)) > 1:
+        return distributed.launch(n, sys.argv)
     with world:
+        world.take_device()
         if options.resume:
             config, start = from_checkpoint(options.resume, words, world)
         elif options.init_from:

@@ -21,6 +21,7 @@ from training.settings import Files, TrainingConfig, changed
 from training.state import Start, begin
 
 WORLD = World()
+WORLD.take_device()
 
 
 def train(config: GPTConfig, n: int, **settings):

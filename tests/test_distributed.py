@@ -15,6 +15,7 @@ import conftest
 import numpy as np
 import pytest
 from conftest import ROOT
+from tinygrad import Context, Device
 
 from backend.memory import Flat
 from gpt_tiny import GPTConfig
@@ -177,10 +178,57 @@ def test_each_worker_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
     for name, variable in (numbers | {"DEV": chosen}).items():
         monkeypatch.setattr(distributed, name, variable)
     monkeypatch.setattr(distributed.devices, "in_use", lambda: "CUDA")
-    of_machine = SimpleNamespace(rank=3, size=4, allgather=lambda _: [{0, 1, 2, 3}, {4, 5, 6, 7}])
-    distributed.World().take_device(of_machine)
+    monkeypatch.setattr(distributed.devices, "check", lambda: None)
+    world = distributed.World()
+    world.size = world.n_on_machine = 4
+    world.of_machine = SimpleNamespace(
+        rank=3, allgather=lambda _: [{0, 1, 2, 3}, {4, 5, 6, 7}], bcast=lambda _: "CUDA"
+    )
+    world.take_device()
     assert chosen.value[0].device == "CUDA:3"
     assert {variable.value for variable in numbers.values()} == {2}
+
+
+def test_a_worker_opens_no_gpu_but_its_own(tmp_path, mpi):
+    code = """
+import os, sys
+sys.path.insert(0, os.environ["ROOT"])
+import train
+from pathlib import Path
+from tinygrad import Device
+def note(config, tokenizer, world):
+    Path(str(world.rank)).write_text(" ".join(Device._opened_devices))
+    sys.exit()
+train.corpus.read = note
+train.main()
+"""
+    command = [MPIEXEC, "-n", "2", sys.executable, "-c", code, "-x", "--workers", "auto"]
+    environment = os.environ | {"ROOT": str(ROOT), "DEV": "NULL"}  # a GPU that does nothing
+    options = {"env": environment, "cwd": tmp_path, "timeout": HANGS}
+    run = subprocess.run(command, capture_output=True, text=True, **options)
+    assert run.returncode == 0, run.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["NULL", "NULL:1"]
+
+
+def test_auto_is_one_worker_where_devices_have_no_numbers(monkeypatch):
+    monkeypatch.setenv("DEV", "NULL")
+    with Context(DEV="NULL"):
+        assert distributed.count_workers("auto") == 1
+    assert "NULL" not in Device._opened_devices  # which workers are to open
+
+
+def test_auto_is_a_worker_for_each_gpu(tmp_path, monkeypatch):
+    (tmp_path / "tinygrad.py").write_text(
+        "class Devices:\n"
+        "    DEFAULT = device = 'CUDA'\n"
+        "    count = lambda self: 3\n"
+        "    __getitem__ = lambda self, _: self\n"
+        "Device = Devices()\n"
+        "print('opened device CUDA from pid:1')  # with DEBUG=1\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Context(DEV="CUDA"):
+        assert distributed.count_workers("auto") == 3
 
 
 def test_an_uneven_share_is_refused_with_the_sizes_that_fit(monkeypatch):

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 import numpy as np
-from tinygrad import Device
 from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, Target
 
 from backend import devices, machine
@@ -36,7 +35,7 @@ BANNER = b"\n" + 40 * b"="  # begins what mpiexec tells of a rank that was kille
 class World:
     """All ranks, and which one this is. As a context it ends them all with the one that fails."""
 
-    rank, size = 0, 1
+    rank, size, n_on_machine = 0, 1, 1
 
     def __init__(self, explain: Callable[[BaseException], str] = str):
         """`explain` says in words what an error of this rank is."""
@@ -53,17 +52,21 @@ class World:
         self.rank, self.size = self.ranks.rank, self.ranks.size
         if self.size > 1:
             self.of_machine = self.ranks.Split_type(MPI.COMM_TYPE_SHARED)
-            self.take_device(self.of_machine)
+            self.n_on_machine = self.of_machine.size
 
-    def take_device(self, of_machine) -> None:
-        """For each rank of a machine its share of the cores, and a GPU of its own."""
-        backend = devices.in_use().split(":")[0]
-        cores = set().union(*of_machine.allgather(machine.usable_cores()))
-        n_cores = min(len(cores), machine.share_of_processor()) // of_machine.size
-        NUM_CPU_THREADS.value = max(1, min(NUM_CPU_THREADS.value, int(n_cores)))
-        if backend != "CPU":  # there, one compiles for all
-            DEV.value = [Target(f"{backend}:{of_machine.rank}"), *DEV.value]
-            PARALLEL.value = NUM_CPU_THREADS.value
+    def take_device(self) -> None:
+        """For each rank of a machine its share of the cores, and a GPU of its own, which is the
+        only one that it opens; ValueError if that does not open."""
+        if self.size > 1:
+            # without DEV, finding the backend opens the first GPU, which is the first rank's
+            backend = self.from_first_of_machine(devices.in_use).split(":")[0]
+            cores = set().union(*self.of_machine.allgather(machine.usable_cores()))
+            n_cores = min(len(cores), machine.share_of_processor()) // self.n_on_machine
+            NUM_CPU_THREADS.value = max(1, min(NUM_CPU_THREADS.value, int(n_cores)))
+            if backend != "CPU":  # there, one compiles for all
+                DEV.value = [Target(f"{backend}:{self.of_machine.rank}"), *DEV.value]
+                PARALLEL.value = NUM_CPU_THREADS.value
+        devices.check()
 
     def check_same(self, **facts: object) -> None:
         """ValueError, with its name, if one of the facts is not the same on every rank."""
@@ -149,11 +152,11 @@ class World:
         self.ranks.Abort(1)
 
 
-def count_workers(text: str) -> int:
+def count_workers(wanted: int | str | None) -> int:
     """The number that --workers names; `auto` is one for each device or physical core."""
-    if text != "auto":
-        return int(text)
-    backend = devices.in_use().split(":")[0]
+    if wanted != "auto":
+        return wanted or 1
+    backend, n_devices = count_devices()
     if backend == "CPU":
         siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
         with contextlib.suppress(OSError):
@@ -161,12 +164,18 @@ def count_workers(text: str) -> int:
             physical = {file.read_text(encoding="utf-8") for file in files}
             return min(len(physical), machine.n_cores())
         return machine.n_cores()
-    number = 0
-    with contextlib.suppress(Exception):  # whatever a driver raises past the last one
-        while True:
-            Device[f"{backend}:{number}"]
-            number += 1
-    return max(1, number)
+    return n_devices
+
+
+def count_devices() -> tuple[str, int]:
+    """The backend, and how many devices it has, 1 where it does not open. A process of its own asks
+    for them: one that has opened a GPU keeps a part of it, or all, from the workers."""
+    if DEV.device.startswith("CPU"):
+        return "CPU", 1
+    code = "from tinygrad import Device; d = Device[Device.DEFAULT]; print(d.device, d.count())"
+    process = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    name, number = (process.stdout.split() or [DEV.device, "1"])[-2:]
+    return name.split(":")[0], int(number)
 
 
 def mpiexec(n_workers: int) -> list[str]:
@@ -181,7 +190,7 @@ def mpiexec(n_workers: int) -> list[str]:
         raise UserError("training with several workers is for Linux and macOS: omit --workers")
     if program is None:
         raise UserError(f"--workers {n_workers} needs MPI: pip install '.[mpi]'")
-    is_full = n_workers == len(machine.usable_cores()) and devices.in_use().startswith("CPU")
+    is_full = n_workers == len(machine.usable_cores()) and DEV.device.startswith("CPU")
     return [program, *(["-bind-to", "core"] if is_full else []), "-n", str(n_workers)]
 
 

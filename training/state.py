@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tinygrad import Tensor
 
-from backend import machine
+from backend import devices, machine
 from backend.capture import sources
 from backend.errors import UserError
 from backend.memory import Flat, put, zeros
@@ -22,6 +22,9 @@ from training.corpus import Corpus
 from training.distributed import World
 from training.optimizers import OPTIMIZERS, AdamW, Muon
 from training.settings import TrainingConfig
+
+GIB = 1 << 30
+BYTES_OF_PROGRAM = 72 << 20  # Python, with what is imported, and its compiled kernels
 
 
 @dataclass
@@ -101,7 +104,7 @@ def begin(config: TrainingConfig, corpus: Corpus, start: Start, world: World) ->
 
     ValueError for what can't be trained, or can't go on from there.
     """
-    check_sizes(config, corpus)
+    check_sizes(config, corpus, world)
     world.share(config.batch_size, "--batch-size", config.accumulate)
     position, checksum = start.position, corpus.checksum
     code = (sources(), version("tinygrad"), version("numpy"))
@@ -135,7 +138,7 @@ def flat_model(config: GPTConfig, algorithm: str = "adamw") -> tuple[GPT, Flat]:
     return GPT(config, dict(zip(shapes(config), parameters.parts, strict=True))), parameters
 
 
-def check_sizes(config: TrainingConfig, corpus: Corpus) -> None:
+def check_sizes(config: TrainingConfig, corpus: Corpus, world: World) -> None:
     """ValueError where the corpus is too short, or where the system would run out of memory, and
     end the training without a word."""
     model, n_validation = config.model, len(corpus.ids) - corpus.n_training
@@ -144,18 +147,42 @@ def check_sizes(config: TrainingConfig, corpus: Corpus) -> None:
             f"{corpus.name} is too short: its last tenth, {n_validation} tokens, is "
             f"for validation and has to exceed --context-length {model.context_length}"
         )
-    activations = 16 * model.d_model + 3 * model.d_hidden  # floats a token and block
-    activations += 4 * model.n_heads * model.context_length
-    n_tokens = config.batch_size // config.accumulate * model.context_length
-    n_floats = 4 * model.n_parameters  # with their gradients and two moments
-    n_floats += n_tokens * (model.n_layers * activations + 4 * model.vocab_size)
-    memory = machine.memory()
-    if 4 * n_floats > memory:
+    n_tokens = config.batch_size // config.accumulate // world.size * model.context_length
+    of_scores, n_bytes = (world.n_on_machine * n for n in memory_taken(config, n_tokens))
+    is_on_cpu = devices.in_use().startswith("CPU")
+    memory = machine.memory() if is_on_cpu else machine.physical_memory()  # a GPU has its own
+    taken = f"{n_bytes / GIB:,.1f} GiB of memory"
+    if n_bytes > memory:
         raise UserError(
-            f"training {model.n_parameters:,} parameters on {n_tokens:,} tokens at a time takes "
-            f"about {4 * n_floats / 2**30:,.0f} GiB of memory, and there are "
-            f"{memory / 2**30:,.0f}: choose a smaller model, --context-length or --batch-size"
+            f"training {model.n_parameters:,} parameters on {world.n_on_machine * n_tokens:,} "
+            f"tokens at a time takes about {taken}, and there are {memory / GIB:,.1f}: choose a "
+            "smaller model, --context-length or --batch-size"
         )
+    if of_scores > max(n_bytes / 2, 2 * GIB):
+        print(
+            f"warning: attention over --context-length {model.context_length} takes "
+            f"{of_scores / GIB:,.1f} of about {taken}: a shorter one, a smaller --batch-size or a "
+            "higher --accumulate takes less",
+            file=sys.stderr,
+        )
+
+
+def memory_taken(config: TrainingConfig, n_tokens: int) -> tuple[int, int]:
+    """The bytes that attention's scores take in a process that trains on so many tokens at a time,
+    and those of all. The counts of floats are fitted to what trainings on a CPU took."""
+    model = config.model
+    scores = model.n_heads * model.context_length  # of a token in a block
+    # of a small vocabulary there are one-hot rows, too, beside the logits and their gradient
+    logits = model.vocab_size * (3 if model.vocab_size <= 4096 else 2)
+    of_block = 3 * scores + 9 * model.d_model + 2 * model.d_hidden
+    n_floats = n_tokens * (model.n_layers * of_block + max(scores, logits) + 4 * model.d_model)
+    # gradients take the place of activations; and there are the parameters, their stored gradients
+    # and two moments
+    n_floats = max(n_floats, model.n_parameters) + 4 * model.n_parameters
+    n_validated = min(n_tokens, config.validation_size * model.context_length)
+    n_floats += n_validated * (max(3 * scores, logits) + 8 * model.d_model)
+    n_scores = scores * (n_tokens * (3 * model.n_layers + 1) + 3 * n_validated)
+    return 4 * n_scores, 4 * n_floats + BYTES_OF_PROGRAM
 
 
 def check_same_training(config: TrainingConfig, checksum: int, start: Start) -> None:
