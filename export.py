@@ -12,9 +12,9 @@ import command_line
 import run
 from backend import devices
 from backend.errors import UserError
+from backend.quantized import QMAX
 from backend.rendered import N_SHARES, rendered
-from backend.rounded import GREATEST
-from generation import Generator
+from inference.generator import Generator
 from models import checkpoint, folders
 from runtime import build
 from runtime.kernels import Kernels
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     page_help = "a page for a browser; of a large model a folder, for any web server"
     parser.add_argument("--page", action="store_true", help=page_help)
     weights_help = "round the weights: a smaller, faster file (default: as they are stored)"
-    parser.add_argument("--weights", choices=GREATEST, help=weights_help)
+    parser.add_argument("--weights", choices=QMAX, help=weights_help)
     arguments = parser.parse_args()
     if arguments.page and arguments.target:
         parser.error("a page has no --target: it is for every browser")
@@ -53,7 +53,7 @@ def main() -> None:
     output = arguments.output_path or Path(f"story{'.html' if arguments.page else target.suffix}")
     check(files_of(output, arguments.page and output.is_dir()), arguments.model_path)
     model_folder = checkpoint.find(arguments.model_path)
-    with devices.on_cpu(), TemporaryDirectory() as folder:
+    with devices.default_to_cpu(), TemporaryDirectory() as folder:
         model, tokenizer = checkpoint.load(model_folder)
         generator = Generator(model, weights=arguments.weights)
         n_weight_bytes = sum(p.nbytes() for p in generator.model.parameters().values())

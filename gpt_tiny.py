@@ -11,7 +11,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from backend import einsum, filled, look_up, positions, zeros
+from backend import einsum, from_numpy, look_up, positions, zeros
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,15 @@ class GPT(Layers):
             given = weights[name]
             if given.shape != parameter.shape:
                 raise ValueError(f"{name} is {given.shape}, and must be {parameter.shape}")
-            parameter.replace(given if isinstance(given, Tensor) else filled(given))
+            parameter.replace(given if isinstance(given, Tensor) else from_numpy(given))
 
     def __call__(self, ids: Tensor, dropout: Callable = no_dropout) -> Tensor:
         """ids (batch, time) -> logits (batch, time, vocab_size)"""
-        return self.head(self.trunk(ids, dropout))
+        return self.head(self.hidden_states(ids, dropout))
 
-    def trunk(self, ids: Tensor, dropout: Callable = no_dropout, cache=None, start=0) -> Tensor:
+    def hidden_states(
+        self, ids: Tensor, dropout: Callable = no_dropout, cache=None, start=0
+    ) -> Tensor:
         """ids (batch, time) at the positions from `start` on -> (batch, time, d_model)"""
         positions = self.positional_embedding.weight[start : start + ids.shape[1]]
         x = dropout(self.token_embedding(ids) + positions)

@@ -16,14 +16,14 @@ from tqdm import tqdm
 import command_line
 from backend import devices
 from backend.errors import UserError
-from backend.rounded import GREATEST
+from backend.quantized import QMAX
 from command_line import bold, number
-from generation import Generator, round_matrices, sample
+from data.texts import Texts
 from gpt_tiny import GPT
+from inference.generator import Generator, quantize, sample
+from inference.scoring import Score, known_ids, losses
 from models import checkpoint, folders
-from scoring import Score, known_ids, losses
 from tokenizers import NotUTF8, Tokenizer
-from training.texts import Texts
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--score", type=Path, metavar="TEXT_FILE", help=score_help)
     add("--n-samples", type=count, default=1, help="continuations, generated side by side")
     weights_help = "round the weights: less memory, more speed (default: as they are stored)"
-    add("--weights", choices=GREATEST, help=weights_help)
+    add("--weights", choices=QMAX, help=weights_help)
     add_text_options(parser)
     arguments = parser.parse_args()
     if arguments.stop == "":
@@ -80,7 +80,7 @@ def main() -> None:
     model, tokenizer = checkpoint.load(path)
     if arguments.score:
         if arguments.weights:
-            round_matrices(model, arguments.weights)
+            quantize(model, arguments.weights)
         score(model, tokenizer, arguments.score)
     else:
         generate(model, tokenizer, arguments)

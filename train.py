@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 
 import command_line
-from backend import bfloat16, devices
-from backend.blas import blas
+from backend import devices
+from backend.cpu import gemm
 from backend.errors import UserError
+from backend.matmul import blas
 from command_line import bold, number
-from generation import Generator, sample
+from data import ids
+from inference.generator import Generator, sample
 from models import checkpoint, folders
-from training import corpus, distributed, loop, resume
+from training import resume, trainer, workers
+from training.config import TrainingConfig, changed, flat
 from training.metrics import plot
-from training.settings import TrainingConfig, changed, flat
 from training.state import Start, Training, begin
 
 DEFAULTS = TrainingConfig()
@@ -61,7 +63,7 @@ def make_parser(defaults: TrainingConfig) -> command_line.ArgumentParser:
     add("--dtype", choices=["float32", "bfloat16"], help="of matrix products")
     add("--validation-size", type=size, help="windows for the validation loss")
     add("-s", "--seed", type=number(int, 0, 2**63), help="of all random numbers")
-    add("--workers", type=workers, metavar="N", help="processes that share a batch, or auto")
+    add("--workers", type=worker_count, metavar="N", help="processes that share a batch, or auto")
     add = parser.add_argument_group("files").add_argument
     text_help = "text in UTF-8: a file, also .gz, .bz2 or .xz, a folder of .txt, or - for standard "
     text_help += "input; several are joined (default: .data/corpus.txt)"
@@ -84,8 +86,8 @@ class Texts(argparse.Action):
         setattr(namespace, self.dest, (*(() if before is self.default else before), value))
 
 
-def workers(text: str) -> int:
-    return number(int, 1, 2**16)(str(distributed.count_workers(text)))
+def worker_count(text: str) -> int:
+    return number(int, 1, 2**16)(str(workers.count_workers(text)))
 
 
 def configure(words: list[str], began: TrainingConfig | None = None) -> TrainingConfig:
@@ -127,9 +129,9 @@ def main() -> int:
     if not (options.resume or options.init_from):
         config = configure(words)  # first: what is wrong ends here, and not on each of the workers
     devices.check()
-    world = distributed.World(command_line.explain)
+    world = workers.World(command_line.explain)
     if (options.workers or 1) > 1 and not world.is_under_mpi:
-        return distributed.launch(options.workers, sys.argv)
+        return workers.launch(options.workers, sys.argv)
     with world:
         if options.resume:
             config, start = from_checkpoint(options.resume, words, world)
@@ -138,19 +140,19 @@ def main() -> int:
         start.position.arguments += words
         if config.files.output_path and not config.files.no_save and world.rank == 0:
             folders.check_destination(config.files.output_path)
-        text = corpus.read(config, start.tokenizer, world)
+        text = ids.read(config, start.tokenizer, world)
         start.position.texts = list(map(str, config.files.text_corpus))
         training = begin(config.with_tokenizer(text.tokenizer), text, start, world)
         return run(training, world)
 
 
 def from_checkpoint(
-    path: Path, words: list[str], world: distributed.World
+    path: Path, words: list[str], world: workers.World
 ) -> tuple[TrainingConfig, Start]:
     """The settings that a training began with, which the words may only prolong or move."""
     saved = resume.load(path) if world.rank == 0 else None
     # but for the tensors, which rank 0 hands on when there is a place for them
-    light = world.from_first(saved and replace(saved, weights={}, moments={}))
+    light = world.broadcast(saved and replace(saved, weights={}, moments={}))
     start = saved or light
     # The model's sizes stand in its config: those in the words may be defaults, beside --init-from.
     model = start.config["model"]
@@ -173,7 +175,7 @@ def from_model(path: Path, words: list[str]) -> tuple[TrainingConfig, Start]:
     began = changed(DEFAULTS, flat(model.config) | own)
     config = configure(words, began)
     if tokenizer.name == "bpe" and config.tokenizer not in ("bpe", "char", "vowel"):
-        given = corpus.byte_pairs(config.tokenizer)
+        given = ids.byte_pairs(config.tokenizer)
         if given.tokens == tokenizer.tokens:
             config = replace(config, tokenizer=tokenizer.name)
     names = ("d_model", "n_layers", "n_heads", *own)
@@ -190,15 +192,15 @@ def from_model(path: Path, words: list[str]) -> tuple[TrainingConfig, Start]:
     return config, Start(tokenizer, weights)
 
 
-def run(training: Training, world: distributed.World) -> int:
+def run(training: Training, world: workers.World) -> int:
     config, folder = training.config, Path(training.position.output_path)
     is_on_cpu = devices.in_use().startswith("CPU")
-    if config.dtype == "bfloat16" and is_on_cpu and not (blas() and bfloat16.sbgemm()):
+    if config.dtype == "bfloat16" and is_on_cpu and not (blas() and gemm.sbgemm()):
         print(ROUNDED_ONLY, file=sys.stderr)
     parameters = f"parameters: {config.model.n_parameters}, device: {devices.in_use()}"
     print(bold("start training"), "-", parameters)
     print(json.dumps(config.picture(), indent=2), flush=True)
-    signal_number = loop.train(training, world, announce)
+    signal_number = trainer.train(training, world, announce)
     if signal_number:
         if training.is_kept:
             command = f"python train.py --resume {training.latest}"

@@ -24,7 +24,7 @@ def choose() -> None:
         DEV.value = os.environ["DEV"] = "CPU"
 
 
-def on_cpu() -> Context:
+def default_to_cpu() -> Context:
     """Within it, what names no device is on the CPU."""
     return Context(DEV="CPU")
 

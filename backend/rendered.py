@@ -11,7 +11,7 @@ from tinygrad.engine.realize import capturing, get_call_arg_uops
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.uop.ops import Ops, buffers
 
-from backend.capture import kernels_of
+from backend.jit_cache import kernels_of
 
 N_SHARES = 24  # for 2, 3, 4, 6, 8, 12 or 24 cores they are equal
 
@@ -42,7 +42,7 @@ class Recorder:
 def rendered(function: Callable, *tensors: Tensor, **values: range) -> list[Call]:
     """What `function` would run on the CPU, in shares for up to N_SHARES cores.
 
-    It takes realised tensors, and by name numbers, each of its `values`. All that products.c can
+    It takes realised tensors, and by name numbers, each of its `values`. All that gemv.c can
     multiply it does. Nothing is compiled, and nothing is run.
     """
     variables = {

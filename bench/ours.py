@@ -10,15 +10,15 @@ from tinygrad import Device
 from tinygrad.helpers import GlobalCounters
 from worker import peak_memory, serve
 
-from backend.memory import get
-from generation import Generator
+from backend.arrays import copy_out
+from data.ids import Corpus
 from gpt_tiny import GPT, GPTConfig, initial_weights
+from inference.generator import Generator
 from tokenizers import CharTokenizer
 from training.batches import capture_training, make_plan
-from training.corpus import Corpus
-from training.distributed import World
-from training.settings import Files, TrainingConfig, changed
+from training.config import Files, TrainingConfig, changed
 from training.state import Start, begin
+from training.workers import World
 
 WORLD = World()
 
@@ -34,7 +34,7 @@ def train(config: GPTConfig, n: int, **settings):
     def work() -> None:
         for number in range(n):
             train_batch(*plan, batch=number % config.batches_per_step)
-        get(training.losses)  # waits for the last one
+        copy_out(training.losses)  # waits for the last one
 
     return work
 

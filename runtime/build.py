@@ -15,14 +15,14 @@ from string import Template
 import numpy as np
 import ziglang
 
-from backend.blas import blas
-from backend.compiler import FLAGS
+from backend.cpu.compiler import FLAGS
 from backend.errors import UserError
+from backend.matmul import blas
 
 ZIG = Path(ziglang.__file__).parent / "zig"
 RUNTIME = Path(__file__).parent
-PRODUCTS = RUNTIME.parent / "backend"  # where products.c is
-SHARED = [RUNTIME / name for name in ("generation.c", "tokenizer.c", "sampling.c")]
+PRODUCTS = RUNTIME.parent / "backend" / "cpu"  # where gemv.c is
+SHARED = [RUNTIME / name for name in ("inference.generator.c", "tokenizer.c", "sampling.c")]
 X86 = {"sse2": "x86_64", "avx2": "x86_64_v3", "avx512": "x86_64_v4+avx512vnni"}
 ALIGNMENT = 64  # bytes: of the model in a program's file
 

@@ -7,9 +7,9 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.device import Buffer
 
-from backend.blas import blas
-from backend.memory import address_of, on_cpu
-from backend.products import program
+from backend.arrays import address_of, as_numpy
+from backend.cpu.gemv import program
+from backend.matmul import blas
 from backend.rendered import Call
 
 ALIGNMENT = 64  # bytes
@@ -32,7 +32,7 @@ class Kernels:
             functions[blas().sgemm] = "FUNCTION(sgemm)"
         self.arguments = {address_of(f, "CPU").uop.base.buffer: functions[f] for f in functions}
         for weight in sorted(weights, key=lambda weight: weight.dtype != dtypes.half):
-            place, is_half = self.add(on_cpu(weight)), weight.dtype == dtypes.half
+            place, is_half = self.add(as_numpy(weight)), weight.dtype == dtypes.half
             argument = f"HALF({place // 2})" if is_half else f"WEIGHT({place})"
             self.arguments[weight.uop.base.buffer] = argument
             self.n_halves = self.n_file_bytes // 2 if is_half else self.n_halves

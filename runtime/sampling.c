@@ -1,4 +1,4 @@
-// The choice of a token: numpy's default random numbers, PCG64 (O'Neill, 2014), and generation.py's
+// The choice of a token: numpy's default random numbers, PCG64 (O'Neill, 2014), and inference/generator.py's
 // `sample`, with the same sums in the same order.
 #include "runtime.h"
 

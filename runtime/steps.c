@@ -7,7 +7,7 @@
 #include "runtime.h"
 
 static void multiply(float *, void *, void *, int, int, int, int, int, int, int);
-#include "products.c"
+#include "gemv.c"
 #include "sgemm.c"
 
 #define KERNEL static __attribute__((noinline)) void  // many times called, once compiled

@@ -17,9 +17,9 @@ from conftest import ROOT
 from tinygrad import Device, Tensor, helpers
 from tinygrad.device import TinyELF
 
-import backend.compiler
-from backend.compiler import PROBE, CPUCompiler, CPUProgram
-from backend.processes import Progress
+import backend.cpu.compiler
+from backend.cpu.compiler import PROBE, CPUCompiler, CPUProgram
+from backend.cpu.processes import Progress
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
 ZIGLANG = "ziglang"
@@ -87,7 +87,7 @@ def test_it_is_said_once_whatever_processes_compile(path, forks):
     code = f"""
 import backend, numpy as np
 from tinygrad import Tensor
-from backend import processes
+from backend.cpu import processes
 if not {forks}:
     processes.can_fork = lambda: False
 x = Tensor(np.ones(7, np.float32)).realize()

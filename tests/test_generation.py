@@ -5,9 +5,9 @@ import pytest
 from conftest import at_once, greedy
 from tinygrad import Tensor
 
-from backend.memory import get
-from generation import Generator, sample
+from backend.arrays import copy_out
 from gpt_tiny import GPT, GPTConfig, initial_weights
+from inference.generator import Generator, sample
 
 TINY = GPTConfig(
     context_length=8, vocab_size=11, n_layers=2, n_heads=2, d_model=12, d_hidden=48, dropout=0
@@ -78,7 +78,7 @@ def test_prompts_of_several_pieces_are_read_as_one(batch, stride):
         padded = np.pad(ids, ((0, 0), (0, 160 - n_prompt)))
         next(generator(ids, 1, lambda logits: logits.argmax(-1)))
         expected = whole_window(Tensor(padded).realize()).numpy()[:, n_prompt - 1]
-        np.testing.assert_allclose(get(generator.logits), expected, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(copy_out(generator.logits), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_weights_too_large_for_finite_logits_are_refused(sharp_model):

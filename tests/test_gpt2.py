@@ -18,7 +18,7 @@ pytest.importorskip("tiktoken")
 
 from tinygrad import Tensor, TinyJit, dtypes
 
-from generation import Generator, sample
+from inference.generator import Generator, sample
 from models import checkpoint, gpt2
 
 REFERENCE = json.loads((GPT2 / "expected.json").read_text(encoding="utf-8"))

@@ -10,12 +10,12 @@ import pytest
 from conftest import DATA, at_once
 from tinygrad import Device, Tensor
 
-from backend import memory
-from backend.memory import Flat
+from backend import arrays
+from backend.arrays import Flat
 from gpt_tiny import GPTConfig
 from models import gpt_burn
+from training.config import OptimizerConfig, TrainingConfig
 from training.optimizers import AdamW, Muon, clipped, learning_rate, learning_rates
-from training.settings import OptimizerConfig, TrainingConfig
 from training.state import flat_model
 
 FIGURES = json.loads((DATA / "options.json").read_text())
@@ -152,7 +152,7 @@ SHAPES = {
 def test_six_steps_of_muon_equal_those_in_numpy_beside_adamw(monkeypatch, is_one):
     if not is_one:  # as on a GPU
         other = SimpleNamespace(DEFAULT="GPU", canonicalize=Device.canonicalize)
-        monkeypatch.setattr(memory, "Device", other)
+        monkeypatch.setattr(arrays, "Device", other)
     rng = np.random.default_rng(0)
     start, *gradients = (
         [rng.standard_normal(shape, np.float32) for shape in SHAPES.values()] for _ in range(7)

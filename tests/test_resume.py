@@ -18,8 +18,8 @@ from conftest import ROOT, TINY, assert_error, not_on_windows, start
 import train
 from gpt_tiny import GPTConfig
 from models import checkpoint, safetensors
-from training import loop, resume
-from training.distributed import World
+from training import resume, trainer
+from training.workers import World
 
 MUON = ["--optimizer", "muon", "--grad-clip", "1", "--decay", "cosine"]
 N_KILLS = int(os.environ.get("GPT_TINY_KILLS", "3"))
@@ -109,7 +109,7 @@ def test_a_training_whose_terminal_goes_away_is_stored(tmp_path, signals):
 
 @not_on_windows("Windows has no such terminals")
 def test_a_terminal_that_goes_away_may_say_so_twice_while_the_training_is_stored(signals):
-    with loop.noted_signals(World()) as noted:
+    with trainer.noted_signals(World()) as noted:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
             signal.raise_signal(number)
     assert noted == [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP]

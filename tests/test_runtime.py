@@ -12,8 +12,8 @@ from texts import TEXTS, few_examples, mixed_text
 
 import export
 import tokenizers
-from generation import Generator, sample
 from gpt_tiny import GPT, GPTConfig, initial_weights
+from inference.generator import Generator, sample
 from runtime import build
 
 # a digit, a fraction and letters that are not ASCII's, a mark that joins, a space of no width

@@ -20,7 +20,7 @@ import tokenizers
 import train
 from gpt_tiny import GPTConfig
 from models import checkpoint
-from training.settings import TrainingConfig
+from training.config import TrainingConfig
 
 STEP = re.compile(
     r"step {1,3}(\d+)/(\d+): train loss: (\d+\.\d{4}), val loss: (\d+\.\d{4}) "

@@ -6,14 +6,14 @@ from collections.abc import Callable
 import numpy as np
 from tinygrad import Context, Tensor, Variable
 
-from backend.bfloat16 import functions
-from backend.capture import Captured
-from backend.cores import largest_divisor
-from backend.memory import Flat, filled, get, put, zeros
+from backend.arrays import Flat, copy_in, copy_out, from_numpy, zeros
+from backend.cpu.gemm import functions
+from backend.cpu.threads import largest_divisor
+from backend.jit_cache import CachedJit
 from gpt_tiny import Dropout
-from training.distributed import World
 from training.optimizers import clipped, learning_rates
 from training.state import Training
+from training.workers import World
 
 
 def make_plan(training: Training, rng: np.random.Generator, world: World) -> list[Tensor]:
@@ -22,15 +22,15 @@ def make_plan(training: Training, rng: np.random.Generator, world: World) -> lis
     config, step, corpus = training.config, training.position.step, training.corpus
     n_batches, length = config.batches_per_step, config.model.context_length + 1
     starts = draw_starts(rng, corpus.n_training - length + 1, (n_batches, config.batch_size))
-    starts = world.part(starts)
+    starts = world.shard(starts)
     windows = corpus.windows(starts.ravel(), length).reshape(*starts.shape, length)
     # their number must not change what `rng` gives next
     keys = np.random.default_rng([config.seed, step, 1])
     keys = keys.integers(2**32, size=(n_batches, config.accumulate * world.size))
     numbers = range(step * n_batches + 1, (step + 1) * n_batches + 1)
     rates = [training.optimizer.rates(*learning_rates(config, n), number=n) for n in numbers]
-    plan = (windows, world.part(keys).astype(np.uint32), np.array(rates, np.float32))
-    return [filled(array) for array in plan]
+    plan = (windows, world.shard(keys).astype(np.uint32), np.array(rates, np.float32))
+    return [from_numpy(array) for array in plan]
 
 
 def draw_starts(rng: np.random.Generator, n: int, shape: tuple[int, int]) -> np.ndarray:
@@ -80,22 +80,22 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
     key = (config.model, config.optimizer, config.dtype, n_parts, part_size, world.size)
     numbers = range(config.batches_per_step)
     if world.size == 1:
-        train_batch = Captured(compute_and_update, state, key, batch=numbers)
+        train_batch = CachedJit(compute_and_update, state, key, batch=numbers)
         # the validation, which comes first, is captured and computed meanwhile
         train_batch.begin(*make_plan(training, np.random.default_rng(0), world), batch=0)
         return train_batch
-    compute, update = (Captured(step, state, key, batch=numbers) for step in (compute, update))
+    compute, update = (CachedJit(step, state, key, batch=numbers) for step in (compute, update))
     return with_workers(compute, update, gradients, world)
 
 
 def with_workers(
-    compute: Captured, update: Captured, gradients: Flat, world: World
+    compute: CachedJit, update: CachedJit, gradients: Flat, world: World
 ) -> Callable[..., None]:
     """A batch whose gradients all workers compute, sum, and update by."""
 
     def train_batch(windows: Tensor, keys: Tensor, rates: Tensor, batch: int) -> None:
         compute(windows, keys, batch=batch)
-        world.sum_parts(gradients)
+        world.all_reduce(gradients)
         update(rates, batch=batch)
 
     return train_batch
@@ -108,23 +108,23 @@ def capture_validation(training: Training, world: World) -> Callable[[np.random.
     # no more memory than training takes
     limit = config.batch_size // config.accumulate // world.size
     size = largest_divisor(config.validation_size, limit)
-    some, loss = filled(np.zeros((size, length), np.int32)), zeros(1)
+    some, loss = from_numpy(np.zeros((size, length), np.int32)), zeros(1)
 
     def validate(windows: Tensor) -> None:
         with Context(PRODUCT_DTYPE=config.dtype):
             loss.assign(model.loss(windows[:, :-1], windows[:, 1:]).reshape(1)).realize()
 
     state = [*model.parameters().values(), loss, *functions(config.dtype)]
-    validate = Captured(validate, state, (config.model, size, config.dtype))
+    validate = CachedJit(validate, state, (config.model, size, config.dtype))
 
     def validation_loss(rng: np.random.Generator) -> float:
         n_starts = len(corpus.ids) - corpus.n_training - length + 1
         starts = rng.integers(n_starts, size=(config.validation_size // size, size))
         losses = np.zeros(len(starts))
         for i in range(world.rank, len(starts), world.size):
-            put(some, corpus.windows(corpus.n_training + starts[i], length))
+            copy_in(some, corpus.windows(corpus.n_training + starts[i], length))
             validate(some)
-            losses[i] = get(loss).item()
+            losses[i] = copy_out(loss).item()
         return float(world.sum(losses).mean())
 
     return validation_loss

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from backend.memory import get
+from backend.arrays import copy_out
 from models import folders
-from training.distributed import World
 from training.optimizers import learning_rate
 from training.state import Training
+from training.workers import World
 
 COLUMNS = "step,batch,tokens,train_loss,validation_loss,learning_rate,tokens_per_second,seconds"
 
@@ -35,7 +35,7 @@ def progress(training: Training, world: World) -> Iterator[int]:
         yield batch
         if not bar.disable and (now := time.time()) > shown + 0.5:  # a look at the loss waits
             shown, n_tokens = now, (batch + 1 - first) * config.tokens_per_batch
-            loss = get(training.losses)[batch] * world.size  # of this rank's share
+            loss = copy_out(training.losses)[batch] * world.size  # of this rank's share
             rate = n_tokens / (now - started)
             bar.set_postfix_str(f"loss {loss:.4f} {rate:,.0f} tokens/s", refresh=False)
 

@@ -9,8 +9,8 @@ import numpy as np
 from tinygrad import Tensor
 
 from backend import einsum
-from backend.memory import Flat, Groups
-from training.settings import OptimizerConfig, TrainingConfig
+from backend.arrays import Flat, Groups
+from training.config import OptimizerConfig, TrainingConfig
 
 Shapes = Mapping[str, tuple[int, ...]]  # of parameters, by name
 

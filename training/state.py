@@ -13,16 +13,16 @@ import numpy as np
 from tinygrad import Tensor
 
 from backend import machine
-from backend.capture import sources
+from backend.arrays import Flat, copy_in, zeros
 from backend.errors import UserError
-from backend.memory import Flat, put, zeros
+from backend.jit_cache import sources
+from data.ids import Corpus
 from gpt_tiny import GPT, GPTConfig, initial_weights, shapes
 from models import checkpoint, folders
 from tokenizers import Tokenizer
-from training.corpus import Corpus
-from training.distributed import World
+from training.config import TrainingConfig
 from training.optimizers import OPTIMIZERS, AdamW, Muon
-from training.settings import TrainingConfig
+from training.workers import World
 
 
 @dataclass
@@ -114,9 +114,9 @@ def begin(config: TrainingConfig, corpus: Corpus, start: Start, world: World) ->
         if start.moments:
             optimizer.write(start.moments.values())
         to_come = config.batches_per_step - position.batch
-        put(losses, np.pad(np.float32(position.losses), (0, to_come)))
+        copy_in(losses, np.pad(np.float32(position.losses), (0, to_come)))
     start.weights = start.moments = {}  # their memory is needed
-    world.copy_first([*parameters.whole, *optimizer.state])
+    world.broadcast_tensors([*parameters.whole, *optimizer.state])
     learned = (model, parameters, optimizer, losses)
     return Training(config, corpus, position, *learned, start.folder)
 

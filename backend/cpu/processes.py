@@ -18,7 +18,7 @@ from tinygrad import Device, UOp, helpers
 from tinygrad.engine.jit import CapturedJit
 from tinygrad.helpers import PARALLEL
 
-from backend.compiler import ELF, CPUCompiler
+from backend.cpu.compiler import ELF, CPUCompiler
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 PATIENCE = 60  # seconds in which a process compiles some kernel, or else it hangs

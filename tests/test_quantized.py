@@ -9,18 +9,18 @@ from tinygrad import Device, Tensor
 
 import run
 from backend import einsum, look_up
-from backend.products import multiply
-from backend.rounded import GREATEST, RoundedMatrix
-from generation import Generator, round_matrices
+from backend.cpu.gemv import multiply
+from backend.quantized import QMAX, QuantizedMatrix
 from gpt_tiny import GPT, GPTConfig, initial_weights
+from inference.generator import Generator, quantize
+from inference.scoring import losses
 from models import checkpoint
-from scoring import losses
 
 on_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
 
 
-def of(matrix: np.ndarray, kind: str) -> RoundedMatrix:
-    return RoundedMatrix.of(Tensor(matrix).realize(), kind)
+def of(matrix: np.ndarray, kind: str) -> QuantizedMatrix:
+    return QuantizedMatrix.of(Tensor(matrix).realize(), kind)
 
 
 @on_cpu
@@ -40,20 +40,20 @@ def test_a_product_is_numpys(n, k, n_vectors, kind, is_whole):
     np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1)
 
 
-@pytest.mark.parametrize("kind", GREATEST)
+@pytest.mark.parametrize("kind", QMAX)
 def test_a_matrix_is_rounded_to_the_nearest(kind):
     matrix = np.random.default_rng(0).standard_normal((40, 50), np.float32)
     matrix[3] = 0
     rounded = of(matrix, kind)
     values, scales = rounded.values.numpy().astype(np.float32), rounded.scales.numpy()
-    assert np.abs(values).max() <= GREATEST[kind]
+    assert np.abs(values).max() <= QMAX[kind]
     if kind == "float16":
         assert np.array_equal(values * scales, matrix.astype(np.float16))
     else:
         assert np.all(np.abs(values * scales - matrix) <= scales * 0.500001)
 
 
-@pytest.mark.parametrize("kind", GREATEST)
+@pytest.mark.parametrize("kind", QMAX)
 @pytest.mark.parametrize("n_vectors", [1, 6])
 def test_a_product_with_a_rounded_matrix_is_numpys(kind, n_vectors):
     rng = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def test_a_product_with_a_rounded_matrix_is_numpys(kind, n_vectors):
     assert np.abs(y - x @ matrix.T).max() < 0.2
 
 
-@pytest.mark.parametrize("kind", GREATEST)
+@pytest.mark.parametrize("kind", QMAX)
 def test_the_greatest_sums_do_not_overflow(kind):
     matrix, x = np.ones((2, 6400), np.float32), np.ones((1, 2, 6400), np.float32)
     matrix[1] = x[0, 1] = -1
@@ -85,13 +85,13 @@ def nats_per_token(model: GPT, ids: np.ndarray) -> float:
 
 
 @on_cpu
-@pytest.mark.parametrize("kind", GREATEST)
+@pytest.mark.parametrize("kind", QMAX)
 def test_rounded_weights_cost_less_than_half_a_percent_of_bits(kind):
     model, tokenizer = checkpoint.load(REFERENCE)
     text = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
     ids = tokenizer.encode(text[-8000:])
     exact = nats_per_token(model, ids)
-    round_matrices(model, kind)
+    quantize(model, kind)
     assert nats_per_token(model, ids) == pytest.approx(exact, rel=0.005)
 
 

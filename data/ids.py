@@ -22,11 +22,11 @@ from tqdm import tqdm
 import tokenizers
 from backend import caches, machine
 from backend.errors import UserError
+from data.texts import Texts
 from models import folders, hub
 from tokenizers import SimpleVowelTokenizer, Tokenizer
-from training.distributed import World
-from training.settings import TrainingConfig
-from training.texts import Texts
+from training.config import TrainingConfig
+from training.workers import World
 
 DEFAULT_MEGA_BYTES = 999  # gpt-burn's
 FOLDER = Path(".data/ids")
@@ -96,8 +96,8 @@ def read(config: TrainingConfig, tokenizer: Tokenizer | None, world: World) -> C
     with contextlib.ExitStack() as stack:
         encoder = Encoder(config, tokenizer, world.bar())
         for _ in range(9):
-            corpus = world.from_first_of_machine(lambda: encoder.corpus(stack))
-            if not world.any(not corpus.is_there()):  # all ranks have it: temporary files may go
+            corpus = world.broadcast_on_machine(lambda: encoder.corpus(stack))
+            if not world.max(not corpus.is_there()):  # all ranks have it: temporary files may go
                 return corpus
     raise UserError(f"other trainings drop all ids in {FOLDER}: start this one anew")
 

@@ -1,4 +1,4 @@
-"""Products of a matrix with few vectors, on the CPU, by C of our own: see products.c."""
+"""Products of a matrix with few vectors, on the CPU, by C of our own: see gemv.c."""
 
 import functools
 from pathlib import Path
@@ -7,9 +7,9 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo
 
-from backend.compiler import CPUProgram, compiled, processor
-from backend.cores import share_of
-from backend.memory import address_of
+from backend.arrays import address_of
+from backend.cpu.compiler import CPUProgram, compiled, processor
+from backend.cpu.threads import share_of
 
 
 def multiply(matrix: Tensor, x: Tensor) -> Tensor:
@@ -45,4 +45,4 @@ def few_vectors() -> int:
 @functools.cache
 def program() -> CPUProgram:
     """The C of `multiply`."""
-    return compiled(Path(__file__).with_name("products.c").read_text(encoding="utf-8"))
+    return compiled(Path(__file__).with_name("gemv.c").read_text(encoding="utf-8"))

@@ -1,13 +1,13 @@
-"""Products of bfloat16 on a CPU that is fast at it, by C of our own: see bfloat16.c."""
+"""Products of bfloat16 on a CPU that is fast at it, by C of our own: see gemm.c."""
 
 import functools
 from pathlib import Path
 
 from tinygrad import Tensor
 
-from backend.compiler import CPUProgram, addresses, compiled
+from backend.cpu.compiler import CPUProgram, addresses, compiled
 
-SOURCE = Path(__file__).with_name("bfloat16.c").read_text(encoding="utf-8")
+SOURCE = Path(__file__).with_name("gemm.c").read_text(encoding="utf-8")
 
 
 @functools.cache

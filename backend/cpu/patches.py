@@ -12,11 +12,11 @@ from tinygrad.renderer import cstyle
 from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
 from tinygrad.runtime.support.hcq2 import HCQ2Compiled
 
-from backend.compiler import CPUCompiler, CPUProgram
-from backend.cores import CPUGraph, count_cores, plain_loops
-from backend.imports import ops_cpu
-from backend.memory import MIN_HUGE_BYTES, huge_pages
-from backend.processes import Progress, compiling_processes
+from backend.arrays import MIN_HUGE_BYTES, huge_pages
+from backend.cpu.compiler import CPUCompiler, CPUProgram
+from backend.cpu.imports import ops_cpu
+from backend.cpu.processes import Progress, compiling_processes
+from backend.cpu.threads import CPUGraph, count_cores, plain_loops
 
 # one a process: tinygrad makes a renderer for each kernel that it sends to another
 compiler_for = functools.cache(CPUCompiler)

@@ -20,12 +20,12 @@ import pytest
 from conftest import GPT2, ROOT, not_on_windows
 
 from backend.errors import UserError
+from data import ids
+from data.ids import Corpus
 from models import folders
 from tokenizers import BytePairTokenizer, SimpleVowelTokenizer, Tokenizer
-from training import corpus
-from training.corpus import Corpus
-from training.distributed import World
-from training.settings import Files, TrainingConfig
+from training.config import Files, TrainingConfig
+from training.workers import World
 
 TEXT = "The context of the containers, und über das Übrige. " * 50
 
@@ -40,7 +40,7 @@ def read(*paths: str, tokenizer: str | Tokenizer = "char", **files) -> Corpus:
     files |= {"text_corpus": tuple(map(Path, paths))} if paths else {}
     given = tokenizer if isinstance(tokenizer, Tokenizer) else None
     name = given.name if given else tokenizer
-    return corpus.read(TrainingConfig(tokenizer=name, files=Files(**files)), given, World())
+    return ids.read(TrainingConfig(tokenizer=name, files=Files(**files)), given, World())
 
 
 def decoded(text: Corpus) -> str:
@@ -48,19 +48,19 @@ def decoded(text: Corpus) -> str:
 
 
 def kept() -> set[str]:
-    return {str(path.relative_to(corpus.FOLDER)) for path in corpus.FOLDER.rglob("*")}
+    return {str(path.relative_to(ids.FOLDER)) for path in ids.FOLDER.rglob("*")}
 
 
 @pytest.fixture
 def encodings(monkeypatch) -> list[int]:
     """A number for each time that a text is encoded."""
-    noted, encode = [], corpus.Encoder.encode
+    noted, encode = [], ids.Encoder.encode
 
     def encode_and_note(encoder, write):
         noted.append(len(noted))
         return encode(encoder, write)
 
-    monkeypatch.setattr(corpus.Encoder, "encode", encode_and_note)
+    monkeypatch.setattr(ids.Encoder, "encode", encode_and_note)
     return noted
 
 
@@ -72,7 +72,7 @@ def test_m_uses_the_first_mebibytes_alone_even_if_they_end_within_a_character(fo
 
 
 def test_without_m_it_says_that_it_takes_gpt_burns_999_mebibytes_alone(monkeypatch, capsys):
-    monkeypatch.setattr(corpus, "DEFAULT_MEGA_BYTES", 1)
+    monkeypatch.setattr(ids, "DEFAULT_MEGA_BYTES", 1)
     Path("a.txt").write_bytes(b"a" * (1 << 20))
     assert len(read("a.txt").ids) == 1 << 20
     assert capsys.readouterr().err == ""
@@ -226,23 +226,23 @@ def test_a_later_training_finds_the_ids_until_the_text_changes(encodings, tokeni
     os.utime("a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
     assert "kontext" in decoded(read("a.txt", tokenizer=tokenizer))
     assert encodings == [0, 1]
-    assert len(list(corpus.FOLDER.iterdir())) == 1  # the ids of before are gone
+    assert len(list(ids.FOLDER.iterdir())) == 1  # the ids of before are gone
 
 
 def test_trainings_that_begin_at_the_same_time_share_what_the_first_has_written(monkeypatch):
     Path("a.txt").write_text(TEXT)
-    encode, others = corpus.Encoder.encode, []
+    encode, others = ids.Encoder.encode, []
 
     def encode_after_another(encoder, write):
-        monkeypatch.setattr(corpus.Encoder, "encode", encode)
+        monkeypatch.setattr(ids.Encoder, "encode", encode)
         others.append((text := read("a.txt")).stored.stat().st_ino)
         assert decoded(text) == TEXT
         return encode(encoder, write)
 
-    monkeypatch.setattr(corpus.Encoder, "encode", encode_after_another)
+    monkeypatch.setattr(ids.Encoder, "encode", encode_after_another)
     text = read("a.txt")
     assert [text.stored.stat().st_ino] == others
-    assert len(list(corpus.FOLDER.iterdir())) == 1
+    assert len(list(ids.FOLDER.iterdir())) == 1
 
 
 @not_on_windows("removes no file that is mapped")
@@ -256,37 +256,37 @@ def test_ids_that_were_used_last_are_kept_up_to_a_size(monkeypatch):
     (a, folder_a), (b, folder_b), (_, folder_c) = (write(name, 10) for name in ("a", "b", "c"))
     (folder_c / "notes").write_text("mine")
     for name in ("mine/corpus.json", "mine-0123456789abcdef/ids", "mine.txt"):
-        (corpus.FOLDER / name).parent.mkdir(exist_ok=True)
-        (corpus.FOLDER / name).write_text("mine")
-    of_killed, of_another = (corpus.FOLDER / f".gpt-tiny-{name}" for name in ("killed", "another"))
+        (ids.FOLDER / name).parent.mkdir(exist_ok=True)
+        (ids.FOLDER / name).write_text("mine")
+    of_killed, of_another = (ids.FOLDER / f".gpt-tiny-{name}" for name in ("killed", "another"))
     for folder in (of_killed, of_another):
         folder.mkdir()
         (folder / "ids").write_text(TEXT)
     os.utime(of_killed / "ids", (0, 0))
-    others = {x for x in corpus.FOLDER.iterdir() if x not in (folder_a, folder_b, of_killed)}
+    others = {x for x in ids.FOLDER.iterdir() if x not in (folder_a, folder_b, of_killed)}
 
-    monkeypatch.setattr(corpus, "KEPT_BYTES", 3 * len(a.ids))
+    monkeypatch.setattr(ids, "KEPT_BYTES", 3 * len(a.ids))
     read("a")
     _, folder_d = write("d", 10)
-    assert set(corpus.FOLDER.iterdir()) == {folder_a, folder_d} | others
+    assert set(ids.FOLDER.iterdir()) == {folder_a, folder_d} | others
     assert decoded(b) == TEXT * 10  # as a training that has it goes on
     assert [path.name for path in folder_c.iterdir()] == ["notes"]
     _, folder_e = write("e", 100)
-    assert set(corpus.FOLDER.iterdir()) == {folder_e} | others
+    assert set(ids.FOLDER.iterdir()) == {folder_e} | others
 
 
 def test_ids_that_another_training_drops_when_they_are_found_are_made_anew(monkeypatch):
     Path("a.txt").write_text(TEXT)
     read("a.txt")
-    find = corpus.Encoder.kept
+    find = ids.Encoder.kept
 
     def find_and_drop(encoder, folder):
-        monkeypatch.setattr(corpus.Encoder, "kept", find)
+        monkeypatch.setattr(ids.Encoder, "kept", find)
         found = find(encoder, folder)
-        corpus.remove(folder)
+        ids.remove(folder)
         return found
 
-    monkeypatch.setattr(corpus.Encoder, "kept", find_and_drop)
+    monkeypatch.setattr(ids.Encoder, "kept", find_and_drop)
     assert decoded(read("a.txt")) == TEXT
 
 
@@ -303,11 +303,11 @@ def test_another_tokenizer_has_ids_of_its_own(encodings):
 def test_ids_that_are_damaged_are_made_anew(encodings, damage):
     Path("a.txt").write_text(TEXT)
     expected = read("a.txt", tokenizer="vowel").ids.tolist()
-    [folder] = corpus.FOLDER.iterdir()
+    [folder] = ids.FOLDER.iterdir()
     if damage == "cut":
         os.truncate(folder / "ids", 100)
     else:
-        name = "corpus.json" if damage == "facts" else "tokenizer.json"
+        name = "ids.json" if damage == "facts" else "tokenizer.json"
         (folder / name).write_text((folder / name).read_text()[:-9])
     assert read("a.txt", tokenizer="vowel").ids.tolist() == expected
     assert encodings == [0, 1]
@@ -345,7 +345,7 @@ def test_a_pipe_is_read_once(tokenizer):
     writer.start()
     assert decoded(read("pipe", tokenizer=tokenizer)) == TEXT
     writer.join()
-    assert not corpus.FOLDER.exists()
+    assert not ids.FOLDER.exists()
 
 
 def test_x_and_standard_input_leave_nothing(monkeypatch):
@@ -354,7 +354,7 @@ def test_x_and_standard_input_leave_nothing(monkeypatch):
     for text in (read("a.txt", no_save=True), read("-", tokenizer="vowel")):
         assert isinstance(text.stored, Path) and not text.stored.exists()
         assert decoded(text) == TEXT
-    assert not corpus.FOLDER.exists()
+    assert not ids.FOLDER.exists()
 
 
 def test_on_a_full_disk_ids_stay_in_memory_and_nothing_is_left(monkeypatch, capsys):
@@ -368,7 +368,7 @@ def test_on_a_full_disk_ids_stay_in_memory_and_nothing_is_left(monkeypatch, caps
     assert "No space left on device: ids stay in memory" in message and message.count("\n") == 1
     assert kept() == set()
 
-    monkeypatch.setattr(corpus.machine, "memory", lambda: 100)
+    monkeypatch.setattr(ids.machine, "memory", lambda: 100)
     Path("b.txt").write_text("b" * (1 << 20))
     with pytest.raises(ValueError, match=r"b\.txt fits neither on the disk nor in memory"):
         read("b.txt")
@@ -398,7 +398,7 @@ def test_what_cannot_be_read_is_named_with_the_place_in_its_file(folder, paths, 
     for tokenizer in ("char", "vowel"):
         with pytest.raises(ValueError, match=message):
             read(*paths, tokenizer=tokenizer)
-    assert not corpus.FOLDER.exists() or kept() == set()
+    assert not ids.FOLDER.exists() or kept() == set()
 
 
 def test_a_terminal_is_no_text(monkeypatch):
@@ -414,10 +414,10 @@ def test_a_corpus_takes_no_memory_of_its_size(folder):
 import re, sys
 import numpy as np
 from pathlib import Path
-from training import corpus
-from training.distributed import World
-from training.settings import Files, TrainingConfig
-text = corpus.read(TrainingConfig(files=Files(text_corpus=(Path(sys.argv[1]),))), None, World())
+from data import ids
+from training.workers import World
+from training.config import Files, TrainingConfig
+text = ids.read(TrainingConfig(files=Files(text_corpus=(Path(sys.argv[1]),))), None, World())
 for seed in range(4):
     text.windows(np.random.default_rng(seed).integers(len(text.ids) - 9, size=3000), 9)
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tinygrad import Tensor, dtypes
 
-from backend.memory import Flat, Groups, filled, get, on_cpu, put, zeros
+from backend.arrays import Flat, Groups, as_numpy, copy_in, copy_out, from_numpy, zeros
 
 SHAPES = [(3, 5), (17,), (3, 5), (1,)]
 
@@ -39,10 +39,10 @@ def test_the_parts_of_a_group_are_a_stack_and_the_rest_another_flat():
 def test_get_copies_what_put_copied():
     tensor, array = zeros(2, 3), np.arange(6, dtype=np.float32).reshape(2, 3)
     assert not tensor.numpy().any()
-    put(tensor, array.T.copy().T)  # in another order in memory
-    ours = get(tensor)
+    copy_in(tensor, array.T.copy().T)  # in another order in memory
+    ours = copy_out(tensor)
     np.testing.assert_array_equal(ours, array)
-    put(tensor, np.zeros((2, 3), np.float32))
+    copy_in(tensor, np.zeros((2, 3), np.float32))
     np.testing.assert_array_equal(ours, array)
 
 
@@ -50,7 +50,7 @@ def test_get_copies_what_put_copied():
 @pytest.mark.parametrize("n", [7, 1201])  # the greater one is shared by all cores
 def test_a_filled_tensor_holds_the_array(dtype, n):
     array = np.random.default_rng(0).integers(0, 100, (n, 999)).astype(dtype).T
-    tensor = filled(array)
+    tensor = from_numpy(array)
     np.testing.assert_array_equal(tensor.numpy(), array)
-    np.testing.assert_array_equal(on_cpu(tensor), array)
+    np.testing.assert_array_equal(as_numpy(tensor), array)
     assert tensor.dtype == getattr(dtypes, dtype)

@@ -21,10 +21,10 @@ from tinygrad.device import TinyELF
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
+from backend.arrays import address_of
 from backend.caches import sealed, unsealed
+from backend.cpu.imports import ops_cpu
 from backend.errors import UserError
-from backend.imports import ops_cpu
-from backend.memory import address_of
 
 # Clang vectorises a sum only with leave to reorder it. -ffast-math as a whole would also take
 # infinities and NaN for impossible. -O3 takes longer to compile, for code that is no faster.

@@ -10,8 +10,9 @@ import pytest
 from conftest import ROOT, not_on_windows
 from tinygrad import Context, Device, Tensor
 
-from backend import bfloat16, blas
-from backend.blas import einsum
+from backend import matmul
+from backend.cpu import gemm
+from backend.matmul import einsum
 
 QEMU = "qemu-aarch64-static"
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
@@ -66,7 +67,7 @@ OF_SIZE_1 = [  # a stride can't tell a single row from a single column
     ("bhqk,bkhd->bqhd", (2, 3, 1, 1), (2, 1, 3, 4)),
     ("btv,vd->btd", (2, 5, 3), (3, 1)),
 ]
-IN_PARTS = [  # too large for what bfloat16.c packs at once, of a, of b or along k
+IN_PARTS = [  # too large for what gemm.c packs at once, of a, of b or along k
     ("bti,oi->bto", (2, 101, 259), (290, 259)),
     ("btv,vd->btd", (3, 61, 31), (31, 270)),
 ]
@@ -78,13 +79,13 @@ SHARED = [  # large enough for the cores to share the work
 
 @pytest.mark.parametrize(("spec", "shape_a", "shape_b"), [*SPECS, *ONE_TOKEN, *OF_SIZE_1, *SHARED])
 def test_blas_gives_the_product_and_its_gradients(spec, shape_a, shape_b):
-    assert blas.blas() is not None
+    assert matmul.blas() is not None
     assert_product(spec, shape_a, shape_b)
 
 
 @pytest.mark.parametrize(("spec", "shape_a", "shape_b"), SPECS)
 def test_without_blas_tinygrad_gives_the_same(monkeypatch, spec, shape_a, shape_b):
-    monkeypatch.setattr(blas, "blas", lambda: None)
+    monkeypatch.setattr(matmul, "blas", lambda: None)
     assert_product(spec, shape_a, shape_b)
 
 
@@ -95,14 +96,14 @@ def test_products_of_bfloat16_are_those_of_rounded_operands(sbgemm, spec, shape_
 
 @pytest.mark.parametrize(("spec", "shape_a", "shape_b"), [SPECS[0], ONE_TOKEN[0]])
 def test_where_none_are_multiplied_rounded_operands_are(monkeypatch, spec, shape_a, shape_b):
-    monkeypatch.setattr(bfloat16, "sbgemm", lambda: None)
+    monkeypatch.setattr(gemm, "sbgemm", lambda: None)
     assert_product(spec, shape_a, shape_b, "bfloat16", 2**-8)  # the gradients are rounded, too
 
 
 # Of whole numbers, so that sums are exact; steps may be longer than rows, between which c stays.
 PRODUCTS = """
 #define ABI
-#include "bfloat16.c"
+#include "gemm.c"
 enum { MOST = 32000 };
 static number a[MOST], b[MOST], numbers[] = {0, 0x3f80, 0xbf80, 0x4000, 0xc040, 0x40a0};
 static float c[MOST], values[] = {0, 1, -1, 2, -3, 5};
@@ -164,7 +165,7 @@ def test_arms_instructions_for_bfloat16_multiply_all_forms_and_sizes(tmp_path):
 
 def test_blas_0_turns_it_off(monkeypatch):
     monkeypatch.setenv("BLAS", "0")
-    assert blas.blas.__wrapped__() is None
+    assert matmul.blas.__wrapped__() is None
 
 
 def test_gradients_flow_through_one_product_into_another():

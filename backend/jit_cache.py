@@ -1,4 +1,4 @@
-"""Captured jits, kept for the next start: what one start has compiled, the next one finds.
+"""CachedJit jits, kept for the next start: what one start has compiled, the next one finds.
 
 They are pickles. So they are read from the user's own cache folder alone, where no one else can
 write, under a hash of all that they depend on; and whatever is wrong with one, it is made anew.
@@ -24,18 +24,18 @@ from tinygrad.helpers import ContextVar
 from tinygrad.uop.ops import Ops
 
 from backend import caches
-from backend.blas import blas
-from backend.compiler import processor
+from backend.arrays import address_of
+from backend.cpu.compiler import processor
+from backend.cpu.processes import forked, wait_for
 from backend.machine import cache_folder
-from backend.memory import address_of
-from backend.processes import forked, wait_for
+from backend.matmul import blas
 
 KEPT_BYTES = 128 << 20  # of files of up to a few MB each
 LOCK = ".lock"
 FIRST_PLACE = 10_000  # numbers of the places of the state's buffers: those of arguments are small
 
 
-class Captured:
+class CachedJit:
     """A function as a jit that is captured at its first call, or read from the cache folder.
 
     It takes realised tensors, always of the same shapes, and by name numbers, each of its `values`,
@@ -166,7 +166,8 @@ def source_files() -> list[Path]:
     """The program's, Python and C: beside this package, and in the packages there."""
     root = Path(__file__).parents[1]
     kinds = ".py", ".c"
-    folders = [root, *(path.parent for path in root.glob("*/__init__.py"))]
+    rooms = (*root.glob("*/__init__.py"), *root.glob("*/*/__init__.py"))
+    folders = [root, *(path.parent for path in rooms)]
     return sorted(path for folder in folders for path in folder.iterdir() if path.suffix in kinds)
 
 

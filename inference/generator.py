@@ -7,13 +7,13 @@ import numpy as np
 from tinygrad import Context, Tensor, Variable
 from tinygrad.nn.state import get_parameters
 
-from backend.blas import FEW_VECTORS
-from backend.capture import Captured
-from backend.compiler import addresses
+from backend.arrays import copy_in, copy_out, from_numpy, zeros
+from backend.cpu.compiler import addresses
+from backend.cpu.gemv import few_vectors, program
 from backend.errors import UserError
-from backend.memory import filled, get, put, zeros
-from backend.products import few_vectors, program
-from backend.rounded import GREATEST, RoundedMatrix
+from backend.jit_cache import CachedJit
+from backend.matmul import FEW_VECTORS
+from backend.quantized import QMAX, QuantizedMatrix
 from gpt_tiny import GPT, KeyValueCache
 
 
@@ -28,10 +28,10 @@ class Generator:
     """
 
     def __init__(self, model: GPT, batch: int = 1, stride: int = 1, weights: str | None = None):
-        if weights not in (None, *GREATEST):
-            raise UserError(f"weights are rounded to {' or '.join(GREATEST)}, not {weights!r}")
+        if weights not in (None, *QMAX):
+            raise UserError(f"weights are rounded to {' or '.join(QMAX)}, not {weights!r}")
         if weights:
-            round_matrices(model, weights)
+            quantize(model, weights)
         self.model, self.stride = model, stride
         self.context_length = model.config.context_length
         if stride > self.context_length:
@@ -45,15 +45,15 @@ class Generator:
         state += addresses(program)
         self.steps = {}  # by the number of tokens that they take, with a buffer for these
         for n in (1, self.chunk):
-            ids = filled(np.zeros((batch, n), np.int32))
+            ids = from_numpy(np.zeros((batch, n), np.int32))
             values = {"end": range(n, self.context_length + 1), "last": range(n)}
-            self.steps[n] = ids, Captured(self.step, state, (model.config, n), **values)
+            self.steps[n] = ids, CachedJit(self.step, state, (model.config, n), **values)
 
     def step(self, ids: Tensor, end: Variable, last: Variable) -> None:
         """ids (batch, time) at the positions to before `end`; leaves the logits after the one with
         index `last` in `self.logits`. What stands to its right can't matter: the mask is causal."""
         with Context(FEW_VECTORS=FEW_VECTORS.value or few_vectors()):
-            x = self.model.trunk(ids, cache=self.cache, start=end - ids.shape[1])
+            x = self.model.hidden_states(ids, cache=self.cache, start=end - ids.shape[1])
             self.logits.assign(self.model.head(x[:, last : last + 1])[:, 0]).realize()
 
     def __call__(
@@ -88,13 +88,13 @@ class Generator:
 
     def _run(self, ids: np.ndarray, start: int, last: int) -> np.ndarray:
         buffer, step = self.steps[ids.shape[1]]
-        put(buffer, ids.astype(np.int32, copy=False))
+        copy_in(buffer, ids.astype(np.int32, copy=False))
         step(buffer, end=start + ids.shape[1], last=last)
-        return get(self.logits)
+        return copy_out(self.logits)
 
 
-def round_matrices(model: GPT, kind: str) -> None:
-    """Puts RoundedMatrix in the place of all that tokens are multiplied by."""
+def quantize(model: GPT, kind: str) -> None:
+    """Puts QuantizedMatrix in the place of all that tokens are multiplied by."""
     tables = {"positional_embedding.weight"}
     if not model.config.gpt2:  # whose head is its token embedding
         tables.add("token_embedding.weight")
@@ -104,7 +104,7 @@ def round_matrices(model: GPT, kind: str) -> None:
             parameter = parameters.pop(name)
             if name.endswith(".weight") and name not in tables:
                 *path, last = name.split(".")
-                rounded = RoundedMatrix.of(parameter, kind)
+                rounded = QuantizedMatrix.of(parameter, kind)
                 setattr(functools.reduce(child, path, model), last, rounded)
 
 

@@ -8,7 +8,7 @@ from conftest import DATA
 
 from gpt_tiny import GPTConfig
 from tokenizers import CharTokenizer
-from training.settings import OptimizerConfig, TrainingConfig, changed, flat
+from training.config import OptimizerConfig, TrainingConfig, changed, flat
 
 
 def test_the_picture_has_gpt_burns_keys_in_its_order_and_the_tokenizer():

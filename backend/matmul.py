@@ -15,10 +15,10 @@ from tinygrad.helpers import ContextVar
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, sint
 
-from backend import bfloat16
-from backend.cores import evenness, share_of
-from backend.memory import address_of
-from backend.products import multiply
+from backend.arrays import address_of
+from backend.cpu import gemm
+from backend.cpu.gemv import multiply
+from backend.cpu.threads import evenness, share_of
 from backend.sizes import at_most, in_kernel, stored
 
 PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")
@@ -29,8 +29,8 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     """`Tensor.einsum` for two tensors, by BLAS (in float32) where they are on the CPU.
 
     Another PRODUCT_DTYPE, "bfloat16", is what operands are rounded to, in the gradients as well;
-    sums stay in float32. A CPU that multiplies bfloat16 does so, by bfloat16.py. Up to FEW_VECTORS
-    are multiplied with the rows of a matrix by products.py, without a gradient. The environment
+    sums stay in float32. A CPU that multiplies bfloat16 does so, by gemm.py. Up to FEW_VECTORS
+    are multiplied with the rows of a matrix by gemv.py, without a gradient. The environment
     variable BLAS=0 leaves the CPU's products to tinygrad.
     """
     if not isinstance(b, Tensor):
@@ -50,7 +50,7 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
             return multiply(b, a.reshape(n_vectors, -1)).reshape(*a.shape[:-1], -1)
     is_one_loop = sides[0] == 1 and sides.count(1) == 1
     is_bfloat16 = a.dtype == b.dtype == dtypes.bfloat16 and not is_one_loop
-    if calls_blas and not (is_bfloat16 and bfloat16.sbgemm()):
+    if calls_blas and not (is_bfloat16 and gemm.sbgemm()):
         a, b = (x.cast(dtypes.float32) for x in (a, b))
     if is_one_loop:
         # no more than reading b once, which a plain loop does best; with another side of 1 it may
@@ -61,7 +61,7 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32).contiguous_backward()
     a, b = stored(a), stored(b)
     c = Tensor.empty(*(at_most(sizes[x]) for x in letters_c), device=a.device)
-    function = bfloat16.sbgemm().addr if a.dtype == dtypes.bfloat16 else blas().sgemm
+    function = gemm.sbgemm().addr if a.dtype == dtypes.bfloat16 else blas().sgemm
     c = Tensor(_product(c.uop, a.uop, b.uop, address_of(function, a.device).uop, axes))
     return c.shrink(tuple((0, sizes[x]) for x in letters_c))
 

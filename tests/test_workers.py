@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from backend.memory import Flat
+from backend.arrays import Flat
 from gpt_tiny import GPTConfig
-from training import distributed, resume
+from training import resume, workers
 
 pytest.importorskip("mpi4py", reason="training with workers needs the extra mpi")
 
@@ -159,11 +159,11 @@ def test_gradients_outside_the_cpus_memory_are_summed_in_one_message():
             self.messages += 1
             array *= 2
 
-    world, flat = distributed.World(), Flat([(2, 3), (5,)])
+    world, flat = workers.World(), Flat([(2, 3), (5,)])
     world.size, world.ranks, world.mpi = 2, Ranks(), SimpleNamespace(IN_PLACE=None)
     flat.write([np.ones((2, 3), np.float32), np.arange(5, dtype=np.float32)])
     flat.is_one, flat.whole = False, flat.parts  # as on a GPU
-    world.sum_parts(flat)
+    world.all_reduce(flat)
     ones, numbers = flat.read()
     assert np.all(ones == 2) and ones.shape == (2, 3)
     np.testing.assert_array_equal(numbers, 2 * np.arange(5))
@@ -174,16 +174,16 @@ def test_each_worker_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
     numbers = {name: SimpleNamespace(value=8) for name in ("NUM_CPU_THREADS", "PARALLEL")}
     chosen = SimpleNamespace(value=[])
     for name, variable in (numbers | {"DEV": chosen}).items():
-        monkeypatch.setattr(distributed, name, variable)
-    monkeypatch.setattr(distributed.devices, "in_use", lambda: "CUDA")
+        monkeypatch.setattr(workers, name, variable)
+    monkeypatch.setattr(workers.devices, "in_use", lambda: "CUDA")
     of_machine = SimpleNamespace(rank=3, size=4, allgather=lambda _: [{0, 1, 2, 3}, {4, 5, 6, 7}])
-    distributed.World().take_device(of_machine)
+    workers.World().take_device(of_machine)
     assert chosen.value[0].device == "CUDA:3"
     assert {variable.value for variable in numbers.values()} == {2}
 
 
 def test_an_uneven_share_is_refused_with_the_sizes_that_fit(monkeypatch):
-    world = distributed.World()
+    world = workers.World()
     world.size = 3
     assert world.share(12, "--batch-size", 2) == 4
     with pytest.raises(ValueError, match="--batch-size 32 can't be shared by 3 workers: try 30 or"):
@@ -193,16 +193,16 @@ def test_an_uneven_share_is_refused_with_the_sizes_that_fit(monkeypatch):
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(ValueError, match=r"--workers 2 needs MPI: pip install '\.\[mpi\]'"):
-        distributed.launch(2, ["train.py"])
+        workers.launch(2, ["train.py"])
 
 
 def test_the_banner_of_a_killed_worker_is_seen_and_not_shown_wherever_reads_part_it():
-    before, banner = b"step 1\n== a ==\n\n", distributed.BANNER + b"==\n=   BAD TERMINATION\n"
+    before, banner = b"step 1\n== a ==\n\n", workers.BANNER + b"==\n=   BAD TERMINATION\n"
     for step in (1, 2, 3, 30, 100):
         data = before + banner
         chunks = iter([data[i : i + step] for i in range(0, len(data), step)] + [b""])
         shown = b""
-        for text, is_banner in distributed.parted_by_banner(chunks.__next__):
+        for text, is_banner in workers.parted_by_banner(chunks.__next__):
             shown += text
             if is_banner:
                 break
@@ -211,7 +211,7 @@ def test_the_banner_of_a_killed_worker_is_seen_and_not_shown_wherever_reads_part
 
 def test_all_that_workers_print_is_passed_on_and_a_line_when_it_ends():
     chunks = [b"step 1\n", b"\n", b"=", b"= 2\n===", b"\n" + 39 * b"=", b""]
-    parts = list(distributed.parted_by_banner(iter(chunks).__next__))
+    parts = list(workers.parted_by_banner(iter(chunks).__next__))
     assert b"".join(text for text, _ in parts) == b"".join(chunks)
     assert parts[0] == (b"step 1\n", False) and not any(banner for _, banner in parts)
 
@@ -299,9 +299,9 @@ def test_a_corpus_that_differs_between_machines_is_noticed(tmp_path, mpi):
 import os, sys
 sys.path.insert(0, os.environ["ROOT"])
 import command_line, train
-from training import distributed
+from training import workers
 os.chdir(os.environ["PMI_RANK"])  # as on a machine of its own
-distributed.World.from_first_of_machine = lambda world, make: make()
+workers.World.broadcast_on_machine = lambda world, make: make()
 command_line.run(train.main)
 """
     command = [MPIEXEC, "-n", "2", sys.executable, "-c", code, *TINY, "-x", "-t", "text.txt"]

@@ -9,11 +9,11 @@ from typing import BinaryIO
 import numpy as np
 from tinygrad import Tensor, Variable
 
-from backend.capture import Captured
-from backend.compiler import addresses
+from backend.arrays import copy_in, copy_out, from_numpy, zeros
+from backend.cpu.compiler import addresses
+from backend.cpu.gemv import program
 from backend.errors import UserError
-from backend.memory import filled, get, put, zeros
-from backend.products import program
+from backend.jit_cache import CachedJit
 from gpt_tiny import GPT
 from tokenizers import Tokenizer
 
@@ -48,28 +48,28 @@ def losses(model: GPT, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray
     half = context_length - rest
     n_windows = min(BATCH_TOKENS // context_length, BATCH_LOGITS // (half * vocab_size))
     n_windows = max(1, n_windows)
-    inputs = filled(np.zeros((n_windows, context_length), np.int32))
-    targets = filled(np.zeros((n_windows, half), np.int32))
+    inputs = from_numpy(np.zeros((n_windows, context_length), np.int32))
+    targets = from_numpy(np.zeros((n_windows, half), np.int32))
     nats = zeros(n_windows, half)
 
     def measure(inputs: Tensor, targets: Tensor, start: Variable) -> None:
-        logits = model.head(model.trunk(inputs)[:, start : start + half])
+        logits = model.head(model.hidden_states(inputs)[:, start : start + half])
         costs = logits.sparse_categorical_crossentropy(targets, reduction="none")
         nats.assign(costs).realize()
 
     state = [*model.parameters().values(), nats, *addresses(program)]
-    measure = Captured(measure, state, (model.config, n_windows), start=range(rest + 1))
+    measure = CachedJit(measure, state, (model.config, n_windows), start=range(rest + 1))
 
     n = n_windows * half
     batches = ((place, rest, n) for place in range(rest, len(ids) - 1, n))
     # the first window's first half is a batch of its own, the second is one like the others'
     for place, start, n_counted in chain([(0, 0, rest)], batches):
         first = place + half * np.arange(n_windows)[:, None]  # that a target is predicted after
-        put(inputs, at(ids, first - start + np.arange(context_length)))
-        put(targets, at(ids, first + 1 + np.arange(half)))
+        copy_in(inputs, at(ids, first - start + np.arange(context_length)))
+        copy_in(targets, at(ids, first + 1 + np.arange(half)))
         measure(inputs, targets, start=start)
         counted = ids[place + 1 :][:n_counted]
-        costs = get(nats).ravel()[: len(counted)]
+        costs = copy_out(nats).ravel()[: len(counted)]
         if not np.isfinite(costs).all():
             raise UserError("the model's logits are not finite: its weights are far too large")
         yield counted, costs

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tinygrad import Context, Device, Tensor, TinyJit, Variable
 
-from backend import cores
-from backend.blas import einsum
+from backend.cpu import threads
+from backend.matmul import einsum
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
 
@@ -73,8 +73,8 @@ def test_a_captured_jit_on_all_cores_gives_what_plain_calls_give(jit_and_plain, 
 def test_a_core_that_never_comes_holds_nobody_up(jit_and_plain, monkeypatch):
     jit, plain = jit_and_plain
     jit()
-    _, *rest = cores.on_all_cores()
+    _, *rest = threads.on_all_cores()
     nobody = SimpleNamespace(submit=lambda *_: None)
-    monkeypatch.setattr(cores, "on_all_cores", lambda: (nobody, *rest))
+    monkeypatch.setattr(threads, "on_all_cores", lambda: (nobody, *rest))
     with Context(NUM_CPU_THREADS=2):
         np.testing.assert_allclose(jit(), plain, rtol=1e-5, atol=1e-5)

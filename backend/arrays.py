@@ -25,10 +25,10 @@ def zeros(*shape: int) -> Tensor:
         tensor = Tensor.from_blob(array.ctypes.data, shape)
         tensor.uop.buffer.memory = array  # as long as there is the buffer
         return tensor
-    return filled(np.zeros(shape, np.float32))
+    return from_numpy(np.zeros(shape, np.float32))
 
 
-def filled(array: np.ndarray, device: str | None = None) -> Tensor:
+def from_numpy(array: np.ndarray, device: str | None = None) -> Tensor:
     """A realised tensor with a copy of the array, made without tinygrad's scheduler, whose start
     alone takes a tenth of a second."""
     device, dtype = Device.canonicalize(device), getattr(dtypes, array.dtype.name)
@@ -39,14 +39,14 @@ def filled(array: np.ndarray, device: str | None = None) -> Tensor:
         buffer.allocate(external_ptr=buffer.memory.ctypes.data)
     else:
         buffer.allocate()
-    put(tensor, array)
+    copy_in(tensor, array)
     return tensor
 
 
 @functools.cache
 def address_of(function: int, device: str) -> Tensor:
     """A buffer that holds a function's address: unlike the code, it may change with each run."""
-    return filled(np.array([function], np.uint64), device)
+    return from_numpy(np.array([function], np.uint64), device)
 
 
 class HugePages:
@@ -81,14 +81,14 @@ def aligned_zeros(n: int) -> np.ndarray:
     return padded[offset : offset + n]
 
 
-def put(tensor: Tensor, array: np.ndarray) -> None:
+def copy_in(tensor: Tensor, array: np.ndarray) -> None:
     """Copies an array into a realised tensor of its size, without tinygrad's scheduler, which takes
     longer than a token of a small model."""
     buffer = tensor.uop.base.buffer
     if not buffer.device.startswith("CPU"):
         array = np.ascontiguousarray(array)
         return buffer.allocator._copyin(buffer._buf, memoryview(array).cast("B"))
-    memory, n_cores = on_cpu(tensor).reshape(array.shape), NUM_CPU_THREADS.value
+    memory, n_cores = as_numpy(tensor).reshape(array.shape), NUM_CPU_THREADS.value
     if array.nbytes < MIN_SHARED_BYTES:
         memory[...] = array
         return None
@@ -97,16 +97,16 @@ def put(tensor: Tensor, array: np.ndarray) -> None:
         list(threads.map(np.copyto, *parts))
 
 
-def on_cpu(tensor: Tensor) -> np.ndarray:
+def as_numpy(tensor: Tensor) -> np.ndarray:
     """The numbers of a realised tensor; on the CPU they are the tensor's own memory."""
     buffer = tensor.uop.base.buffer
     if not buffer.device.startswith("CPU"):
-        return get(tensor)
+        return copy_out(tensor)
     memory = buffer.allocator._as_buffer(buffer._buf)
     return np.frombuffer(memory, _to_np_dtype(tensor.dtype), tensor.numel()).reshape(tensor.shape)
 
 
-def get(tensor: Tensor) -> np.ndarray:
+def copy_out(tensor: Tensor) -> np.ndarray:
     """A copy of a realised tensor's numbers."""
     array, buffer = np.empty(tensor.shape, _to_np_dtype(tensor.dtype)), tensor.uop.base.buffer
     buffer.allocator._copyout(memoryview(array).cast("B"), buffer._buf)
@@ -148,14 +148,14 @@ class Flat:
 
     def read(self) -> list[np.ndarray]:
         """The values of the parts; on the CPU not a copy."""
-        return self.arrays if self.is_one else [get(part) for part in self.parts]
+        return self.arrays if self.is_one else [copy_out(part) for part in self.parts]
 
     def write(self, parts: Iterable[np.ndarray]) -> None:
         for place, part in zip(self.arrays if self.is_one else self.parts, parts, strict=True):
             if self.is_one:
                 place[...] = part
             else:
-                put(place, part.astype(np.float32, copy=False))
+                copy_in(place, part.astype(np.float32, copy=False))
 
     def stack(self, whole: list[Tensor]) -> Tensor:
         """What is laid out as `whole`, of n parts of one shape -> (n, *shape)"""

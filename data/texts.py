@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from backend.errors import UserError
 from tokenizers import NotUTF8
-from training.settings import CORPUS
+from training.config import CORPUS
 
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # by suffix, Python's own modules
 STANDARD_INPUT = Path("-")

@@ -21,8 +21,8 @@ from tinygrad import Device
 from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, Target
 
 from backend import devices, machine
+from backend.arrays import Flat, copy_in, copy_out
 from backend.errors import UserError
-from backend.memory import Flat, get, put
 
 # what the launchers of MPICH, Intel MPI, Open MPI and Slurm tell a rank
 UNDER_MPI = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
@@ -81,7 +81,7 @@ class World:
             raise UserError(f"{name} {n} can't be shared by {self.size} workers: try {fitting}")
         return n // self.size
 
-    def part(self, rows: np.ndarray) -> np.ndarray:
+    def shard(self, rows: np.ndarray) -> np.ndarray:
         """This rank's share of the columns."""
         width = rows.shape[1] // self.size
         return rows[:, self.rank * width : (self.rank + 1) * width]
@@ -92,7 +92,7 @@ class World:
             self.ranks.Allreduce(self.mpi.IN_PLACE, array)
         return array
 
-    def sum_parts(self, flat: Flat) -> None:
+    def all_reduce(self, flat: Flat) -> None:
         """`sum` of tensors: one message, on the CPU from and to their own memory."""
         if self.size == 1:
             return
@@ -103,15 +103,15 @@ class World:
             ends = np.cumsum([part.numel() for part in flat.parts])
             flat.write(np.split(message, ends[:-1]))
 
-    def any(self, number: int) -> int:
+    def max(self, number: int) -> int:
         """The greatest of the ranks' numbers."""
         return self.ranks.allreduce(number, self.mpi.MAX) if self.size > 1 else number
 
-    def from_first(self, thing: object) -> object:
+    def broadcast(self, thing: object) -> object:
         """Rank 0's, on every rank."""
         return self.ranks.bcast(thing) if self.size > 1 else thing
 
-    def from_first_of_machine(self, make: Callable[[], object]) -> object:
+    def broadcast_on_machine(self, make: Callable[[], object]) -> object:
         """What it makes on the first rank of each machine, on all of them."""
         if self.size == 1:
             return make()
@@ -123,12 +123,12 @@ class World:
         width = {"ncols": self.columns, "dynamic_ncols": not self.columns}
         return {"disable": not is_shown, "leave": False, **width}
 
-    def copy_first(self, tensors: list) -> None:
+    def broadcast_tensors(self, tensors: list) -> None:
         """Gives every rank the bits that rank 0 has in its tensors."""
         for tensor in tensors if self.size > 1 else ():
-            array = get(tensor)
+            array = copy_out(tensor)
             self.ranks.Bcast(array)
-            put(tensor, array)
+            copy_in(tensor, array)
 
     def __enter__(self):
         if self.rank > 0:  # rank 0 speaks for all

@@ -11,8 +11,9 @@ import pytest
 from conftest import ROOT
 from tinygrad import Device, Tensor
 
-from backend import capture, processes
-from backend.memory import get, put, zeros
+from backend import jit_cache
+from backend.arrays import copy_in, copy_out, zeros
+from backend.cpu import processes
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="jits are kept for the CPU")
 only_with_forks = pytest.mark.skipif(sys.platform != "linux", reason="forks a process")
@@ -28,19 +29,19 @@ def powers(begins: bool = False) -> tuple[list[float], int]:
     """Of 3, by a captured function that multiplies by a number in its state; how often it ran, but
     for the other process in which it may have begun."""
     state, n_runs = zeros(1), 0
-    put(state, np.ones(1, np.float32))
+    copy_in(state, np.ones(1, np.float32))
 
     def multiply(by: Tensor) -> None:
         nonlocal n_runs
         n_runs += 1
         state.assign(state * by).realize()
 
-    multiply, numbers = capture.Captured(multiply, [state], "powers"), []
+    multiply, numbers = jit_cache.CachedJit(multiply, [state], "powers"), []
     if begins:
         multiply.begin(Tensor([5.0]).realize())
     for _ in range(3):
         multiply(Tensor([3.0]).realize())
-        numbers += get(state).tolist()
+        numbers += copy_out(state).tolist()
     return numbers, n_runs
 
 
@@ -58,20 +59,20 @@ def test_what_another_process_captures_is_not_captured_again_nor_run_there(folde
 
 @only_with_forks
 def test_what_another_process_fails_to_capture_is_captured_here(folder, monkeypatch):
-    this, keep = os.getpid(), capture.keep
+    this, keep = os.getpid(), jit_cache.keep
 
     def keep_here(*arguments) -> None:
         if os.getpid() != this:
             os.kill(os.getpid(), signal.SIGKILL)
         keep(*arguments)
 
-    monkeypatch.setattr(capture, "keep", keep_here)
+    monkeypatch.setattr(jit_cache, "keep", keep_here)
     assert powers(begins=True) == ([3, 9, 27], 1)
 
 
 @only_with_forks
 def test_another_process_that_hangs_is_ended_and_it_is_captured_here(folder, monkeypatch):
-    this, keep, ended = os.getpid(), capture.keep, []
+    this, keep, ended = os.getpid(), jit_cache.keep, []
 
     def keep_here(*arguments) -> None:
         while os.getpid() != this:  # holding the lock
@@ -83,34 +84,34 @@ def test_another_process_that_hangs_is_ended_and_it_is_captured_here(folder, mon
         ended.append(process.exitcode)
 
     monkeypatch.setattr(processes, "PATIENCE", 0.1)
-    monkeypatch.setattr(capture, "wait_for", wait_for)
-    monkeypatch.setattr(capture, "keep", keep_here)
+    monkeypatch.setattr(jit_cache, "wait_for", wait_for)
+    monkeypatch.setattr(jit_cache, "keep", keep_here)
     assert powers(begins=True) == ([3, 9, 27], 1)
     assert ended == [-signal.SIGKILL]
     assert powers() == ([3, 9, 27], 0)
 
 
 def test_a_worker_takes_what_another_captured_meanwhile(folder, monkeypatch):
-    alone = capture.alone
+    alone = jit_cache.alone
 
     @contextlib.contextmanager
     def alone_after_another(path):
-        monkeypatch.setattr(capture, "alone", alone)
+        monkeypatch.setattr(jit_cache, "alone", alone)
         assert powers() == ([3, 9, 27], 1)
         with alone(path):
             yield
 
-    monkeypatch.setattr(capture, "alone", alone_after_another)
+    monkeypatch.setattr(jit_cache, "alone", alone_after_another)
     assert powers() == ([3, 9, 27], 0)
 
 
 def test_one_captures_at_a_time(folder):
     def capture_another() -> None:
-        with capture.alone(folder / "jit"):
+        with jit_cache.alone(folder / "jit"):
             pass
 
     other = threading.Thread(target=capture_another)
-    with capture.alone(folder / "jit"):
+    with jit_cache.alone(folder / "jit"):
         other.start()
         other.join(0.1)
         assert other.is_alive()
@@ -122,16 +123,16 @@ def test_one_that_comes_when_another_ends_waits_for_who_has_waited_before(folder
     holds, may_end = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with capture.alone(folder / "jit"):
+        with jit_cache.alone(folder / "jit"):
             holds.set()
             may_end.wait()
 
     def come() -> None:
-        with capture.alone(folder / "jit"):
+        with jit_cache.alone(folder / "jit"):
             pass
 
     second, third = threading.Thread(target=hold), threading.Thread(target=come)
-    with capture.alone(folder / "jit"):
+    with jit_cache.alone(folder / "jit"):
         second.start()
         second.join(0.1)
     assert holds.wait(60)
@@ -170,16 +171,16 @@ def test_the_jits_that_were_used_last_are_kept(folder, monkeypatch):
     os.utime(kept, (0, 0))
     powers()
     assert kept.stat().st_mtime > 4
-    monkeypatch.setattr(capture, "KEPT_BYTES", kept.stat().st_size + 250_000)
-    capture.drop_oldest(folder)
+    monkeypatch.setattr(jit_cache, "KEPT_BYTES", kept.stat().st_size + 250_000)
+    jit_cache.drop_oldest(folder)
     assert set(folder.iterdir()) == {kept, folder / "older_2", folder / "older_3"}
-    monkeypatch.setattr(capture, "KEPT_BYTES", 100)
-    with capture.alone(folder / "older_1"):
-        capture.drop_oldest(folder)
+    monkeypatch.setattr(jit_cache, "KEPT_BYTES", 100)
+    with jit_cache.alone(folder / "older_1"):
+        jit_cache.drop_oldest(folder)
         assert set(folder.iterdir()) == {kept, folder / "older_1.lock"}
 
 
 def test_a_jit_depends_on_every_file_of_the_program_and_on_no_test():
     wings = [ROOT / wing for wing in ("backend", "models", "runtime", "training")]
     paths = [path for folder in (ROOT, *wings) for path in folder.glob("*.*")]
-    assert capture.source_files() == sorted(x for x in paths if x.suffix in (".py", ".c"))
+    assert jit_cache.source_files() == sorted(x for x in paths if x.suffix in (".py", ".c"))

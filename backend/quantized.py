@@ -8,17 +8,17 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.helpers import NUM_CPU_THREADS
 
-from backend.blas import blas, einsum
+from backend.arrays import as_numpy, from_numpy
+from backend.cpu.gemv import multiply
 from backend.lookup import look_up
-from backend.memory import filled, on_cpu
-from backend.products import multiply
+from backend.matmul import blas, einsum
 
 # by type, the greatest number of a matrix: of float16 what its 11 bits hold as a whole number
-GREATEST = {"int8": 127, "float16": 2047}
+QMAX = {"int8": 127, "float16": 2047}
 
 
 @dataclass
-class RoundedMatrix:
+class QuantizedMatrix:
     """A matrix, `values * scales` (n, k), that `einsum` and `look_up` take in place of a tensor.
 
     values (n, k) are int8, or float16 up to 2047; scales (n, 1), what a 1 stands for in each row,
@@ -32,15 +32,15 @@ class RoundedMatrix:
     kind: str
 
     @staticmethod
-    def of(matrix: Tensor, kind: str) -> "RoundedMatrix":
+    def of(matrix: Tensor, kind: str) -> "QuantizedMatrix":
         """A realised matrix (n, k) in int8 or float16, each number as near as can be."""
-        matrix = on_cpu(matrix)
+        matrix = as_numpy(matrix)
         values, scales = np.empty(matrix.shape, kind), np.empty((len(matrix), 1), np.float32)
         n_rows = max(1, 2**18 // matrix.shape[1])  # at once: what a core's cache holds
 
         def round_rows(start: int) -> None:
             rows = matrix[start : start + n_rows].astype(np.float32, copy=False)
-            scale = np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30) / GREATEST[kind]
+            scale = np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30) / QMAX[kind]
             if kind == "float16":  # a power of 2, with which float16 stays what it was
                 scale = np.exp2(np.ceil(np.log2(scale)))
             rows = rows / scale
@@ -49,7 +49,7 @@ class RoundedMatrix:
 
         with ThreadPoolExecutor(NUM_CPU_THREADS.value) as threads:
             list(threads.map(round_rows, range(0, len(matrix), n_rows)))
-        return RoundedMatrix(filled(values), filled(scales), kind)
+        return QuantizedMatrix(from_numpy(values), from_numpy(scales), kind)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,10 +75,10 @@ class RoundedMatrix:
         return (y * self.scales.reshape(-1)).reshape(*x.shape[:-1], -1)
 
     def greatest_factor(self) -> int:
-        """The greatest whole number that x may hold, so that no sum of products.c overflows: it
+        """The greatest whole number that x may hold, so that no sum of gemv.c overflows: it
         adds up in 32 bits every eighth product, or fewer."""
         n_summed = math.ceil(self.shape[1] / 8)
-        return min(32767, (2**31 - 1) // (GREATEST[self.kind] * n_summed))
+        return min(32767, (2**31 - 1) // (QMAX[self.kind] * n_summed))
 
     def rows(self, numbers: Tensor) -> Tensor:
         """look_up(self, numbers)"""

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from backend.memory import get
+from backend.arrays import copy_out
 from training import resume
 from training.batches import capture_training, capture_validation, make_plan
-from training.distributed import HANGUP, World, stop_signals
 from training.metrics import append_metrics, begin_metrics, progress, step_line
 from training.state import Training
+from training.workers import HANGUP, World, stop_signals
 
 
 def train(training: Training, world: World, announce: Callable[[str], None]) -> int:
@@ -40,10 +40,10 @@ def train(training: Training, world: World, announce: Callable[[str], None]) -> 
             for batch in progress(training, world):
                 train_batch(*plan, batch=batch)
                 position.batch = batch + 1
-                if signal_number := world.any(max(signals, default=0)):
+                if signal_number := world.max(max(signals, default=0)):
                     break
             position.seconds = time.time() - started
-            losses = world.sum(get(training.losses))[: position.batch]
+            losses = world.sum(copy_out(training.losses))[: position.batch]
             if signal_number:
                 position.losses = losses.tolist()
                 if training.is_kept:

@@ -19,7 +19,7 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, Ops
 
 from backend import machine
-from backend.compiler import compiled
+from backend.cpu.compiler import compiled
 
 MIN_SHARED_WORK = 1 << 14  # element operations; with fewer, waking a core costs more than it gives
 SHARES_EACH = ContextVar("SHARES_EACH", 4)  # of a core; what it has not begun, others can take
@@ -159,7 +159,7 @@ def run_kernels(words: ctypes.Array, n_kernels: int, n_shares: int) -> None:
 @functools.cache
 def on_all_cores() -> tuple[ThreadPoolExecutor, Callable, ctypes.c_void_p]:
     """The threads, the function that they call, and the one by which that waits and wakes."""
-    source = Path(__file__).with_name("cores.c").read_text(encoding="utf-8")
+    source = Path(__file__).with_name("threads.c").read_text(encoding="utf-8")
     source = source.replace("PARAMETERS", ", ".join(["word"] * 64))
     source = source.replace("ARGUMENTS", ", ".join(f"a[{i}]" for i in range(64)))
     word, pointer, program = ctypes.c_uint64, ctypes.c_void_p, compiled(source)
