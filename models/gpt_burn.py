@@ -45,7 +45,7 @@ def read_record(path: Path) -> dict[str, np.ndarray]:
     try:
         return Record(np.asarray(np.memmap(path, np.uint8, "r"))).parameters
     except BROKEN as error:
-        reason = error if type(error) is ValueError else "its structure is broken"
+        reason = error if type(error) is UserError else "its structure is broken"
         raise UserError(f"{path} is truncated or corrupt: {reason!s:.200}") from None
 
 
