@@ -1,13 +1,27 @@
 """What both command lines share: help, errors of one line, and the choice of the backend."""
 
+import os
+import signal
+import sys
+
+if None in (sys.stdin, sys.stdout, sys.stderr):  # closed: what is opened next would take its number
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the process ends
+            os.set_inheritable(getattr(sys, name).fileno(), True)
+
+# The imports of a command take a second, in which Ctrl-C ends it as silently as later, in `run`.
+if (
+    os.path.dirname(os.path.realpath(sys.argv[0])) == os.path.dirname(os.path.realpath(__file__))
+    and callable(signal.getsignal(signal.SIGINT))  # not ignored, as in the background
+):
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
-import contextlib
 import errno
 import gc
-import os
-import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +31,8 @@ try:
 except (OSError, ValueError) as error:  # of a variable, say, that tinygrad reads when imported
     sys.exit(f"error: {error}")
 
+# what a write says when a pipe, a socket, a terminal, or on Windows a pipe, has no one behind it
+GONE = {errno.EPIPE, errno.ECONNRESET, errno.EIO, errno.EINVAL}
 USER_ERRORS = (OSError, UserError, MemoryError)  # what a user can get wrong, or a machine
 
 
@@ -83,55 +99,57 @@ def number(kind: type, lowest: float, below: float = float("inf")) -> Callable:
     return parse
 
 
-class LastingStream:
-    """A stream that takes what a system's encoding lacks, and what is written when the terminal is
-    gone: a training is not to end before the signal that says so."""
+class Output:
+    """Standard output or error. Once its reader or its terminal is gone, either what is written
+    goes nowhere, for the work `outlives_reader`, or the process ends at once and quietly."""
 
-    def __init__(self, stream: IO):
-        self.stream = stream
-        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    def __init__(self, stream: IO, outlives_reader: bool):
+        self.stream, self.outlives_reader = stream, outlives_reader
+        if hasattr(stream, "reconfigure") and not stream.errors.endswith(("replace", "ignore")):
+            stream.reconfigure(errors="replace")  # what the encoding lacks
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
     @property
-    def buffer(self) -> "LastingStream":
-        return LastingStream(self.stream.buffer)
+    def buffer(self) -> "Output":
+        return Output(self.stream.buffer, self.outlives_reader)
 
-    def write(self, data: str | bytes) -> int:
-        with self.lasting():
-            self.stream.write(data)
-        return len(data)
+    def write(self, data: str | bytes) -> None:
+        self.attempt(self.stream.write, data)
 
     def flush(self) -> None:
-        with self.lasting():
-            self.stream.flush()
+        self.attempt(self.stream.flush)
 
-    @contextlib.contextmanager
-    def lasting(self) -> Iterator[None]:
+    def attempt(self, action: Callable, *arguments: str | bytes) -> None:
         try:
-            yield
+            action(*arguments)
         except OSError as error:
-            if sys.platform == "win32" and error.errno == errno.EINVAL:
-                raise BrokenPipeError from error  # which has no number of its own there
-            if error.errno != errno.EIO:
-                raise
+            # what a buffer still holds has to go somewhere, and be no second error at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if error.errno not in GONE:
+                raise
+            if not self.outlives_reader:
+                sys.exit()
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[[], int | None], outlives_reader: bool = False) -> None:
     """Ends the process with what `main` returns; what a user can get wrong is a line on stderr."""
-    sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
+    sys.stdout, sys.stderr = Output(sys.stdout, outlives_reader), Output(sys.stderr, True)
+    if callable(at_rest := signal.getsignal(signal.SIGINT)):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        sys.exit(main())
-    except BrokenPipeError:  # python run.py ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        try:
+            sys.exit(main())
+        finally:
+            sys.stdout.flush()
     except USER_ERRORS as error:
         sys.exit(f"error: {explain(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        if callable(at_rest):
+            signal.signal(signal.SIGINT, at_rest)
         gc.freeze()  # to look for garbage at the end would take a tenth of a second
 
 
@@ -146,4 +164,5 @@ def explain(error: BaseException) -> str:
 
 
 def bold(text: str) -> str:
-    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
+    is_plain = os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR")
+    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() and not is_plain else text

@@ -1,5 +1,7 @@
 """Makes one file of a trained model, a program or a page: python export.py my_model -o story."""
 
+import command_line  # isort: skip - first, for the time of the imports
+
 import argparse
 import json
 import os
@@ -8,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import command_line
 import run
 from backend import devices
 from backend.errors import UserError

@@ -3,6 +3,8 @@
 With --score it says instead how well the model predicts a text.
 """
 
+import command_line  # isort: skip - first, for the time of the imports
+
 import argparse
 import codecs
 import sys
@@ -13,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import command_line
 from backend import devices
 from backend.errors import UserError
 from backend.quantized import QMAX

@@ -1,8 +1,12 @@
 """Trains a GPT on a text: python train.py -t my.txt."""
 
+import command_line  # isort: skip - first, for the time of the imports
+
 import argparse
 import codecs
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -10,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-import command_line
 from backend import devices
 from backend.cpu import gemm
 from backend.errors import UserError
@@ -30,7 +33,7 @@ ROUNDED_ONLY = (
     "multiplied in float32"
 )
 # what may change when a training goes on; a corpus that has moved is known by its checksum
-MAY_CHANGE = {"n_steps", "text_corpus", "output_path"}
+MAY_CHANGE = {"n_steps", "text_corpus", "output_path", "no_save", "format", "checkpoint_every"}
 
 
 def make_parser(defaults: TrainingConfig) -> command_line.ArgumentParser:
@@ -105,9 +108,10 @@ def configure(words: list[str], began: TrainingConfig | None = None) -> Training
 
 
 def flag(name: str, value: object) -> str:
-    """A setting as one writes it."""
+    """A setting as one writes it, or says that it is not set."""
     given = {"grad_clipping": "grad_clip", "max_vocab_size": "vocab_size", "algorithm": "optimizer"}
-    return f"--{given.get(name, name).replace('_', '-')} {value}"
+    option = f"--{given.get(name, name).replace('_', '-')}"
+    return f"no {option}" if value is None else f"{option} {value}"
 
 
 def refuse_contradictions(
@@ -138,12 +142,16 @@ def main() -> int:
         elif options.init_from:
             config, start = from_model(options.init_from, words)
         start.position.arguments += words
+        if config.model.gpt2 and config.files.format == "burn":
+            raise UserError("--format burn: gpt-burn has no GPT-2")
         if config.files.output_path and not config.files.no_save and world.rank == 0:
             folders.check_destination(config.files.output_path)
         text = ids.read(config, start.tokenizer, world)
         start.position.texts = list(map(str, config.files.text_corpus))
+        start.position.directory = os.getcwd()
         training = begin(config.with_tokenizer(text.tokenizer), text, start, world)
-        return run(training, world)
+        with folders.reserved(training.folder) if training.is_kept else contextlib.nullcontext():
+            return run(training, world)
 
 
 def from_checkpoint(
@@ -156,9 +164,13 @@ def from_checkpoint(
     start = saved or light
     # The model's sizes stand in its config: those in the words may be defaults, beside --init-from.
     model = start.config["model"]
-    began = changed(configure(start.position.arguments, changed(DEFAULTS, model)), model)
-    if texts := start.position.texts:
-        began = changed(began, {"text_corpus": tuple(map(Path, texts))})
+    position = start.position
+    began = changed(configure(position.arguments, changed(DEFAULTS, model)), model)
+    output_path = position.path(position.output_path)
+    position.output_path = str(output_path)
+    began = changed(began, {"output_path": output_path})
+    if position.texts:
+        began = changed(began, {"text_corpus": tuple(map(position.path, position.texts))})
     config = configure(words, began)
     names = [name for name in flat(began) if name not in MAY_CHANGE]
     refuse_contradictions(config, began, names, "the training to go on with")
@@ -184,8 +196,6 @@ def from_model(path: Path, words: list[str]) -> tuple[TrainingConfig, Start]:
     if context_length > longest:
         given = flag("context_length", context_length)
         raise UserError(f"{given} is beyond the model's {longest}")
-    if config.model.gpt2 and config.files.format == "burn":
-        raise UserError("--format burn: gpt-burn has no GPT-2")
     weights = {name: p.numpy().astype(np.float32) for name, p in model.parameters().items()}
     positions = "positional_embedding.weight"
     weights[positions] = weights[positions][:context_length]
@@ -193,7 +203,7 @@ def from_model(path: Path, words: list[str]) -> tuple[TrainingConfig, Start]:
 
 
 def run(training: Training, world: workers.World) -> int:
-    config, folder = training.config, Path(training.position.output_path)
+    config, folder = training.config, training.folder
     is_on_cpu = devices.in_use().startswith("CPU")
     if config.dtype == "bfloat16" and is_on_cpu and not (blas() and gemm.sbgemm()):
         print(ROUNDED_ONLY, file=sys.stderr)
@@ -231,4 +241,4 @@ def print_example(training: Training) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, outlives_reader=True)

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from backend.errors import UserError
+from backend.locks import locked
 
 INDEX = "model.safetensors.index.json"  # of weights in several files, as Hugging Face cuts them
 WEIGHT_FILES = ("model.safetensors", "model.mpk", INDEX)  # what we write comes first
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 TRAINING_FILES = ("training.json", "optimizer.safetensors")  # that may stand beside a model
-MODEL_FILES = ("config.json", *WEIGHT_FILES, *TRAINING_FILES)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+MODEL_FILES = ("config.json", *WEIGHT_FILES, *TRAINING_FILES, *TOKENIZER_FILES)
 
 
 @contextlib.contextmanager
@@ -77,6 +79,20 @@ def check_parent(path: Path) -> None:
         trial.rmdir()
     except OSError as error:
         raise UserError(f"cannot save to {path}: {error.strerror} ({parent})") from None
+
+
+@contextlib.contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Keeps other trainings out of a folder; UserError if one is at work there."""
+    folder = Path(os.path.realpath(folder))
+    # beside it: the folder itself is another one when its model has been replaced
+    with locked(folder.with_name(f".gpt-tiny-{folder.name}.lock")) as is_ours:
+        if not is_ours:
+            raise UserError(
+                f"another training is writing to {folder}: wait for its end, or name another folder"
+                " with --output-path"
+            )
+        yield
 
 
 def is_model(names: set[str]) -> bool:

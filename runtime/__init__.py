@@ -2,6 +2,6 @@
 
 `kernels` makes C of what tinygrad renders, `tables` lays out the tokens, and `build` compiles for a
 program or a page. Of the files in C read generation.c first, then tokenizer.c and sampling.c, which
-both have; steps.c runs the kernels and, with sgemm.c, what they call. A program is program.c and
-system.c, a page page.html, page.js, worker.js and page.c.
+both have; steps.c runs the kernels and, with sgemm.c, what they call. A program is program.c,
+system.c and, before all else, whole.c; a page page.html, page.js, worker.js and page.c.
 """

@@ -1,4 +1,4 @@
-// A model as a program, with the flags of run.py. The model is at the end of the program's file.
+// A model as a program, with the flags of run.py. whole.c finds the model.
 #include <getopt.h>
 #include <math.h>
 #include <stdarg.h>
@@ -17,7 +17,6 @@
 #include <shellapi.h>
 #endif
 
-const byte *model;
 const void *halves;
 byte memory[MEMORY_BYTES] __attribute__((aligned(64)));
 
@@ -34,20 +33,6 @@ static void *resized(void *old, size_t n_bytes) {
   void *new = realloc(old, n_bytes + 1);
   if (!new) fail(1, "out of memory");
   return new;
-}
-
-// The file ends with the place of the model, these 8 letters, and a checksum of all before it.
-static void find_model(void) {
-  long long size, n;
-  const byte *file = own_file(&size);
-  if (!file) fail(1, "this program can't read its own file");
-  const uint64_t *words = (const uint64_t *)file;
-  uint64_t sum = 0;
-  n = size % 8 ? 0 : size / 8;
-  int is_whole = n > 3 && !memcmp(words + n - 2, "gpt-tiny", 8);
-  for (long long i = 0; is_whole && i < n - 1; i++) sum += words[i] * (2 * i + 1);
-  if (!is_whole || sum != words[n - 1]) fail(1, "this program is truncated or altered");
-  model = file + words[n - 3];
 }
 
 static const struct option known[] = {
@@ -136,7 +121,9 @@ static void continue_text(Text prompt) {
   long n_unknown = begin(prompt, (Text){(byte *)stop, strlen(stop)}, ids);
   if (n_unknown)
     fprintf(stderr, "warning: %ld tokens of the prompt are not in the vocabulary\n", n_unknown);
-  int is_bold = isatty(1) && !is_interactive;
+  const char *terminal = getenv("TERM"), *no_color = getenv("NO_COLOR");
+  int is_plain = (terminal && !strcmp(terminal, "dumb")) || (no_color && *no_color);
+  int is_bold = isatty(1) && !is_interactive && !is_plain;
   if (is_bold) fputs("\033[1m", stdout);
   if (!is_interactive) show(prompt);
   if (is_bold) fputs("\033[0m", stdout);
@@ -159,7 +146,6 @@ int main(int n_words, char **words) {
   SetConsoleOutputCP(CP_UTF8);
 #endif
   parse(n_words, words);
-  find_model();
   choose_step();
   if (!is_interactive) {
     int is_given = strcmp(prompt, "-");

@@ -20,7 +20,6 @@ typedef void Step(Team *, int core);
 void run(Team *);     // the step on all cores
 void give_way(void);  // to another thread
 void choose_step(void);
-const byte *own_file(long long *size);
 
 // A number in half precision (IEEE 754, finite), whose bits these are.
 static inline float widen(unsigned short bits) {

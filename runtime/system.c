@@ -1,5 +1,4 @@
-// What a program asks of the system that it runs on: its own file, cores, and the processor's kind.
-#include <fcntl.h>
+// What a program asks of the system that it runs on: cores, and the processor's kind.
 #include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
@@ -8,43 +7,9 @@
 
 #include "runtime.h"
 
-#if _WIN32
-#include <windows.h>
-#else
-#include <sys/mman.h>
-#endif
-#if __APPLE__
-#include <mach-o/dyld.h>
-#endif
 #if __x86_64__
 #include <cpuid.h>
-#endif
 
-// This program's own file, mapped, or NULL.
-const byte *own_file(long long *size) {
-#if _WIN32
-  static wchar_t path[32768];
-  GetModuleFileNameW(NULL, path, 32768);
-  HANDLE file = CreateFileW(path, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, 0, NULL);
-  LARGE_INTEGER length;
-  if (file == INVALID_HANDLE_VALUE || !GetFileSizeEx(file, &length)) return NULL;
-  *size = length.QuadPart;
-  HANDLE mapping = CreateFileMappingW(file, NULL, PAGE_READONLY, 0, 0, NULL);
-  return mapping ? MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0) : NULL;
-#else
-  char path[4096] = "/proc/self/exe";
-#if __APPLE__
-  uint32_t length = sizeof path;
-  _NSGetExecutablePath(path, &length);
-#endif
-  int file = open(path, O_RDONLY);
-  *size = lseek(file, 0, SEEK_END);
-  void *mapped = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, file, 0);
-  return mapped == MAP_FAILED ? NULL : mapped;
-#endif
-}
-
-#if __x86_64__
 // Which vectors the processor and the system have: 1 for AVX2, 2 for AVX-512 with VNNI, as well.
 static int vectors(void) {
   const unsigned avx = 3 << 27 | 1 << 29 | 1 << 12, avx2 = 1 << 3 | 1 << 5 | 1 << 8;

@@ -3,20 +3,26 @@
 With GPT_TINY_TARGETS=1 also programs for other machines, where qemu-aarch64-static and wine are.
 """
 
+import hashlib
 import json
 import os
+import platform
 import shutil
+import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import DATA, GPT2, REFERENCE, assert_error, not_on_windows
+from tinygrad.helpers import Context
 
 import export
 import run
 from gpt_tiny import GPTConfig, initial_weights
 from models import checkpoint
+from runtime import build
 from tokenizers import SimpleVowelTokenizer
 
 PROMPTS = json.loads((REFERENCE / "expected.json").read_text())
@@ -130,6 +136,20 @@ def test_a_program_reads_standard_input_as_run_py_does(program, call, pipe, flag
     assert ours.err == theirs.stderr.decode()
 
 
+@not_on_windows("Windows has no such terminals")
+@pytest.mark.parametrize(
+    ("environment", "is_bold"),
+    [({"TERM": "xterm"}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+)
+def test_a_prompt_is_bold_on_a_terminal_that_knows_bold(program, environment, is_bold):
+    shown, terminal = os.openpty()
+    words = [program(REFERENCE), "-p", "The", "-n", "1", "--temperature", "0"]
+    subprocess.run(words, stdout=terminal, env=environment, check=True)
+    os.close(terminal)
+    assert os.read(shown, 1000).startswith(b"\033[1mThe\033[0m" if is_bold else b"The")
+    os.close(shown)
+
+
 def test_unknown_characters_are_a_warning_and_characters_come_whole(program):
     process = started(program(REFERENCE), "-p", "日本The ", "-n", "5")
     assert process.stderr.decode().startswith("warning: 2 tokens of the prompt")
@@ -167,17 +187,35 @@ def test_a_program_shows_its_flags(program):
     assert output(program(REFERENCE), "-h") == shown
 
 
+def assert_refuses(copy: bytes, path: Path, *emulator: str) -> None:
+    path.write_bytes(copy)
+    path.chmod(0o755)
+    process = started(*emulator, path)
+    assert (process.returncode, process.stdout) == (1, b""), len(copy)
+    assert process.stderr == b"error: this program is truncated or altered\n"
+
+
+def altered(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 128]) + data[place + 1 :]
+
+
+@pytest.mark.skipif("sys.platform == 'darwin'", reason="macOS refuses such a program itself")
 def test_a_truncated_or_altered_program_refuses(program, tmp_path):
     data = program(REFERENCE).read_bytes()
     place = len(data) - 100_000  # within the weights
-    altered = data[:place] + bytes([data[place] ^ 128]) + data[place + 1 :]
-    for copy in (altered, data[:-8], data[:-1], data[:place]):
-        path = tmp_path / "copy"
-        path.write_bytes(copy)
-        path.chmod(0o755)
-        process = started(path)
-        assert process.returncode == 1
-        assert process.stderr == b"error: this program is truncated or altered\n"
+    for copy in (altered(data, place), data[:-8], data[:-1], data[:place]):
+        assert_refuses(copy, tmp_path / "copy")
+
+
+# in what checks it, constants, code, the data and all up to the weights
+CUTS = [1500, 4096, 4097, 16_000, 30_000, 100_000, 213_000, 215_000, 217_000]
+
+
+@pytest.mark.skipif("sys.platform != 'linux'", reason="other systems refuse such a program")
+def test_a_program_truncated_or_altered_in_its_code_refuses_as_well(program, tmp_path):
+    data = program(REFERENCE).read_bytes()
+    for copy in (*(data[:n] for n in CUTS), altered(data, 100_000)):
+        assert_refuses(copy, tmp_path / "copy")
 
 
 def test_weights_are_in_the_precision_of_their_file(program):
@@ -278,6 +316,46 @@ def test_a_large_page_beside_a_folder_of_someone_elses_is_refused_before_the_wor
     assert_error(result, 1, ["story exists and is no page of ours"])
 
 
+def test_a_program_that_its_system_would_not_load_is_refused(call, folder, monkeypatch):
+    monkeypatch.setattr(build, "MOST_BYTES", 100_000)
+    before = sorted(folder.iterdir())
+    words = [REFERENCE, "--target", "aarch64-macos"]
+    assert_error(call(export.main, *words), 1, ["GB", "--weights int8"])
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "target"),
+    [
+        ("Darwin", "arm64", "aarch64-macos"),
+        ("Darwin", "x86_64", "x86_64-macos"),
+        ("Linux", "aarch64", "aarch64-linux"),
+        ("Windows", "AMD64", "x86_64-windows"),
+        ("Windows", "ARM64", "x86_64-windows"),  # which Windows emulates
+    ],
+)
+def test_without_a_target_a_program_is_for_this_machine(monkeypatch, system, machine, target):
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert build.this_machine() == target and target in build.TARGETS
+
+
+def test_compiling_takes_no_more_cores_than_it_may(monkeypatch, tmp_path):
+    def compiled(_, output: Path, *words) -> Path:
+        output.write_bytes(b"")
+        return output
+
+    def threads(n: int) -> ThreadPoolExecutor:
+        assert n == 1
+        return ThreadPoolExecutor(n)
+
+    monkeypatch.setattr(build, "compiled", compiled)
+    monkeypatch.setattr(build, "ThreadPoolExecutor", threads)
+    (tmp_path / "model.bin").write_bytes(bytes(64))
+    with Context(NUM_CPU_THREADS=1):
+        build.program(build.TARGETS["x86_64-linux"], tmp_path, tmp_path / "story")
+
+
 def test_a_page_beyond_a_browsers_memory_is_refused(call, folder, monkeypatch):
     monkeypatch.setattr(export, "MAX_WASM_BYTES", 100_000)
     before = sorted(folder.iterdir())
@@ -285,19 +363,84 @@ def test_a_page_beyond_a_browsers_memory_is_refused(call, folder, monkeypatch):
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.skipif("GPT_TINY_TARGETS" not in os.environ, reason="GPT_TINY_TARGETS is not set")
+needs_targets = pytest.mark.skipif(
+    "GPT_TINY_TARGETS" not in os.environ, reason="GPT_TINY_TARGETS is not set"
+)
+
+
+@needs_targets
 @pytest.mark.parametrize(
-    ("target", "emulator"),
-    [("aarch64-linux", "qemu-aarch64-static"), ("x86_64-windows", "wine"), ("x86_64-macos", None)],
+    ("target", "emulator"), [("aarch64-linux", "qemu-aarch64-static"), ("x86_64-windows", "wine")]
 )
 def test_programs_for_other_machines_write_the_same(program, target, emulator, tmp_path):
     story = program(REFERENCE, "--target", target)
-    if emulator is None:
-        assert story.read_bytes()[:4] == b"\xcf\xfa\xed\xfe"  # Mach-O; nothing here runs it
-        return
     assert shutil.which(emulator), emulator
     here = program(REFERENCE)
     prompt = PROMPTS[3]  # in German, and longer than the context
     for words in (["-p", prompt["prompt"], *GREEDY], ["-p", "日", "-n", "100", "-s", "5"]):
         expected = output(here, *words)
         assert output(emulator, story, *words, WINEPREFIX=str(tmp_path)) == expected
+    if target == "aarch64-linux":
+        data = story.read_bytes()
+        for copy in (data[:1500], data[:20_000], data[:130_000], altered(data, 60_000)):
+            assert_refuses(copy, tmp_path / "copy", emulator)
+
+
+def test_the_model_that_is_linked_is_never_another_file_of_its_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("model.bin").write_bytes(b"another")
+    Path("sources").mkdir()
+    Path("sources/model.bin").write_bytes(b"the model")
+    target, sources = build.TARGETS["aarch64-macos"], tmp_path / "sources"
+    assert b"the model" in build.linked(target, sources).read_bytes()
+
+
+def load_commands(data: bytes) -> list[tuple[int, bytes]]:
+    """The number and the bytes of each in a Mach-O file of 64 bits."""
+    commands, place = [], 32
+    for _ in range(int.from_bytes(data[16:20], "little")):
+        number, size = struct.unpack_from("<II", data, place)
+        commands.append((number, data[place : place + size]))
+        place += size
+    return commands
+
+
+@needs_targets
+@pytest.mark.parametrize(("processor", "page"), [("x86_64", 4096), ("aarch64", 16384)])
+def test_a_program_for_macos_is_one_file_that_macos_loads(program, processor, page):
+    """Nothing here runs it. The numbers are those of Apple's mach-o/loader.h."""
+    data = program(REFERENCE, "--target", f"{processor}-macos").read_bytes()
+    commands, segments, end, address = load_commands(data), {}, 0, 0
+    kind = {"x86_64": 0x1000007, "aarch64": 0x100000C}[processor]
+    assert struct.unpack_from("<II", data) == (0xFEEDFACF, kind)
+    for segment in (words for number, words in commands if number == 0x19):
+        first, n, start, size = struct.unpack_from("<4Q", segment, 24)
+        assert first % page == start % page == 0 and first >= address and start >= end
+        address, end = first + n, start + size
+        segments[segment[8:24].rstrip(b"\0")] = data[start:end]
+    assert list(segments)[-1] == b"__LINKEDIT" and end == len(data)
+    libraries = [words[24:].rstrip(b"\0") for number, words in commands if number == 0xC]
+    assert libraries == [b"/usr/lib/libSystem.B.dylib"]
+    here = program(REFERENCE, "--target", "x86_64-linux").read_bytes()
+    place = int.from_bytes(here[-24:-16], "little")
+    assert segments[b"__MODEL"][:-24] == here[place:-24]
+
+
+@needs_targets
+def test_each_page_of_a_program_for_arm_macs_is_as_its_signature_says(program):
+    """The numbers are those of Apple's xnu, osfmk/kern/cs_blobs.h; a signature's are big-endian."""
+    data = program(REFERENCE, "--target", "aarch64-macos").read_bytes()
+    [words] = [words for number, words in load_commands(data) if number == 0x1D]
+    place, size = struct.unpack_from("<II", words, 8)
+    assert place + size == len(data)
+    signature = data[place:]
+    magic, length, n, kind, start = struct.unpack_from(">5I", signature)
+    assert (magic, n, kind) == (0xFADE0CC0, 1, 0) and length <= size
+    directory = signature[start:]
+    numbers = struct.unpack_from(">9I4B", directory)
+    magic, _, _, flags, hashes, _, _, n_pages, end, hash_bytes, hash_kind, _, log_page = numbers
+    assert (magic, hash_bytes, hash_kind, end) == (0xFADE0C02, 32, 2, place)  # of SHA-256
+    assert flags & 2  # without a certificate
+    pages = [data[at : min(at + (1 << log_page), end)] for at in range(0, end, 1 << log_page)]
+    digests = b"".join(hashlib.sha256(page).digest() for page in pages)
+    assert digests == directory[hashes : hashes + 32 * n_pages]

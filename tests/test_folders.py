@@ -2,11 +2,12 @@
 
 import errno
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import CONFIG, SHAPES, assert_equal, not_on_windows
+from conftest import CONFIG, ROOT, SHAPES, assert_equal, not_on_windows
 
 from models import checkpoint, folders, safetensors
 
@@ -150,3 +151,35 @@ def test_the_newest_model_of_a_folder_is_the_one_saved_last(tmp_path, weights):
 def test_trainings_of_the_same_second_do_not_share_a_folder(tmp_path):
     claimed = {folders.claim(tmp_path / "1795367562_4") for _ in range(3)}
     assert len(claimed) == 3 and all(folder.is_dir() for folder in claimed)
+
+
+def test_a_model_of_another_tokenizer_leaves_nothing_of_the_one_before(model_folder, weights):
+    for name in folders.TOKENIZER_FILES:
+        (model_folder / name).touch()
+    checkpoint.save(model_folder, CONFIG, weights)
+    assert sorted(os.listdir(model_folder)) == ["config.json", "model.safetensors"]
+
+
+def test_a_folder_is_one_processes_also_when_it_is_replaced_until_that_is_killed(
+    model_folder, weights
+):
+    program = "import pathlib, sys, models.folders as folders\n"
+    program += "with folders.reserved(pathlib.Path(sys.argv[1])):\n print(flush=True), input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, model_folder],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    other.stdout.readline()
+    refused = pytest.raises(ValueError, match=r"another training is writing to .*model: wait")
+    for _ in range(2):
+        with refused, folders.reserved(model_folder):
+            pass
+        checkpoint.save(model_folder, CONFIG, weights)
+    other.kill()
+    other.communicate()
+    with folders.reserved(model_folder):
+        assert len(os.listdir(model_folder.parent)) == 2
+    if sys.platform != "win32":
+        assert os.listdir(model_folder.parent) == ["model"]

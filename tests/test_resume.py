@@ -79,7 +79,8 @@ def test_resumed_training_equals_uninterrupted(tmp_path, whole, signals, number,
         before += training.stdout.readline()
     training.send_signal(getattr(signal, number))
     out, err = training.communicate()
-    assert (training.returncode, err.count("\n")) == (status, err.count("is missing: using"))
+    assert (training.returncode, err.count("\n")) == (status, 1 + err.count("is missing: using"))
+    assert err.endswith(loop.HEARD.decode())
     command = re.search(r"python train.py (--resume \S+)", out)[1].split()
     assert not (tmp_path / "model" / "config.json").exists()
 
@@ -115,6 +116,17 @@ def test_a_terminal_that_goes_away_may_say_so_twice_while_the_training_is_stored
     assert noted == [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP]
 
 
+@pytest.mark.parametrize(("rank", "says"), [(0, loop.HEARD.decode()), (1, "")])
+def test_a_signal_is_answered_at_once_by_the_worker_that_speaks_for_all(signals, capfd, rank, says):
+    world = World()
+    world.rank, world.size = rank, 2
+    with loop.noted_signals(world):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+            assert capfd.readouterr().err == says
+            says = ""  # once is enough
+
+
 @not_on_windows("Windows has no nohup")
 def test_under_nohup_a_training_outlives_its_terminal(tmp_path):
     command = ["nohup", sys.executable, ROOT / "train.py", *TINY, "-n", "1000", "-o", "model"]
@@ -137,7 +149,8 @@ def test_a_finished_training_goes_on_for_longer_also_one_of_an_earlier_version(
     train_here(*TINY, "-n", "2", "-o", "model", "--checkpoint-every", "1")
     [position] = tmp_path.glob(f".data/checkpoints/*/{resume.POSITION}")
     saved = json.loads(position.read_text(encoding="utf-8"))
-    del saved["texts"]
+    del saved["texts"], saved["directory"]
+    assert saved["output_path"] == "model"
     position.write_text(json.dumps(saved), encoding="utf-8")
     rest = train_here("--resume", ".data/checkpoints", "-n", "4")
     lines, model = whole()
@@ -153,12 +166,70 @@ def test_flags_that_contradict_the_checkpoint_are_refused(call, train_here):
             ["--optimizer", "muon"],
             "--optimizer muon contradicts the training to go on with: it has --optimizer adamw",
         ),
+        (
+            ["--grad-clip", "1"],
+            "--grad-clip 1.0 contradicts the training to go on with: it has no --grad-clip",
+        ),
         (["-n", "0"], "'0' is not a whole number"),
         (["-t", str(ROOT / "README.md")], "--text-corpus"),
     ]:
         refused = call(train.main, "--resume", ".data/checkpoints", *words)
         assert refused.status in (1, 2) and not refused.out
         assert_error(refused, refused.status, [message])
+
+
+def test_what_concerns_files_alone_may_change_when_a_training_goes_on(tmp_path, train_here):
+    def files() -> set[Path]:
+        return {path for path in tmp_path.rglob("*") if path.is_file()}
+
+    train_here(*TINY, "-n", "1", "-o", "model")
+    before = files()
+    assert len(step_lines(train_here("--resume", ".data/checkpoints", "-n", "2", "-x"))) == 1
+    assert files() == before
+    words = ["--checkpoint-every", "1", "--format", "burn"]
+    rest = train_here("--resume", ".data/checkpoints", "-n", "3", *words)
+    assert rest.count("store checkpoint") == 2
+    assert (tmp_path / "model" / "model.mpk").exists()
+
+
+def test_a_training_of_any_length_goes_on_for_longer_also_from_another_directory(
+    tmp_path, train_here
+):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "text.txt").write_text("The context of the context of the containers. " * 50)
+    train_here(*TINY, "-n", "2", "-t", "text.txt", "-o", "model")
+    train_apart(elsewhere, "--resume", "../.data/checkpoints", "-n", "3")
+    train_apart(elsewhere, "--resume", ".data/checkpoints", "-n", "4")
+    rows = (tmp_path / "model" / "metrics.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == ["1", "2", "3", "4"]
+    assert os.listdir(elsewhere) == [".data"]
+    assert checkpoint.read_config(tmp_path / "model")["n_steps"] == 4
+
+
+def test_a_training_that_goes_on_in_an_older_ones_folder_brings_its_best_and_its_rows(
+    tmp_path, train_here
+):
+    for seed, name in enumerate(["older", "model"]):
+        train_here(*TINY, "-n", "2", "-s", str(seed), "-o", name)
+    train_here("--resume", ".data/checkpoints", "-o", "older")
+    for file in ("metrics.csv", "best/config.json", "best/model.safetensors"):
+        assert (tmp_path / "older" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
+
+
+def test_a_folder_that_a_training_writes_to_is_refused_to_others_while_that_lives(
+    tmp_path, call, train_here
+):
+    words = [*TINY, "-t", str(ROOT / "README.md"), "-o", "model"]
+    first = start(tmp_path, *words, "-n", "1000")
+    while "step   1/" not in first.stdout.readline():
+        assert first.poll() is None
+    refused = call(train.main, *words, "-n", "1")
+    assert_error(refused, 1, ["another training is writing to", "model: wait for its end"])
+    first.kill()
+    first.communicate()
+    train_here(*words, "-n", "1")
+    assert {".data", "model"} >= set(os.listdir(tmp_path)) or sys.platform == "win32"
 
 
 def test_a_checkpoint_holds_what_its_optimizer_keeps_and_is_refused_to_another(

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DATA, REFERENCE, ROOT, assert_error
+from conftest import DATA, REFERENCE, ROOT, assert_error, not_on_windows
 from tinygrad import Device
 
 import command_line
@@ -38,6 +39,89 @@ def test_what_the_system_cannot_show_is_no_error(folder):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert process.returncode == 0 and process.stdout.startswith("Th? ")
+
+
+def test_a_system_that_knows_ascii_alone_shows_the_whole_text(folder):
+    words = [REFERENCE, "-p", "The ", "-n", "300", "--temperature", "1000"]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, ROOT / "run.py", *words]
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True)
+    text = process.stdout.decode("ascii")
+    assert (process.returncode, process.stderr) == (0, b"")
+    assert len(text.rstrip("\n")) <= 304 <= len(text) - 1 and "?" in text
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_bold"),
+    [
+        ({"TERM": "xterm"}, True),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+    ],
+)
+def test_a_terminal_that_knows_no_bold_is_sent_none(monkeypatch, environment, is_bold):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert command_line.bold("The") == ("\033[1mThe\033[0m" if is_bold else "The")
+
+
+@pytest.mark.parametrize("script", ["train.py", "run.py", "export.py"])
+def test_ctrl_c_ends_a_command_in_silence_while_it_imports(tmp_path, signals, script):
+    (tmp_path / "numpy.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / script]
+    process = subprocess.run(command, env=environment, capture_output=True)
+    assert (process.returncode, process.stdout, process.stderr) == (130, b"", b"")
+
+
+@not_on_windows("Windows sends no signals to a process")
+def test_ctrl_c_ends_a_text_in_silence(signals):
+    command = [sys.executable, ROOT / "run.py", REFERENCE, "-n", "1000000"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **options) as process:
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == b""
+    assert process.returncode == 130
+
+
+def run_with(redirection: str, *words: str) -> subprocess.CompletedProcess:
+    """run.py as a shell starts it, with this redirection."""
+    command = [sys.executable, ROOT / "run.py", REFERENCE, "--temperature", "0", *words]
+    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh"]
+    return subprocess.run([*shell, *command], capture_output=True, text=True)
+
+
+@not_on_windows("Windows closes no streams so")
+def test_a_closed_stream_is_missed_by_no_text():
+    whole = run_with("", "-p", "The", "-n", "9").stdout
+    for redirection, shown in (("2>&-", whole), ("<&-", whole), (">&-", ""), (">&- 2>&-", "")):
+        process = run_with(redirection, "-p", "The", "-n", "9")
+        assert (process.returncode, process.stdout, process.stderr) == (0, shown, ""), redirection
+    process = run_with("<&-", "-p", "-")
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr == "error: the prompt is empty: give at least one character\n"
+
+
+@not_on_windows("Windows closes no streams so")
+def test_no_file_is_opened_in_the_place_of_a_closed_stream():
+    code = "import os, command_line; out = open(3, 'w'); print(os.dup(0), file=out); "
+    code += "print(*[(os.fstat(n).st_rdev, os.get_inheritable(n)) for n in range(3)], file=out)"
+    shell = ["sh", "-c", 'exec 3>&1; exec "$@" <&- >&- 2>&-', "sh"]
+    command = [*shell, sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    null = (os.stat(os.devnull).st_rdev, True)
+    assert process.stdout == f"4\n{null} {null} {null}\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_that_a_text_goes_to_is_one_line():
+    process = run_with(">/dev/full", "-n", "9")
+    assert process.returncode == 1
+    assert process.stderr == "error: No space left on device\n"
 
 
 def test_a_prompt_longer_than_the_context_is_continued_from_its_end(call):

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GPT2, REFERENCE, ROOT, TINY, Result, assert_error
+from conftest import (
+    GPT2,
+    REFERENCE,
+    ROOT,
+    TINY,
+    Result,
+    assert_error,
+    not_on_windows,
+    start,
+)
 from tinygrad import Device
 
 import run
@@ -99,6 +108,24 @@ def test_output_is_as_documented(trained):
     assert lines[8].endswith("\n")
 
 
+def test_a_training_outlives_the_reader_of_its_lines(folder, corpus):
+    training = start(folder, *TINY, "-n", "3", "-t", corpus.name, "-o", "without_reader")
+    while "step   1/3" not in training.stdout.readline():
+        assert training.poll() is None
+    training.stdout.close()
+    assert (training.stderr.read(), training.wait()) == ("", 0)
+    checkpoint.load(folder / "without_reader")
+
+
+@not_on_windows("Windows closes no streams so")
+def test_a_training_without_standard_streams_keeps_its_model(folder, corpus):
+    words = [*TINY, "-n", "1", "-t", corpus.name, "-o", "without_streams"]
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    process = subprocess.run([*shell, sys.executable, ROOT / "train.py", *words], cwd=folder)
+    assert process.returncode == 0
+    checkpoint.load(folder / "without_streams")
+
+
 def test_loss_falls(trained):
     train_losses, validation_losses = np.array(losses(trained.out), float).T
     assert abs(validation_losses[0] - np.log(104)) < 0.1  # all characters alike, to begin with
@@ -118,11 +145,13 @@ def test_what_is_written_loads(trained, folder, place):
     assert all(np.isfinite(p.numpy()).all() for p in model.parameters().values())
 
 
-def test_checkpoints_are_stored_every_ten_steps_from_the_fifth_on(call, corpus, monkeypatch):
+def test_checkpoints_are_stored_every_ten_steps_from_the_fifth_on_and_at_the_end(
+    call, corpus, monkeypatch
+):
     monkeypatch.setattr(train, "DEFAULTS", TrainingConfig(batches_per_step=2))
-    out = call(train.main, *TINY, "-n", "15", "-t", corpus, "-o", "model_15").out
+    out = call(train.main, *TINY, "-n", "16", "-t", corpus, "-o", "model_16").out
     # a name that another training took in the same second gets a number behind it
-    assert re.findall(r"checkpoint model to: [^_\n]+_(\d+)(?:_\d+)?\n", out) == ["4", "14"]
+    assert re.findall(r"checkpoint model to: [^_\n]+_(\d+)(?:_\d+)?\n", out) == ["4", "14", "15"]
 
 
 def test_the_same_seed_gives_the_same_losses_and_x_writes_nothing(call, folder, corpus, trained):
@@ -183,12 +212,14 @@ def test_what_agrees_with_the_model_to_start_from_is_taken(call, folder, corpus)
     (folder / "bpe").mkdir()  # is not taken for one with a vocabulary
     options = ["-h", "4", "-d", "48", "--tokenizer", GPT2, "-c", "16", "--dropout", "0"]
     words = ["--init-from", GPT2, "-t", corpus, "-b", "2", "--validation-size", "2", "-n", "1"]
-    result = call(train.main, *words, *options, "-x")
+    result = call(train.main, *words, *options, "-o", "fine_tuned")
     assert result.status == 0, result.err
     config, _ = json.JSONDecoder().raw_decode(result.out.split("\n", 1)[1])
     assert config["tokenizer"] == "bpe"
     sizes = {"d_model": 48, "n_heads": 4, "context_length": 16, "dropout": 0, "gpt2": True}
     assert config["model"].items() >= sizes.items()
+    refused = call(train.main, "--resume", ".data/checkpoints", "-n", "2", "--format", "burn")
+    assert_error(refused, 1, ["gpt-burn has no GPT-2"])
 
 
 def test_vowel_tokenizer_trains_is_saved_and_generates(call, folder, corpus):
@@ -213,7 +244,27 @@ def test_validation_size_and_checkpoint_every(call, folder):
     result = call(train.main, *TINY, *options)
     assert result.status == 0
     assert '"validation_size": 5' in result.out
-    assert result.out.count("store checkpoint") == 2  # after steps 1 and 3
+    stored = re.findall(r"checkpoint model to: [^_\n]+_(\d+)(?:_\d+)?\n", result.out)
+    assert stored == ["1", "2"]  # after 2 steps, and the last one
+
+
+def test_a_new_training_takes_over_an_older_ones_folder_when_it_has_finished_a_step(call, folder):
+    def kept() -> dict[str, bytes]:
+        return {name: (folder / "taken" / name).read_bytes() for name in files(folder / "taken")}
+
+    call(train.main, *TINY, "-n", "2", "-o", "taken")
+    (folder / "taken" / "best" / "notes.txt").write_text("mine")
+    before = kept()
+    failed = call(train.main, *TINY, "-n", "2", "-r", "1e30", "-o", "taken")
+    assert failed.status == 1 and kept() == before
+
+    vowels = ["--tokenizer", "vowel", "--vocab-size", "104"]
+    assert call(train.main, *TINY, *vowels, "-n", "1", "-o", "taken").status == 0
+    after = kept()
+    assert after["best/config.json"] == after["config.json"] != before["config.json"]
+    assert after["best/notes.txt"] == b"mine"
+    checkpoint.load(folder / "taken" / "best")
+    assert after["metrics.csv"].count(b"\n") == 2
 
 
 @pytest.fixture(scope="module")

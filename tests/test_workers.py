@@ -18,6 +18,7 @@ from conftest import ROOT
 
 from backend.arrays import Flat
 from gpt_tiny import GPTConfig
+from models import checkpoint
 from training import resume, workers
 
 pytest.importorskip("mpi4py", reason="training with workers needs the extra mpi")
@@ -217,7 +218,7 @@ def test_all_that_workers_print_is_passed_on_and_a_line_when_it_ends():
 
 
 def test_without_the_flag_mpi_is_not_imported():
-    code = "import sys, train; train.distributed.World(); print('mpi4py' in sys.modules)"
+    code = "import sys, train; train.workers.World(); print('mpi4py' in sys.modules)"
     run = [sys.executable, "-c", code]
     assert subprocess.run(run, cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
 
@@ -269,7 +270,8 @@ def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_pa
     first = int(re.search(r"step +(\d+)/", wait_for(resumed, "step ")).group(1))
     wait_for(resumed, "store checkpoint")
     processes = workers_of(resumed)
-    ranks = [p for p in processes if "train.py" in Path(f"/proc/{p}/cmdline").read_text()]
+    [launcher] = [p for p in processes if "proxy" in Path(f"/proc/{p}/cmdline").read_text()]
+    ranks = [p for p in processes if status_of(p)[1] == launcher]  # which start processes, too
     os.kill(ranks[-1], signal.SIGKILL)
     out, err = resumed.communicate(timeout=HANGS)
     assert resumed.returncode == 1
@@ -281,6 +283,21 @@ def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_pa
     alone.kill()
     alone.communicate()
     resume.load(tmp_path / ".data/checkpoints")
+
+
+@pytest.mark.parametrize(("n_steps", "number", "status"), [(3, 0, 0), (1000, signal.SIGINT, 130)])
+def test_workers_outlive_the_reader_of_their_lines(tmp_path, mpi, n_steps, number, status):
+    words = [*TINY, "-n", str(n_steps), "-o", "model", "--workers", "2"]
+    training = start(tmp_path, *words)
+    wait_for(training, "step   1/")
+    training.stdout.close()
+    training.stderr.close()
+    training.send_signal(number)
+    assert training.wait(timeout=HANGS) == status
+    if number:
+        assert resume.load(tmp_path / ".data/checkpoints").position.step >= 1
+    else:
+        checkpoint.load(tmp_path / "model")
 
 
 def test_standard_input_reaches_all_workers(tmp_path, of_one):

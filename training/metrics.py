@@ -15,6 +15,7 @@ from training.optimizers import learning_rate
 from training.state import Training
 from training.workers import World
 
+METRICS = "metrics.csv"
 COLUMNS = "step,batch,tokens,train_loss,validation_loss,learning_rate,tokens_per_second,seconds"
 
 
@@ -57,10 +58,10 @@ def clock(seconds: float) -> str:
 
 def begin_metrics(training: Training) -> None:
     """A `metrics.csv` with the rows of the steps that were before, if there are any."""
-    path, n_steps = metrics_file(training), training.position.step
-    text = path.read_text(encoding="utf-8") if n_steps and path.exists() else ""
-    rows = text.splitlines()
-    folders.write_file(path, "\n".join([COLUMNS, *rows[1 : n_steps + 1], ""]).encode())
+    n_steps, before = training.position.step, Path(training.position.output_path, METRICS)
+    text = before.read_text(encoding="utf-8") if n_steps and before.exists() else ""
+    lines = [COLUMNS, *text.splitlines()[1 : n_steps + 1], ""]
+    folders.write_file(training.folder / METRICS, "\n".join(lines).encode())
 
 
 def append_metrics(training: Training, train_loss: float, tokens_per_second: float) -> None:
@@ -70,14 +71,10 @@ def append_metrics(training: Training, train_loss: float, tokens_per_second: flo
     row = [position.step + 1, n_batches, n_batches * config.tokens_per_batch]
     row += [train_loss, position.validation_loss, learning_rate(config, n_batches)]
     row += [tokens_per_second, position.seconds]
-    with metrics_file(training).open("a", encoding="utf-8", newline="\n") as file:
+    with (training.folder / METRICS).open("a", encoding="utf-8", newline="\n") as file:
         file.write(",".join(f"{number:.6g}" for number in row) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def metrics_file(training: Training) -> Path:
-    return Path(training.position.output_path) / "metrics.csv"
 
 
 def plot(training: Training) -> None:
@@ -86,7 +83,7 @@ def plot(training: Training) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    path = metrics_file(training)
+    path = training.folder / METRICS
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     axes = (figure := Figure()).add_subplot(xlabel="tokens", ylabel="loss (nats a token)")

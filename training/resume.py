@@ -25,8 +25,8 @@ def save(folder: Path, training: Training) -> None:
         names = training.optimizer.state_shapes({name: w.shape for name, w in weights.items()})
         moments = dict(zip(names, training.optimizer.read(), strict=True))
         safetensors.write(new / OPTIMIZER, moments)
-        position = json.dumps(asdict(training.position), indent=1)
-        (new / POSITION).write_text(position, encoding="utf-8")
+        position = asdict(training.position) | {"output_path": str(training.folder)}
+        (new / POSITION).write_text(json.dumps(position, indent=1), encoding="utf-8")
     if training.latest:  # moments are twice as large as the model
         (training.latest / POSITION).unlink(missing_ok=True)
         (training.latest / OPTIMIZER).unlink(missing_ok=True)
@@ -62,7 +62,7 @@ def load(path: Path) -> Start:
 def read_position(path: Path) -> Position:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        saved.setdefault("texts", [])  # which those of earlier versions lack
+        saved = {"texts": [], "directory": ""} | saved  # which those of earlier versions lack
         position = Position(**{field.name: saved[field.name] for field in fields(Position)})
         if any(type(getattr(position, field.name)) is not field.type for field in fields(Position)):
             raise UserError("a value of the wrong kind")

@@ -1,7 +1,6 @@
 """A training: what it starts from, what it changes, and where it stands."""
 
-import contextlib
-import shutil
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -35,10 +34,18 @@ class Position:
     validation_loss: float = 0.0
     best_loss: float = sys.float_info.max
     seconds: float = 0.0
-    output_path: str = ""  # empty where nothing is kept
+    output_path: str = ""  # the folder with what it has kept so far
     corpus_checksum: int = 0
     arguments: list = field(default_factory=list)  # all words of its command lines so far
     texts: list = field(default_factory=list)  # its corpus, as the last of them named it
+    directory: str = ""  # which these paths are relative to; empty in earlier versions
+
+    def path(self, name: str) -> Path:
+        """One of these paths as it is found from the directory at work; as it was named, where
+        there is no such file any more, or never was, as for standard input."""
+        there = Path(self.directory, name)
+        is_elsewhere = self.directory != os.getcwd() and name != "-" and there.exists()
+        return there if is_elsewhere else Path(name)
 
 
 @dataclass
@@ -64,10 +71,11 @@ class Training:
     optimizer: AdamW | Muon
     losses: Tensor  # (batches_per_step,), of this rank's shares
     latest: Path | None  # the newest checkpoint
+    folder: Path | None  # for its model; None where nothing is kept
 
     @property
     def is_kept(self) -> bool:
-        return bool(self.position.output_path)
+        return self.folder is not None
 
     def weights(self) -> dict[str, np.ndarray]:
         """The parameters by name; ValueError if one of them is not finite."""
@@ -102,7 +110,7 @@ def begin(config: TrainingConfig, corpus: Corpus, start: Start, world: World) ->
         check_same_training(config, checksum, start)
     position.corpus_checksum = checksum
     is_kept = world.rank == 0 and not config.files.no_save
-    position.output_path = output_folder(config, position.output_path) if is_kept else ""
+    folder = output_folder(config) if is_kept else None
 
     algorithm = config.optimizer.algorithm
     model, parameters = flat_model(config.model, algorithm)
@@ -118,7 +126,7 @@ def begin(config: TrainingConfig, corpus: Corpus, start: Start, world: World) ->
     start.weights = start.moments = {}  # their memory is needed
     world.broadcast_tensors([*parameters.whole, *optimizer.state])
     learned = (model, parameters, optimizer, losses)
-    return Training(config, corpus, position, *learned, start.folder)
+    return Training(config, corpus, position, *learned, start.folder, folder)
 
 
 def flat_model(config: GPTConfig, algorithm: str = "adamw") -> tuple[GPT, Flat]:
@@ -162,18 +170,11 @@ def check_same_training(config: TrainingConfig, checksum: int, start: Start) -> 
         )
 
 
-def output_folder(config: TrainingConfig, before: str) -> str:
-    """The folder of the training's model; a new one gets what is in the one `before`."""
+def output_folder(config: TrainingConfig) -> Path:
+    """The folder for the training's model: the one that is named, or a new one."""
     folder, model = config.files.output_path, config.model
-    if folder is None and before:
-        return before
     if folder is None:
         name = f"gpt_{model.n_parameters >> 10}k_{model.context_length}context_{int(time.time())}"
-        return str(folders.claim(Path(".data") / name))
+        return folders.claim(Path(".data") / name)
     folder.mkdir(parents=True, exist_ok=True)
-    if before and Path(before).resolve() != folder.resolve():
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copytree(Path(before) / "best", folder / "best", dirs_exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copy2(Path(before) / "metrics.csv", folder)
-    return str(folder)
+    return folder

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 import numpy as np
 from tinygrad import Device
@@ -209,7 +211,7 @@ def launch(n_workers: int, words: list[str]) -> int:
     if sys.stderr.isatty():
         environment[COLUMNS] = str(shutil.get_terminal_size().columns)
     # a session of its own: Ctrl-C reaches the ranks once, from here
-    options = {"stdout": subprocess.PIPE, "start_new_session": True}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
     process = subprocess.Popen(command, env=environment, **options)
     signals = []
 
@@ -222,11 +224,9 @@ def launch(n_workers: int, words: list[str]) -> int:
 
     for number in stop_signals():
         signal.signal(number, forward)
-    was_killed = False
-    for text, banner in parted_by_banner(lambda: os.read(process.stdout.fileno(), 1 << 16)):
-        sys.stdout.buffer.write(b"" if was_killed else text)
-        sys.stdout.buffer.flush()
-        was_killed = was_killed or banner
+    streams = process.stdout, process.stderr
+    with ThreadPoolExecutor(len(streams)) as threads:
+        was_killed = any(list(threads.map(pass_on, streams, (sys.stdout, sys.stderr))))
     status = process.wait()
     if signals:
         return 128 + signals[0]
@@ -236,3 +236,14 @@ def launch(n_workers: int, words: list[str]) -> int:
             "to go on: python train.py --resume .data/checkpoints"
         )
     return status
+
+
+def pass_on(stream: BinaryIO, output: TextIO) -> bool:
+    """Writes what mpiexec does, which would end with its reader, up to what it tells of a rank that
+    was killed; whether one was."""
+    was_killed = False
+    for text, banner in parted_by_banner(lambda: os.read(stream.fileno(), 1 << 16)):
+        output.buffer.write(b"" if was_killed else text)
+        output.buffer.flush()
+        was_killed = was_killed or banner
+    return was_killed
