@@ -80,7 +80,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path, whole, signals, number,
     training.send_signal(getattr(signal, number))
     out, err = training.communicate()
     assert (training.returncode, err.count("\n")) == (status, 1 + err.count("is missing: using"))
-    assert err.endswith(loop.HEARD.decode())
+    assert err.endswith(trainer.HEARD.decode())
     command = re.search(r"python train.py (--resume \S+)", out)[1].split()
     assert not (tmp_path / "model" / "config.json").exists()
 
@@ -116,11 +116,11 @@ def test_a_terminal_that_goes_away_may_say_so_twice_while_the_training_is_stored
     assert noted == [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP]
 
 
-@pytest.mark.parametrize(("rank", "says"), [(0, loop.HEARD.decode()), (1, "")])
+@pytest.mark.parametrize(("rank", "says"), [(0, trainer.HEARD.decode()), (1, "")])
 def test_a_signal_is_answered_at_once_by_the_worker_that_speaks_for_all(signals, capfd, rank, says):
     world = World()
     world.rank, world.size = rank, 2
-    with loop.noted_signals(world):
+    with trainer.noted_signals(world):
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
             assert capfd.readouterr().err == says
