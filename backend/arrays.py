@@ -1,19 +1,20 @@
-"""Memory: zeros, copies, and tensors side by side, which one kernel or one message serves all."""
+"""Memory: zeros, copies between numpy and tensors, and many tensors in one buffer."""
 
 import contextlib
 import functools
-import itertools
 import math
 import mmap
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, takewhile
 
 import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.dtype import _to_np_dtype
 from tinygrad.helpers import NUM_CPU_THREADS
 
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
 MIN_SHARED_BYTES, MIN_HUGE_BYTES = 1 << 20, 1 << 18
 ALIGNMENT = 16  # floats: a cache line, and the longest vector of a processor
 
@@ -21,26 +22,37 @@ ALIGNMENT = 16  # floats: a cache line, and the longest vector of a processor
 def zeros(*shape: int) -> Tensor:
     """A buffer of float32 zeros; on the CPU of memory that is not touched before it is used."""
     if Device.DEFAULT.startswith("CPU"):
-        array = aligned_zeros(math.prod(shape))
-        tensor = Tensor.from_blob(array.ctypes.data, shape)
-        tensor.uop.buffer.memory = array  # as long as there is the buffer
-        return tensor
+        return tensor_over(aligned_zeros(math.prod(shape)).reshape(shape))
     return from_numpy(np.zeros(shape, np.float32))
 
 
 def from_numpy(array: np.ndarray, device: str | None = None) -> Tensor:
     """A realised tensor with a copy of the array, made without tinygrad's scheduler, whose start
     alone takes a tenth of a second."""
-    device, dtype = Device.canonicalize(device), getattr(dtypes, array.dtype.name)
-    tensor = Tensor(UOp.new_buffer(device, array.size, dtype).reshape(array.shape))
-    buffer = tensor.uop.base.buffer
+    device = Device.canonicalize(device)
     if device.startswith("CPU") and array.nbytes >= MIN_HUGE_BYTES and sys.platform == "linux":
-        buffer.memory = huge_pages.take(array.nbytes)  # as long as there is the buffer
-        buffer.allocate(external_ptr=buffer.memory.ctypes.data)
+        memory = huge_pages.take(array.nbytes).view(array.dtype)
+        tensor = tensor_over(memory.reshape(array.shape), device)
     else:
-        buffer.allocate()
+        tensor = unallocated(array, device)
+        tensor.uop.base.buffer.allocate()
     copy_in(tensor, array)
     return tensor
+
+
+def tensor_over(array: np.ndarray, device: str = "CPU") -> Tensor:
+    """A realised tensor on the CPU whose memory is the array's."""
+    tensor = unallocated(array, device)
+    buffer = tensor.uop.base.buffer
+    buffer.memory = array  # as long as there is the buffer
+    buffer.allocate(external_ptr=array.ctypes.data)
+    return tensor
+
+
+def unallocated(array: np.ndarray, device: str) -> Tensor:
+    """A tensor of the array's shape and type, without memory yet."""
+    buffer = UOp.new_buffer(device, array.size, getattr(dtypes, array.dtype.name))
+    return Tensor(buffer.reshape(array.shape))
 
 
 @functools.cache
@@ -113,96 +125,93 @@ def copy_out(tensor: Tensor) -> np.ndarray:
     return array
 
 
-class Flat:
-    """Float32 tensors of these shapes, 0 at first: `parts`, and `whole`, which is all of them.
+class FlatBuffer:
+    """Float32 tensors by name, side by side in memory in the order of `shapes`, and 0 at first.
 
-    On the CPU `whole` is one tensor (n,) over the memory of the parts, of `array` if that is given;
-    elsewhere, where not every backend has parts of a buffer, it is the parts. tinygrad does not
-    know that they are the same: realise what is written to one before the other is read.
+    `views` holds each tensor, `whole` all of them: on the CPU one tensor (n,) over the memory of
+    the views, elsewhere the views, since not every backend has views of a buffer. tinygrad does
+    not know that they share memory: realise a write to one before the other is read.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], array: np.ndarray | None = None):
-        self.shapes = list(shapes)
-        self.is_one = Device.DEFAULT.startswith("CPU")
-        if not self.is_one:
-            self.whole = self.parts
-            return
-        sizes = [padded_size(shape) for shape in self.shapes]
-        self.array = aligned_zeros(sum(sizes)) if array is None else array
-        padded = np.split(self.array, np.cumsum(sizes)[:-1])
-        self.arrays = [
-            array[: math.prod(shape)].reshape(shape)
-            for array, shape in zip(padded, self.shapes, strict=True)
-        ]
-        self.whole = [Tensor.from_blob(self.array.ctypes.data, self.array.shape)]
-
-    def like(self) -> "Flat":
-        """Another one, laid out alike."""
-        return Flat(self.shapes)
+    def __init__(self, shapes: Shapes, memory: np.ndarray | None = None):
+        self.shapes, self.memory, self.parts = dict(shapes), None, {}
+        if Device.DEFAULT.startswith("CPU"):
+            size = sum(map(padded_size, self.shapes.values()))
+            self.memory = aligned_zeros(size) if memory is None else memory[:size]
 
     @functools.cached_property
-    def parts(self) -> list[Tensor]:
-        if self.is_one:
-            return [Tensor.from_blob(array.ctypes.data, array.shape) for array in self.arrays]
-        return [zeros(*shape) for shape in self.shapes]
+    def views(self) -> dict[str, Tensor]:
+        if self.memory is None:
+            return {name: zeros(*shape) for name, shape in self.shapes.items()}
+        ends = list(accumulate(map(padded_size, self.shapes.values())))
+        pieces = zip(np.split(self.memory, ends[:-1]), self.shapes.values(), strict=True)
+        views = (tensor_over(piece[: math.prod(shape)].reshape(shape)) for piece, shape in pieces)
+        return dict(zip(self.shapes, views, strict=True))
 
-    def read(self) -> list[np.ndarray]:
-        """The values of the parts; on the CPU not a copy."""
-        return self.arrays if self.is_one else [copy_out(part) for part in self.parts]
+    @functools.cached_property
+    def whole(self) -> list[Tensor]:
+        return list(self.views.values()) if self.memory is None else [tensor_over(self.memory)]
 
-    def write(self, parts: Iterable[np.ndarray]) -> None:
-        for place, part in zip(self.arrays if self.is_one else self.parts, parts, strict=True):
-            if self.is_one:
-                place[...] = part
-            else:
-                copy_in(place, part.astype(np.float32, copy=False))
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors over this memory: the buffers of a jit that reads or writes some of them."""
+        if self.memory is None:
+            return self.whole
+        of_parts = (tensor for part in self.parts.values() for tensor in part.whole)
+        return [*self.whole, *self.views.values(), *of_parts]
+
+    def like(self) -> "FlatBuffer":
+        """Another one, of the same shapes and with the same parts."""
+        other = FlatBuffer(self.shapes)
+        for names in self.parts:
+            other.part(names)
+        return other
+
+    def part(self, names: Iterable[str]) -> "FlatBuffer":
+        """The tensors of consecutive names, which share the memory of this buffer."""
+        names = tuple(names)
+        if names not in self.parts:
+            before = takewhile(lambda name: name != names[0], self.shapes)
+            start = sum(padded_size(self.shapes[name]) for name in before)
+            shapes, views = ({x: of[x] for x in names} for of in (self.shapes, self.views))
+            memory = None if self.memory is None else self.memory[start:]
+            self.parts[names] = FlatBuffer(shapes, memory)
+            self.parts[names].views = views
+        return self.parts[names]
+
+    def read(self) -> dict[str, np.ndarray]:
+        """The numbers of the views by name; on the CPU their own memory, elsewhere a copy."""
+        return {name: as_numpy(view) for name, view in self.views.items()}
+
+    def write(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Copies the arrays of these names into the views."""
+        for name, view in self.views.items():
+            copy_in(view, arrays[name].astype(np.float32, copy=False))
+
+    def apply_in_place(self, function: Callable[[np.ndarray], object]) -> None:
+        """Calls a function, which changes an array in place, with all numbers as one array (n,)."""
+        if self.memory is not None:
+            function(self.memory)
+            return
+        message = np.concatenate([array.ravel() for array in self.read().values()])
+        function(message)
+        ends = np.cumsum([view.numel() for view in self.whole])
+        self.write(dict(zip(self.shapes, np.split(message, ends[:-1]), strict=True)))
 
     def stack(self, whole: list[Tensor]) -> Tensor:
-        """What is laid out as `whole`, of n parts of one shape -> (n, *shape)"""
-        n, shape = len(self.shapes), self.shapes[0]
-        if not self.is_one:
+        """Tensors laid out as `whole`, where all views have one shape -> (n, *shape)"""
+        n, shape = len(self.shapes), next(iter(self.shapes.values()))
+        if self.memory is None:
             return Tensor.stack(*whole)
         return whole[0].reshape(n, -1)[:, : math.prod(shape)].reshape(n, *shape)
 
     def unstack(self, stacked: Tensor) -> list[Tensor]:
-        """The way back: (n, *shape) -> what is laid out as `whole`."""
-        if not self.is_one:
-            return [stacked[i] for i in range(len(self.shapes))]
+        """The inverse of `stack`: (n, *shape) -> tensors laid out as `whole`."""
+        if self.memory is None:
+            return [stacked[i] for i in range(stacked.shape[0])]
         rows = stacked.flatten(1)
-        return [rows.pad(((0, 0), (0, padded_size(self.shapes[0]) - rows.shape[1]))).flatten()]
-
-
-class Groups(Flat):
-    """A Flat in which some parts lie side by side: `groups` are Flats of these, `indices` says of
-    which, and `whole` is the groups' wholes, one after the other."""
-
-    def __init__(self, shapes: Sequence[tuple[int, ...]], indices: Sequence[Sequence[int]]):
-        self.shapes, self.indices = list(shapes), list(indices)
-        self.is_one = Device.DEFAULT.startswith("CPU")
-        of_groups = [[self.shapes[i] for i in group] for group in self.indices]
-        arrays = [None] * len(of_groups)
-        if self.is_one:
-            sizes = [sum(map(padded_size, shapes)) for shapes in of_groups]
-            self.array = aligned_zeros(sum(sizes))
-            arrays = np.split(self.array, np.cumsum(sizes)[:-1])
-        self.groups = [Flat(*each) for each in zip(of_groups, arrays, strict=True)]
-        self.whole = [tensor for group in self.groups for tensor in group.whole]
-
-    def like(self) -> "Groups":
-        return Groups(self.shapes, self.indices)
-
-    @functools.cached_property
-    def parts(self) -> list[Tensor]:
-        return self._in_order(group.parts for group in self.groups)
-
-    @functools.cached_property
-    def arrays(self) -> list[np.ndarray]:
-        return self._in_order(group.arrays for group in self.groups)
-
-    def _in_order(self, of_groups: Iterable[list]) -> list:
-        """The groups' things in the order of the shapes."""
-        numbered = zip(itertools.chain(*self.indices), itertools.chain(*of_groups), strict=True)
-        return [thing for _, thing in sorted(numbered, key=lambda pair: pair[0])]
+        padding = padded_size(stacked.shape[1:]) - rows.shape[1]
+        return [rows.pad(((0, 0), (0, padding))).flatten()]
 
 
 def padded_size(shape: tuple[int, ...]) -> int:

@@ -26,7 +26,7 @@ def sum_and_note(world, array):
 
 def train_and_note(training, *arguments):
     status = train_of_loop(training, *arguments)
-    parameters = b"".join(part.tobytes() for part in training.parameters.read())
+    parameters = b"".join(part.tobytes() for part in training.parameters.read().values())
     record.update(checksum=zlib.crc32(parameters), device=training.losses.device)
     return status
 

@@ -1,39 +1,62 @@
-"""Memory: what is written to the parts of a whole is in the whole, and the other way round."""
+"""Memory: what is written to the views of a buffer is in the whole, and the other way round."""
 
 import numpy as np
 import pytest
+from conftest import assert_equal
 from tinygrad import Tensor, dtypes
 
-from backend.arrays import Flat, Groups, as_numpy, copy_in, copy_out, from_numpy, zeros
+from backend.arrays import FlatBuffer, as_numpy, copy_in, copy_out, from_numpy, zeros
 
-SHAPES = [(3, 5), (17,), (3, 5), (1,)]
-
-
-@pytest.mark.parametrize("flat", [Flat(SHAPES), Groups(SHAPES, [[2, 0], [3, 1]]).like()])
-def test_parts_and_whole_hold_the_same(flat):
-    arrays = [np.full(shape, number + 1, np.float32) for number, shape in enumerate(SHAPES)]
-    flat.write(arrays)
-    for ours, array in zip(flat.read(), arrays, strict=True):
-        np.testing.assert_array_equal(ours, array)
-    doubled = [whole.assign(2 * whole) for whole in flat.whole]
-    Tensor.realize(*doubled)
-    for part, array in zip(flat.parts, arrays, strict=True):
-        np.testing.assert_array_equal(part.numpy(), 2 * array)
+SHAPES = {"a": (3, 5), "b": (3, 5), "c": (17,), "d": (1,)}
+ARRAYS = {name: np.full(SHAPES[name], ord(name), np.float32) for name in SHAPES}
 
 
-def test_the_parts_of_a_group_are_a_stack_and_the_rest_another_flat():
-    flat = Groups(SHAPES, [[2, 0], [1, 3]])
-    arrays = [np.full(shape, number + 1, np.float32) for number, shape in enumerate(SHAPES)]
-    flat.write(arrays)
-    matrices, others = flat.groups
+@pytest.fixture(params=[FlatBuffer, lambda shapes: FlatBuffer(shapes).like()])
+def buffer(request) -> FlatBuffer:
+    buffer = request.param(SHAPES)
+    assert list(buffer.shapes.items()) == list(SHAPES.items())
+    assert not any(array.any() for array in buffer.read().values())
+    buffer.write(ARRAYS)
+    return buffer
+
+
+def double(whole: list[Tensor]) -> None:
+    Tensor.realize(*(tensor.assign(2 * tensor) for tensor in whole))
+
+
+def test_views_and_whole_hold_the_same(buffer):
+    assert_equal(buffer.read(), ARRAYS)
+    double(buffer.whole)
+    for name, view in buffer.views.items():
+        np.testing.assert_array_equal(view.numpy(), 2 * ARRAYS[name])
+
+
+def test_a_part_is_a_stack_and_the_rest_another_part(buffer):
+    matrices, others = buffer.part("ab"), buffer.part("cd")
     stacked = matrices.stack(matrices.whole)
-    np.testing.assert_array_equal(stacked.numpy(), [arrays[2], arrays[0]])
+    np.testing.assert_array_equal(stacked.numpy(), [ARRAYS["a"], ARRAYS["b"]])
     doubled = zip(matrices.whole, matrices.unstack(2 * stacked), strict=True)
     Tensor.realize(*(whole.assign(new) for whole, new in doubled))
-    for number, ours in enumerate(flat.read()):
-        np.testing.assert_array_equal(ours, arrays[number] * (2 if number in (0, 2) else 1))
-    for ours, array in zip(others.read(), (arrays[1], arrays[3]), strict=True):
-        np.testing.assert_array_equal(ours, array)
+    assert_equal(buffer.read(), {name: ARRAYS[name] * (1 + (name in "ab")) for name in SHAPES})
+    assert_equal(others.read(), {name: ARRAYS[name] for name in "cd"})
+    double(others.whole)
+    assert_equal(buffer.read(), {name: 2 * ARRAYS[name] for name in SHAPES})
+
+
+def test_a_jit_is_told_of_all_tensors_over_the_memory_once(buffer):
+    part = buffer.part("ab")
+    tensors = {id(tensor) for tensor in buffer.tensors}
+    assert len(tensors) == len(buffer.tensors)
+    for tensor in (*buffer.whole, *buffer.views.values(), *part.whole, *part.views.values()):
+        assert id(tensor) in tensors
+    assert len(buffer.like().tensors) == len(tensors)
+
+
+def test_all_numbers_are_changed_in_one_array(buffer):
+    arrays = []
+    buffer.apply_in_place(lambda array: arrays.append(np.multiply(array, 3, out=array)))
+    assert len(arrays) == 1 and arrays[0].ndim == 1
+    assert_equal(buffer.read(), {name: 3 * ARRAYS[name] for name in SHAPES})
 
 
 def test_get_copies_what_put_copied():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from backend.arrays import Flat
+from backend.arrays import FlatBuffer
 from gpt_tiny import GPTConfig
 from models import checkpoint
 from training import resume, workers
@@ -160,12 +160,12 @@ def test_gradients_outside_the_cpus_memory_are_summed_in_one_message():
             self.messages += 1
             array *= 2
 
-    world, flat = workers.World(), Flat([(2, 3), (5,)])
+    world, buffer = workers.World(), FlatBuffer({"ones": (2, 3), "numbers": (5,)})
     world.size, world.ranks, world.mpi = 2, Ranks(), SimpleNamespace(IN_PLACE=None)
-    flat.write([np.ones((2, 3), np.float32), np.arange(5, dtype=np.float32)])
-    flat.is_one, flat.whole = False, flat.parts  # as on a GPU
-    world.all_reduce(flat)
-    ones, numbers = flat.read()
+    buffer.write({"ones": np.ones((2, 3)), "numbers": np.arange(5)})
+    buffer.memory = None  # as on a GPU
+    world.all_reduce(buffer)
+    ones, numbers = buffer.read().values()
     assert np.all(ones == 2) and ones.shape == (2, 3)
     np.testing.assert_array_equal(numbers, 2 * np.arange(5))
     assert world.ranks.messages == 1

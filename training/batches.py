@@ -6,12 +6,12 @@ from collections.abc import Callable
 import numpy as np
 from tinygrad import Context, Tensor, Variable
 
-from backend.arrays import Flat, copy_in, copy_out, from_numpy, zeros
+from backend.arrays import FlatBuffer, copy_in, copy_out, from_numpy, zeros
 from backend.cpu.gemm import functions
 from backend.cpu.threads import largest_divisor
 from backend.jit_cache import CachedJit
 from gpt_tiny import Dropout
-from training.optimizers import clipped, learning_rates
+from training.optimizers import learning_rates
 from training.state import Training
 from training.workers import World
 
@@ -55,28 +55,23 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
             dropout = Dropout(config.model.dropout, keys[part : part + 1])
             with Context(PRODUCT_DTYPE=config.dtype):
                 loss = model.loss(inputs, targets, dropout) / (n_parts * world.size)
-                of_part = loss.gradient(*parameters.parts)
-            for gradient, more in zip(gradients.parts, of_part, strict=True):
+                of_part = loss.gradient(*parameters.views.values())
+            for gradient, more in zip(gradients.views.values(), of_part, strict=True):
                 gradient.assign(gradient + more if part else more)
             total = total + loss if part else loss
             # before the update changes what they depend on, and the next part takes the memory
-            Tensor.realize(total, *gradients.parts)
+            Tensor.realize(total, *gradients.views.values())
         losses[batch].assign(total).realize()
 
     def update(rates: Tensor, batch: Variable) -> None:
-        whole, longest = gradients.whole, config.optimizer.grad_clipping
-        if longest is not None:
-            whole = clipped(whole, longest)
-        optimizer.step(whole, rates[batch].contiguous())
+        optimizer.step(gradients, rates[batch].contiguous())
 
     def compute_and_update(windows: Tensor, keys: Tensor, rates: Tensor, batch: Variable) -> None:
         compute(windows, keys, batch)
         update(rates, batch)
 
-    state = [*parameters.parts, *gradients.parts, *optimizer.state, losses]
+    state = [*parameters.tensors, *gradients.tensors, *optimizer.state, losses]
     state += functions(config.dtype)
-    if parameters.is_one:
-        state += [*parameters.whole, *gradients.whole]
     key = (config.model, config.optimizer, config.dtype, n_parts, part_size, world.size)
     numbers = range(config.batches_per_step)
     if world.size == 1:
@@ -89,7 +84,7 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
 
 
 def with_workers(
-    compute: CachedJit, update: CachedJit, gradients: Flat, world: World
+    compute: CachedJit, update: CachedJit, gradients: FlatBuffer, world: World
 ) -> Callable[..., None]:
     """A batch whose gradients all workers compute, sum, and update by."""
 

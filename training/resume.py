@@ -22,9 +22,7 @@ def save(folder: Path, training: Training) -> None:
     weights = training.weights()
     with folders.replacing(folder) as new:
         checkpoint.write(new, training.config.picture(), weights, training.corpus.tokenizer)
-        names = training.optimizer.state_shapes({name: w.shape for name, w in weights.items()})
-        moments = dict(zip(names, training.optimizer.read(), strict=True))
-        safetensors.write(new / OPTIMIZER, moments)
+        safetensors.write(new / OPTIMIZER, training.optimizer.read())
         position = asdict(training.position) | {"output_path": str(training.folder)}
         (new / POSITION).write_text(json.dumps(position, indent=1), encoding="utf-8")
     if training.latest:  # moments are twice as large as the model

@@ -12,7 +12,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from backend import machine
-from backend.arrays import Flat, copy_in, zeros
+from backend.arrays import FlatBuffer, copy_in, zeros
 from backend.errors import UserError
 from backend.jit_cache import sources
 from data.ids import Corpus
@@ -67,7 +67,7 @@ class Training:
     corpus: Corpus
     position: Position
     model: GPT
-    parameters: Flat  # the model's memory
+    parameters: FlatBuffer  # the model's memory
     optimizer: AdamW | Muon
     losses: Tensor  # (batches_per_step,), of this rank's shares
     latest: Path | None  # the newest checkpoint
@@ -79,7 +79,8 @@ class Training:
 
     def weights(self) -> dict[str, np.ndarray]:
         """The parameters by name; ValueError if one of them is not finite."""
-        arrays = dict(zip(self.model.parameters(), self.parameters.read(), strict=True))
+        arrays = self.parameters.read()
+        arrays = {name: arrays[name] for name in self.model.parameters()}
         if not all(map(checkpoint.is_finite, arrays.values())):
             raise self.diverged()
         return arrays
@@ -118,9 +119,9 @@ def begin(config: TrainingConfig, corpus: Corpus, start: Start, world: World) ->
     losses = zeros(config.batches_per_step)
     if world.rank == 0:
         weights = start.weights or initial_weights(config.model, config.seed)
-        parameters.write([weights[name] for name in model.parameters()])
+        parameters.write(weights)
         if start.moments:
-            optimizer.write(start.moments.values())
+            optimizer.write(start.moments)
         to_come = config.batches_per_step - position.batch
         copy_in(losses, np.pad(np.float32(position.losses), (0, to_come)))
     start.weights = start.moments = {}  # their memory is needed
@@ -129,10 +130,10 @@ def begin(config: TrainingConfig, corpus: Corpus, start: Start, world: World) ->
     return Training(config, corpus, position, *learned, start.folder, folder)
 
 
-def flat_model(config: GPTConfig, algorithm: str = "adamw") -> tuple[GPT, Flat]:
+def flat_model(config: GPTConfig, algorithm: str = "adamw") -> tuple[GPT, FlatBuffer]:
     """A model whose parameters, all 0 yet, lie in memory for this optimizer; and that memory."""
-    parameters = OPTIMIZERS[algorithm].memory(shapes(config))
-    return GPT(config, dict(zip(shapes(config), parameters.parts, strict=True))), parameters
+    parameters = FlatBuffer(OPTIMIZERS[algorithm].layout(shapes(config)))
+    return GPT(config, parameters.views), parameters
 
 
 def check_sizes(config: TrainingConfig, corpus: Corpus) -> None:

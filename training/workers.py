@@ -23,7 +23,7 @@ from tinygrad import Device
 from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, Target
 
 from backend import devices, machine
-from backend.arrays import Flat, copy_in, copy_out
+from backend.arrays import FlatBuffer, copy_in, copy_out
 from backend.errors import UserError
 
 # what the launchers of MPICH, Intel MPI, Open MPI and Slurm tell a rank
@@ -94,16 +94,10 @@ class World:
             self.ranks.Allreduce(self.mpi.IN_PLACE, array)
         return array
 
-    def all_reduce(self, flat: Flat) -> None:
-        """`sum` of tensors: one message, on the CPU from and to their own memory."""
-        if self.size == 1:
-            return
-        if flat.is_one:
-            self.sum(flat.array)
-        else:
-            message = self.sum(np.concatenate([part.ravel() for part in flat.read()]))
-            ends = np.cumsum([part.numel() for part in flat.parts])
-            flat.write(np.split(message, ends[:-1]))
+    def all_reduce(self, buffer: FlatBuffer) -> None:
+        """`sum` of all numbers of a buffer, in one message."""
+        if self.size > 1:
+            buffer.apply_in_place(self.sum)
 
     def max(self, number: int) -> int:
         """The greatest of the ranks' numbers."""
