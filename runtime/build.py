@@ -16,9 +16,9 @@ import numpy as np
 import ziglang
 from tinygrad.helpers import NUM_CPU_THREADS
 
+from backend.matmul import blas
 from backend.cpu.compiler import FLAGS
 from backend.errors import UserError
-from backend.matmul import blas
 
 ZIG = Path(ziglang.__file__).parent / "zig"
 RUNTIME = Path(__file__).parent
