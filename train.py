@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from backend import devices
-from backend.cpu import gemm
+from backend.cpu import native
+from backend.cpu.blas import blas
 from backend.errors import UserError
-from backend.matmul import blas
 from command_line import bold, number
 from data import ids
 from inference.generator import Generator, sample
@@ -205,7 +205,7 @@ def from_model(path: Path, words: list[str]) -> tuple[TrainingConfig, Start]:
 def run(training: Training, world: workers.World) -> int:
     config, folder = training.config, training.folder
     is_on_cpu = devices.in_use().startswith("CPU")
-    if config.dtype == "bfloat16" and is_on_cpu and not (blas() and gemm.sbgemm()):
+    if config.dtype == "bfloat16" and is_on_cpu and not (blas() and native.address("sbgemm")):
         print(ROUNDED_ONLY, file=sys.stderr)
     parameters = f"parameters: {config.model.n_parameters}, device: {devices.in_use()}"
     print(bold("start training"), "-", parameters)

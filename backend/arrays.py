@@ -55,12 +55,6 @@ def unallocated(array: np.ndarray, device: str) -> Tensor:
     return Tensor(buffer.reshape(array.shape))
 
 
-@functools.cache
-def address_of(function: int, device: str) -> Tensor:
-    """A buffer that holds a function's address: unlike the code, it may change with each run."""
-    return from_numpy(np.array([function], np.uint64), device)
-
-
 class HugePages:
     """Memory for many arrays in pages of 2 MB: read up to twice as fast as in those of 4 kB, at
     whose ends a processor stops to read ahead. It is freed when the last of its arrays is."""

@@ -24,11 +24,11 @@ from tinygrad.helpers import ContextVar
 from tinygrad.uop.ops import Ops
 
 from backend import caches
-from backend.arrays import address_of
+from backend.cpu import native
+from backend.cpu.blas import blas
 from backend.cpu.compiler import processor
 from backend.cpu.processes import forked, wait_for
 from backend.machine import cache_folder
-from backend.matmul import blas
 
 KEPT_BYTES = 128 << 20  # of files of up to a few MB each
 LOCK = ".lock"
@@ -48,8 +48,7 @@ class CachedJit:
         self.jit.cnt = 1  # else it would call it plainly once, which only unrealised state needs
         self.path, self.process, device = None, None, state[0].device
         if device.startswith("CPU"):  # where it is tested
-            tensors = [*state, address_of(blas().sgemm, device)] if blas() else state
-            self.state = [tensor.uop.base for tensor in tensors]
+            self.state = [tensor.uop.base for tensor in state]
             shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in self.state]
             name = fingerprint(function.__qualname__, key, values, shapes)
             self.path = cache_folder() / "gpt-tiny" / name
@@ -115,13 +114,19 @@ def places(buffers: Sequence[UOp]) -> dict[UOp, UOp]:
 
 
 def keep(path: Path, jit: CapturedJit, state: list[UOp]) -> None:
-    """Writes a jit, with places for the buffers of the state and for its own, without content."""
-    own = [u for u in jit._linear.toposort() if u.op is Ops.BUFFER and u not in state]
+    """Writes a jit, with placeholders for the buffers of the state, for the addresses of functions,
+    which are kept by name, and for its own buffers, without content."""
+    others = [u for u in jit._linear.toposort() if u.op is Ops.BUFFER and u not in state]
+    functions = [u for u in others if u in native.names]
+    own = [u for u in others if u not in native.names]
     if any(buffer in own for buffer in read_first(jit._linear)):
         return  # it needs content that was made while it was captured
-    linear = jit._linear.substitute(places([*state, *own]), walk=True, enter_calls=True)
+    stand_ins = places([*state, *functions, *own])
+    linear = jit._linear.substitute(stand_ins, walk=True, enter_calls=True)
     expected = jit.expected_names, jit.expected_input_info
-    data = pickle.dumps((linear, expected, [(b.device, b.max_numel(), b.dtype) for b in own]))
+    called = [(native.names[buffer], buffer.device) for buffer in functions]
+    sizes = [(buffer.device, buffer.max_numel(), buffer.dtype) for buffer in own]
+    data = pickle.dumps((linear, expected, called, sizes))
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     with open(temporary, "xb", opener=lambda *name: os.open(*name, 0o600)) as file:
@@ -137,8 +142,9 @@ def drop_oldest(folder: Path) -> None:
 
 
 def restored(kept: tuple, state: list[UOp]) -> CapturedJit:
-    linear, expected, own = kept
-    buffers = [*state, *(UOp.new_buffer(*arguments) for arguments in own)]
+    linear, expected, called, sizes = kept
+    functions = (native.address_of(*arguments).uop.base for arguments in called)
+    buffers = [*state, *functions, *(UOp.new_buffer(*size) for size in sizes)]
     back = {place: buffer for buffer, place in places(buffers).items()}
     jit = CapturedJit(None, linear.substitute(back, walk=True, enter_calls=True), *expected)
     jit._written_uops = set()  # of the arguments; tinygrad would go through all kernels for them

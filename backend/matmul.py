@@ -1,22 +1,17 @@
-"""Matrix products: `einsum`, on every backend; on the CPU by the BLAS that numpy brings."""
+"""Matrix products: `einsum`, on every backend; on the CPU by BLAS."""
 
-import ctypes
 import functools
 import math
-import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.helpers import ContextVar
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, sint
 
-from backend.arrays import address_of
-from backend.cpu import gemm
+from backend.cpu import native
+from backend.cpu.blas import blas
 from backend.cpu.gemv import multiply
 from backend.cpu.threads import evenness, share_of
 from backend.sizes import at_most, in_kernel, stored
@@ -29,8 +24,8 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     """`Tensor.einsum` for two tensors, by BLAS (in float32) where they are on the CPU.
 
     Another PRODUCT_DTYPE, "bfloat16", is what operands are rounded to, in the gradients as well;
-    sums stay in float32. A CPU that multiplies bfloat16 does so, by gemm.py. Up to FEW_VECTORS
-    are multiplied with the rows of a matrix by gemv.py, without a gradient. The environment
+    sums stay in float32. A CPU that multiplies bfloat16 does so, by gemm.c. Up to FEW_VECTORS
+    are multiplied with the rows of a matrix by gemv.c, without a gradient. The environment
     variable BLAS=0 leaves the CPU's products to tinygrad.
     """
     if not isinstance(b, Tensor):
@@ -50,7 +45,7 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
             return multiply(b, a.reshape(n_vectors, -1)).reshape(*a.shape[:-1], -1)
     is_one_loop = sides[0] == 1 and sides.count(1) == 1
     is_bfloat16 = a.dtype == b.dtype == dtypes.bfloat16 and not is_one_loop
-    if calls_blas and not (is_bfloat16 and gemm.sbgemm()):
+    if calls_blas and not (is_bfloat16 and native.address("sbgemm")):
         a, b = (x.cast(dtypes.float32) for x in (a, b))
     if is_one_loop:
         # no more than reading b once, which a plain loop does best; with another side of 1 it may
@@ -61,8 +56,8 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32).contiguous_backward()
     a, b = stored(a), stored(b)
     c = Tensor.empty(*(at_most(sizes[x]) for x in letters_c), device=a.device)
-    function = gemm.sbgemm().addr if a.dtype == dtypes.bfloat16 else blas().sgemm
-    c = Tensor(_product(c.uop, a.uop, b.uop, address_of(function, a.device).uop, axes))
+    address = native.address_of("sbgemm" if a.dtype == dtypes.bfloat16 else "sgemm", a.device)
+    c = Tensor(_product(c.uop, a.uop, b.uop, address.uop, axes))
     return c.shrink(tuple((0, sizes[x]) for x in letters_c))
 
 
@@ -171,30 +166,3 @@ def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
 
 def _numbers(dtype: DType, *numbers: float | UOp) -> list[UOp]:
     return [x.cast(dtype) if isinstance(x, UOp) else UOp.const(x, dtype) for x in numbers]
-
-
-@dataclass(frozen=True)
-class Blas:
-    sgemm: int  # the address of the function
-    integer: DType  # that it takes
-
-
-@functools.cache
-def blas() -> Blas | None:
-    """The BLAS that numpy was built with (OpenBLAS, MKL or Accelerate), unless BLAS=0."""
-    if os.environ.get("BLAS") == "0":
-        return None
-    # Symbols are looked for in what this module was linked with, too, except by Windows.
-    module = np._core._multiarray_umath.__file__
-    if sys.platform == "win32":
-        module = next(Path(np.__file__).parents[1].glob("numpy.libs/*openblas*.dll"), module)
-    library = ctypes.CDLL(str(module))
-    for name in ("scipy_{}64_", "{}64_", "scipy_{}", "{}"):
-        if sgemm := getattr(library, name.format("cblas_sgemm"), None):
-            # A kernel runs on all cores already, each of which calls BLAS for its share.
-            for setter in (name.format("openblas_set_num_threads"), "MKL_Set_Num_Threads"):
-                if hasattr(library, setter):
-                    getattr(library, setter)(1)
-            address = ctypes.cast(sgemm, ctypes.c_void_p).value
-            return Blas(address, dtypes.int64 if "64" in name else dtypes.int32)
-    return None

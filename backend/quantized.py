@@ -9,9 +9,10 @@ from tinygrad import Tensor, dtypes
 from tinygrad.helpers import NUM_CPU_THREADS
 
 from backend.arrays import as_numpy, from_numpy
+from backend.cpu.blas import blas
 from backend.cpu.gemv import multiply
 from backend.lookup import look_up
-from backend.matmul import blas, einsum
+from backend.matmul import einsum
 
 # by type, the greatest number of a matrix: of float16 what its 11 bits hold as a whole number
 QMAX = {"int8": 127, "float16": 2047}

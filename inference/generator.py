@@ -8,8 +8,7 @@ from tinygrad import Context, Tensor, Variable
 from tinygrad.nn.state import get_parameters
 
 from backend.arrays import copy_in, copy_out, from_numpy, zeros
-from backend.cpu.compiler import addresses
-from backend.cpu.gemv import few_vectors, program
+from backend.cpu.gemv import few_vectors
 from backend.errors import UserError
 from backend.jit_cache import CachedJit
 from backend.matmul import FEW_VECTORS
@@ -42,7 +41,6 @@ class Generator:
         self.cache = [KeyValueCache(model.config, batch) for _ in model.blocks]
         self.logits = zeros(batch, model.config.vocab_size)
         state = [*model.parameters().values(), *get_parameters(self.cache), self.logits]
-        state += addresses(program)
         self.steps = {}  # by the number of tokens that they take, with a buffer for these
         for n in (1, self.chunk):
             ids = from_numpy(np.zeros((batch, n), np.int32))

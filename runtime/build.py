@@ -16,7 +16,7 @@ import numpy as np
 import ziglang
 from tinygrad.helpers import NUM_CPU_THREADS
 
-from backend.matmul import blas
+from backend.cpu.blas import blas
 from backend.cpu.compiler import FLAGS
 from backend.errors import UserError
 

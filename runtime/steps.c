@@ -6,7 +6,7 @@
 #endif
 #include "runtime.h"
 
-static void multiply(float *, void *, void *, int, int, int, int, int, int, int);
+static void gemv(float *, void *, void *, int, int, int, int, int, int, int);
 #include "gemv.c"
 #include "sgemm.c"
 

@@ -16,8 +16,8 @@ import pytest
 from tinygrad import TinyJit
 
 import command_line
-from backend.cpu import gemm
-from backend.cpu.compiler import compiled
+from backend.cpu import native
+from backend.cpu.compiler import load_c
 from models import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -67,8 +67,9 @@ def reference():
 @pytest.fixture
 def sbgemm(monkeypatch):
     """gemm.c, with float32 in place of it on a processor that has no fast products of it."""
-    program = gemm.sbgemm() or compiled(f"#define PLAIN 1\n{gemm.SOURCE}")
-    monkeypatch.setattr(gemm, "sbgemm", lambda: program)
+    load = native.load
+    program = load("sbgemm") or load_c(f"#define PLAIN 1\n{native.source('sbgemm')}")
+    monkeypatch.setattr(native, "load", lambda name: program if name == "sbgemm" else load(name))
     return program
 
 

@@ -9,7 +9,7 @@ from conftest import TINY
 from tinygrad import Device
 
 import train
-from backend.cpu import gemm
+from backend.cpu import native
 from models import checkpoint
 from training import trainer
 
@@ -57,6 +57,6 @@ def test_without_fast_products_of_bfloat16_a_line_says_so(call, sbgemm, monkeypa
     with monkeypatch.context() as patches:
         patches.setattr(train, "blas", lambda: None)  # as with BLAS=0
         assert train.ROUNDED_ONLY in call(train.main, *words, "bfloat16").err
-    monkeypatch.setattr(gemm, "sbgemm", lambda: None)
+    monkeypatch.setattr(native, "load", lambda _: None)
     assert train.ROUNDED_ONLY not in call(train.main, *words, "float32").err
     assert train.ROUNDED_ONLY in call(train.main, *words, "bfloat16").err

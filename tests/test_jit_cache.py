@@ -12,8 +12,11 @@ from conftest import ROOT
 from tinygrad import Device, Tensor
 
 from backend import jit_cache
-from backend.arrays import copy_in, copy_out, zeros
-from backend.cpu import processes
+from backend.arrays import copy_in, copy_out, from_numpy, zeros
+from backend.cpu import native, processes
+from backend.cpu.gemv import multiply as gemv
+from backend.jit_cache import CachedJit
+from backend.matmul import einsum
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="jits are kept for the CPU")
 only_with_forks = pytest.mark.skipif(sys.platform != "linux", reason="forks a process")
@@ -50,6 +53,34 @@ def test_a_kept_jit_gives_the_same_without_capturing_again(folder):
     [kept] = folder.iterdir()
     assert sys.platform == "win32" or kept.stat().st_mode & 0o777 == 0o600
     assert powers() == ([3, 9, 27], 0)
+
+
+def product_and_gemv() -> tuple[np.ndarray, int, set[str]]:
+    """What a captured function computes by two functions in C, how often it ran, and the names of
+    the functions whose addresses it reads."""
+    rng, n_runs = np.random.default_rng(0), 0
+    x, weight = (rng.standard_normal(shape, np.float32) for shape in ((1, 3, 8), (8, 8)))
+    x, weight, y = from_numpy(x), from_numpy(weight), zeros(3, 8)
+
+    def multiply(x: Tensor) -> None:
+        nonlocal n_runs
+        n_runs += 1
+        y.assign(gemv(weight, einsum("bti,oi->bto", x, weight)[0])).realize()
+
+    jit = CachedJit(multiply, [weight, y], "product and gemv")
+    jit(x)
+    read = jit.jit.captured._linear.toposort()
+    return copy_out(y), n_runs, {native.names[buffer] for buffer in read if buffer in native.names}
+
+
+def test_a_kept_jit_finds_functions_in_c_wherever_they_are_now(folder):
+    y, *others = product_and_gemv()
+    assert others == [1, {"sgemm", "gemv"}]
+    native.address_buffer.cache_clear()  # as in another process
+    native.names.clear()
+    again, *others = product_and_gemv()
+    assert others == [0, {"sgemm", "gemv"}]
+    np.testing.assert_array_equal(again, y)
 
 
 @only_with_forks
@@ -181,6 +212,7 @@ def test_the_jits_that_were_used_last_are_kept(folder, monkeypatch):
 
 
 def test_a_jit_depends_on_every_file_of_the_program_and_on_no_test():
-    wings = [ROOT / wing for wing in ("backend", "models", "runtime", "training")]
-    paths = [path for folder in (ROOT, *wings) for path in folder.glob("*.*")]
+    rooms = ("backend", "backend/cpu", "data", "inference", "models", "runtime", "training")
+    folders = [ROOT, *(ROOT / room for room in rooms)]
+    paths = [path for folder in folders for path in folder.glob("*.*")]
     assert jit_cache.source_files() == sorted(x for x in paths if x.suffix in (".py", ".c"))

@@ -11,7 +11,8 @@ from conftest import ROOT, not_on_windows
 from tinygrad import Context, Device, Tensor
 
 from backend import matmul
-from backend.cpu import gemm
+from backend.cpu import native
+from backend.cpu.blas import blas
 from backend.matmul import einsum
 
 QEMU = "qemu-aarch64-static"
@@ -79,7 +80,7 @@ SHARED = [  # large enough for the cores to share the work
 
 @pytest.mark.parametrize(("spec", "shape_a", "shape_b"), [*SPECS, *ONE_TOKEN, *OF_SIZE_1, *SHARED])
 def test_blas_gives_the_product_and_its_gradients(spec, shape_a, shape_b):
-    assert matmul.blas() is not None
+    assert blas() is not None
     assert_product(spec, shape_a, shape_b)
 
 
@@ -96,7 +97,7 @@ def test_products_of_bfloat16_are_those_of_rounded_operands(sbgemm, spec, shape_
 
 @pytest.mark.parametrize(("spec", "shape_a", "shape_b"), [SPECS[0], ONE_TOKEN[0]])
 def test_where_none_are_multiplied_rounded_operands_are(monkeypatch, spec, shape_a, shape_b):
-    monkeypatch.setattr(gemm, "sbgemm", lambda: None)
+    monkeypatch.setattr(native, "load", lambda _: None)
     assert_product(spec, shape_a, shape_b, "bfloat16", 2**-8)  # the gradients are rounded, too
 
 
@@ -145,7 +146,7 @@ def made(path: Path, *flags: str) -> Path:
     """PRODUCTS, compiled by zig without a C library."""
     zig = Path(pytest.importorskip("ziglang").__file__).parent / "zig"
     words = [zig, "cc", "-x", "c", "-", "-O2", "-ffreestanding", "-nostdlib", *flags]
-    words += ["-I", ROOT / "backend", "-o", path]
+    words += ["-I", ROOT / "backend" / "cpu", "-o", path]
     subprocess.run(words, input=PRODUCTS.encode(), check=True)
     return path
 
@@ -165,7 +166,7 @@ def test_arms_instructions_for_bfloat16_multiply_all_forms_and_sizes(tmp_path):
 
 def test_blas_0_turns_it_off(monkeypatch):
     monkeypatch.setenv("BLAS", "0")
-    assert matmul.blas.__wrapped__() is None
+    assert blas.__wrapped__() is None
 
 
 def test_gradients_flow_through_one_product_into_another():

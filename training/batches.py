@@ -7,7 +7,6 @@ import numpy as np
 from tinygrad import Context, Tensor, Variable
 
 from backend.arrays import FlatBuffer, copy_in, copy_out, from_numpy, zeros
-from backend.cpu.gemm import functions
 from backend.cpu.threads import largest_divisor
 from backend.jit_cache import CachedJit
 from gpt_tiny import Dropout
@@ -71,7 +70,6 @@ def capture_training(training: Training, world: World) -> Callable[..., None]:
         update(rates, batch)
 
     state = [*parameters.tensors, *gradients.tensors, *optimizer.state, losses]
-    state += functions(config.dtype)
     key = (config.model, config.optimizer, config.dtype, n_parts, part_size, world.size)
     numbers = range(config.batches_per_step)
     if world.size == 1:
@@ -109,7 +107,7 @@ def capture_validation(training: Training, world: World) -> Callable[[np.random.
         with Context(PRODUCT_DTYPE=config.dtype):
             loss.assign(model.loss(windows[:, :-1], windows[:, 1:]).reshape(1)).realize()
 
-    state = [*model.parameters().values(), loss, *functions(config.dtype)]
+    state = [*model.parameters().values(), loss]
     validate = CachedJit(validate, state, (config.model, size, config.dtype))
 
     def validation_loss(rng: np.random.Generator) -> float:

@@ -13,15 +13,14 @@ import sqlite3
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from tinygrad import Device, Tensor, helpers
+from tinygrad import Device, helpers
 from tinygrad.device import TinyELF
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
-from backend.arrays import address_of
 from backend.caches import sealed, unsealed
 from backend.cpu.imports import ops_cpu
 from backend.errors import UserError
@@ -146,18 +145,11 @@ class CPUProgram(ops_cpu.CPUProgram):
         self.fxn = ctypes.CFUNCTYPE(None)(self.addr)
 
 
-def compiled(source: str) -> CPUProgram:
-    """C of our own, loaded; its first function is at `addr` as long as there is the program."""
+def load_c(source: str) -> CPUProgram:
+    """Compiles C of our own; its first function is at `addr` as long as the program exists."""
     device = Device["CPU"]
     code = device.renderer.compiler.compile_cached(source)
     return CPUProgram(device, TinyELF(code, "", device.renderer.target, ()))
-
-
-def addresses(function: Callable[[], CPUProgram | None]) -> list[Tensor]:
-    """What a captured jit that calls the function, C of our own, reads beside its operands."""
-    device = Device.canonicalize(None)
-    program = function() if device.startswith("CPU") else None
-    return [address_of(program.addr, device)] if program else []
 
 
 @functools.cache

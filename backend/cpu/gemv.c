@@ -171,7 +171,7 @@ INLINE void several_vectors(float *y, void *matrix, char *x, int n_vectors, int 
 
 // y (n_vectors, n) = x (n_vectors, k) matrix (n, k)', its columns from `first` to before `last`.
 // A number of the matrix has n_bytes. Where x is whole, of int16, the matrix is rounded.
-ABI void multiply(float *y, void *matrix, void *x, int n_vectors, int first, int last, int n, int k,
+ABI void gemv(float *y, void *matrix, void *x, int n_vectors, int first, int last, int n, int k,
                   int n_bytes, int is_whole) {
 #define ONE(n_bytes) one_vector(y, matrix, x, first, last, k, n_bytes)
 #define SEVERAL(...) several_vectors(y, matrix, x, n_vectors, first, last, n, k, __VA_ARGS__)

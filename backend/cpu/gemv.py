@@ -1,14 +1,13 @@
 """Products of a matrix with few vectors, on the CPU, by C of our own: see gemv.c."""
 
 import functools
-from pathlib import Path
 
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo
 
-from backend.arrays import address_of
-from backend.cpu.compiler import CPUProgram, compiled, processor
+from backend.cpu.compiler import processor
+from backend.cpu.native import address_of
 from backend.cpu.threads import share_of
 
 
@@ -19,8 +18,8 @@ def multiply(matrix: Tensor, x: Tensor) -> Tensor:
     which is then rounded to whole numbers. The sums of these must fit into 32 bits.
     """
     y = Tensor.empty(x.shape[0], matrix.shape[0], device=x.device)
-    function = address_of(program().addr, x.device)
-    sources = y.uop, matrix.contiguous().uop, x.contiguous().uop, function.uop
+    address = address_of("gemv", x.device)
+    sources = y.uop, matrix.contiguous().uop, x.contiguous().uop, address.uop
     return Tensor(UOp.custom_kernel(*sources, fxn=call_of_multiply)[0])
 
 
@@ -40,9 +39,3 @@ def call_of_multiply(y: UOp, matrix: UOp, x: UOp, address: UOp) -> UOp:
 def few_vectors() -> int:
     """How many are multiplied faster so than by BLAS, which copies the matrix, in float32."""
     return 256 if "avx512bw" in processor() else 16
-
-
-@functools.cache
-def program() -> CPUProgram:
-    """The C of `multiply`."""
-    return compiled(Path(__file__).with_name("gemv.c").read_text(encoding="utf-8"))

@@ -1,27 +1,53 @@
-"""Products of bfloat16 on a CPU that is fast at it, by C of our own: see gemm.c."""
+"""Functions in C that kernels call: gemv.c and gemm.c, and the matrix product of BLAS.
+
+A kernel reads a function's address from a buffer: kernels are kept, and an address differs from run
+to run. `names` tells these buffers from others: a kept jit holds the name of the function instead.
+"""
 
 import functools
 from pathlib import Path
 
-from tinygrad import Tensor
+import numpy as np
+from tinygrad import Tensor, UOp
 
-from backend.cpu.compiler import CPUProgram, addresses, compiled
+from backend.arrays import from_numpy
+from backend.cpu.blas import blas
+from backend.cpu.compiler import CPUProgram, load_c
 
-SOURCE = Path(__file__).with_name("gemm.c").read_text(encoding="utf-8")
+FILES = {"gemv": "gemv.c", "sbgemm": "gemm.c"}  # by function
+names: dict[UOp, str] = {}  # of functions, by the buffer with the address
+
+
+def address_of(name: str, device: str) -> Tensor:
+    """The address of the function `name` in a buffer (1,) of uint64."""
+    return address_buffer(name, address(name), device)
 
 
 @functools.cache
-def sbgemm() -> CPUProgram | None:
-    """A function that takes what BLAS's cblas_sgemm takes, with operands of bfloat16 and integers
-    of 64 bits; None where the processor is no faster so, which the compiler tells."""
+def address_buffer(name: str, address: int, device: str) -> Tensor:
+    buffer = from_numpy(np.array([address], np.uint64), device)
+    names[buffer.uop.base] = name
+    return buffer
+
+
+def address(name: str) -> int | None:
+    """The address of "sgemm", BLAS's, or of a function of ours, which is compiled when it is first
+    asked for; None where there is no BLAS, or where the processor is no faster with "sbgemm"."""
+    if name == "sgemm":
+        return blas() and blas().sgemm
+    program = load(name)
+    return program and program.addr
+
+
+@functools.cache
+def load(name: str) -> CPUProgram | None:
     try:
-        return compiled(SOURCE)
+        return load_c(source(name))
     except ValueError as error:
-        if "no fast products of bfloat16" not in str(error):
+        if "no fast products of bfloat16" not in str(error):  # as gemm.c says
             raise
         return None
 
 
-def functions(dtype: str) -> list[Tensor]:
-    """What a captured jit with products of this type reads beside its operands."""
-    return addresses(sbgemm) if dtype == "bfloat16" else []
+def source(name: str) -> str:
+    return Path(__file__).with_name(FILES[name]).read_text(encoding="utf-8")

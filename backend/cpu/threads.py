@@ -19,7 +19,7 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, Ops
 
 from backend import machine
-from backend.cpu.compiler import compiled
+from backend.cpu.compiler import load_c
 
 MIN_SHARED_WORK = 1 << 14  # element operations; with fewer, waking a core costs more than it gives
 SHARES_EACH = ContextVar("SHARES_EACH", 4)  # of a core; what it has not begun, others can take
@@ -162,7 +162,7 @@ def on_all_cores() -> tuple[ThreadPoolExecutor, Callable, ctypes.c_void_p]:
     source = Path(__file__).with_name("threads.c").read_text(encoding="utf-8")
     source = source.replace("PARAMETERS", ", ".join(["word"] * 64))
     source = source.replace("ARGUMENTS", ", ".join(f"a[{i}]" for i in range(64)))
-    word, pointer, program = ctypes.c_uint64, ctypes.c_void_p, compiled(source)
+    word, pointer, program = ctypes.c_uint64, ctypes.c_void_p, load_c(source)
     arguments = pointer, word, word, word, pointer, pointer, pointer, word
     run = ctypes.CFUNCTYPE(None, *arguments)(program.addr)
     run.program = program  # which holds the code
