@@ -1,7 +1,7 @@
-"""CachedJit jits, kept for the next start: what one start has compiled, the next one finds.
+"""Jits that are captured once, and kept for the next start with all that was compiled for them.
 
-They are pickles. So they are read from the user's own cache folder alone, where no one else can
-write, under a hash of all that they depend on; and whatever is wrong with one, it is made anew.
+The files are pickles: they are read from the user's own cache folder alone, where no one else can
+write. A file's name is a hash of all that the jit depends on. A file with any fault is made anew.
 """
 
 import contextlib
@@ -32,32 +32,34 @@ from backend.machine import cache_folder
 
 KEPT_BYTES = 128 << 20  # of files of up to a few MB each
 LOCK = ".lock"
-FIRST_PLACE = 10_000  # numbers of the places of the state's buffers: those of arguments are small
+FIRST_PLACEHOLDER = 10_000  # tinygrad numbers the arguments of a jit from 0
 
 
 class CachedJit:
-    """A function as a jit that is captured at its first call, or read from the cache folder.
+    """A TinyJit that is captured at its first call, or restored from the cache folder.
 
-    It takes realised tensors, always of the same shapes, and by name numbers, each of its `values`,
-    and returns nothing. `state` is all that it reads and writes beside them, realised; `key` tells
-    it from other functions with such a state.
+    The function takes realised tensors, always of the same shapes, and by name integers, each from
+    the range in `variables`; it returns nothing. `buffers` are all other tensors that it reads or
+    writes, realised. `key` tells it from functions of its name with buffers of these shapes.
     """
 
-    def __init__(self, function: Callable, state: Sequence[Tensor], key: object, **values: range):
-        self.jit, self.values = TinyJit(function), values
+    def __init__(
+        self, function: Callable, buffers: Sequence[Tensor], key: object, **variables: range
+    ):
+        self.jit, self.variables = TinyJit(function), variables
         self.jit.cnt = 1  # else it would call it plainly once, which only unrealised state needs
-        self.path, self.process, device = None, None, state[0].device
+        self.path, self.process, device = None, None, buffers[0].device
         if device.startswith("CPU"):  # where it is tested
-            self.state = [tensor.uop.base for tensor in state]
-            shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in self.state]
-            name = fingerprint(function.__qualname__, key, values, shapes)
+            self.buffers = [tensor.uop.base for tensor in buffers]
+            shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in self.buffers]
+            name = fingerprint(function.__qualname__, key, variables, shapes)
             self.path = cache_folder() / "gpt-tiny" / name
             self.restore()
 
     def restore(self) -> None:
         with contextlib.suppress(Exception):  # to begin with: there is none
             kept = pickle.loads(caches.unsealed(read_private(self.path)))
-            self.jit.captured = restored(kept, self.state)
+            self.jit.captured = restored(kept, self.buffers)
             os.utime(self.path)  # those that are used stay
 
     def begin(self, *tensors: Tensor, **numbers: int) -> None:
@@ -76,24 +78,24 @@ class CachedJit:
             self.jit.captured([tensor.uop.base for tensor in tensors], numbers)
 
     def capture(self, *tensors: Tensor, **numbers: int) -> None:
-        """Runs it, and captures it; or, if another worker does, waits and takes that one's."""
+        """Runs it, which captures it; or restores what another process captures meanwhile."""
         if not self.path:
-            return self.capture_alone(*tensors, **numbers)
+            return self.run_and_capture(*tensors, **numbers)
         with alone(self.path):
             self.restore()
             if self.jit.captured is None:
-                self.capture_alone(*tensors, **numbers)
+                self.run_and_capture(*tensors, **numbers)
                 with contextlib.suppress(Exception):  # a full disk, say: nothing is lost but time
-                    keep(self.path, self.jit.captured, self.state)
+                    keep(self.path, self.jit.captured, self.buffers)
                 return
         self(*tensors, **numbers)
 
-    def capture_alone(self, *tensors: Tensor, **numbers: int) -> None:
+    def run_and_capture(self, *tensors: Tensor, **numbers: int) -> None:
         variables = {
-            name: Variable(name, self.values[name][0], self.values[name][-1]).bind(number)
+            name: Variable(name, self.variables[name][0], self.variables[name][-1]).bind(number)
             for name, number in numbers.items()
         }
-        # tinygrad need not check its own graphs, nor cut them into parts for a core
+        # tinygrad need not check its own graphs, nor split them into batches of kernels
         with Context(SPEC=0, **({"JIT_BATCH_SIZE": 0} if self.path else {})):
             self.jit(*tensors, **variables)
 
@@ -103,26 +105,25 @@ def alone(path: Path) -> AbstractContextManager[None]:
     return caches.file_lock(path.with_suffix(LOCK))
 
 
-def places(buffers: Sequence[UOp]) -> dict[UOp, UOp]:
-    """What stands for the buffers in a file. A buffer's own identity is a number, which in another
-    process may be another buffer's."""
-    numbers = range(FIRST_PLACE, FIRST_PLACE + len(buffers))
+def placeholders(buffers: Sequence[UOp]) -> dict[UOp, UOp]:
+    """Parameters that stand for the buffers in a file: the number that identifies a buffer may be
+    another buffer's in another process."""
     return {
         buffer: UOp.param(number, buffer.dtype, buffer.shape, buffer.device)
-        for buffer, number in zip(buffers, numbers, strict=True)
+        for number, buffer in enumerate(buffers, FIRST_PLACEHOLDER)
     }
 
 
-def keep(path: Path, jit: CapturedJit, state: list[UOp]) -> None:
-    """Writes a jit, with placeholders for the buffers of the state, for the addresses of functions,
-    which are kept by name, and for its own buffers, without content."""
-    others = [u for u in jit._linear.toposort() if u.op is Ops.BUFFER and u not in state]
+def keep(path: Path, jit: CapturedJit, buffers: list[UOp]) -> None:
+    """Writes a jit, with placeholders for the buffers that it was given, for the addresses of
+    functions, which are kept by name, and for its own buffers, which are kept without content."""
+    others = [u for u in jit._linear.toposort() if u.op is Ops.BUFFER and u not in buffers]
     functions = [u for u in others if u in native.names]
     own = [u for u in others if u not in native.names]
     if any(buffer in own for buffer in read_first(jit._linear)):
         return  # it needs content that was made while it was captured
-    stand_ins = places([*state, *functions, *own])
-    linear = jit._linear.substitute(stand_ins, walk=True, enter_calls=True)
+    replaced = placeholders([*buffers, *functions, *own])
+    linear = jit._linear.substitute(replaced, walk=True, enter_calls=True)
     expected = jit.expected_names, jit.expected_input_info
     called = [(native.names[buffer], buffer.device) for buffer in functions]
     sizes = [(buffer.device, buffer.max_numel(), buffer.dtype) for buffer in own]
@@ -141,11 +142,11 @@ def drop_oldest(folder: Path) -> None:
     caches.drop_oldest(jits, KEPT_BYTES, Path.unlink)
 
 
-def restored(kept: tuple, state: list[UOp]) -> CapturedJit:
+def restored(kept: tuple, buffers: list[UOp]) -> CapturedJit:
     linear, expected, called, sizes = kept
     functions = (native.address_of(*arguments).uop.base for arguments in called)
-    buffers = [*state, *functions, *(UOp.new_buffer(*size) for size in sizes)]
-    back = {place: buffer for buffer, place in places(buffers).items()}
+    buffers = [*buffers, *functions, *(UOp.new_buffer(*size) for size in sizes)]
+    back = {placeholder: buffer for buffer, placeholder in placeholders(buffers).items()}
     jit = CapturedJit(None, linear.substitute(back, walk=True, enter_calls=True), *expected)
     jit._written_uops = set()  # of the arguments; tinygrad would go through all kernels for them
     return jit
