@@ -14,7 +14,7 @@ import run
 from backend import devices
 from backend.errors import UserError
 from backend.quantized import QMAX
-from backend.rendered import N_SHARES, rendered
+from backend.rendered import N_CHUNKS, rendered
 from inference.generator import Generator
 from models import checkpoint, folders
 from runtime import build
@@ -107,7 +107,7 @@ def write_sources(generator: Generator, tokenizer: Tokenizer, folder: Path) -> K
         "CONTEXT_LENGTH": config.context_length,
         "VOCAB_SIZE": config.vocab_size,
         "CHUNK": generator.chunk,
-        "N_SHARES": N_SHARES,
+        "N_CHUNKS": N_CHUNKS,
         "TOKENIZER": ["char", "vowel", "bpe"].index(tokenizer.name),
         "UNKNOWN": -1 if tokenizer.unknown is None else tokenizer.unknown,
         "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),

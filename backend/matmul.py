@@ -13,7 +13,7 @@ from tinygrad.uop.ops import KernelInfo, sint
 from backend.cpu import native
 from backend.cpu.blas import blas
 from backend.cpu.gemv import multiply
-from backend.cpu.threads import evenness, share_of
+from backend.cpu.threads import chunk_of, evenness
 from backend.sizes import at_most, in_kernel, stored
 
 PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")
@@ -124,8 +124,8 @@ def _operand(
 
 
 def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
-    """Calls BLAS once for each batch; the cores share the batches or, in one batch, the rows or the
-    columns, whichever are more: BLAS repacks the other operand on each core."""
+    """Calls BLAS once for each batch. The cores divide the batches or, of one batch, the rows or
+    the columns, whichever are more: BLAS repacks the other operand on each core."""
     sizes = {letter: in_kernel(size) for letter, size in axes.sizes.items()}
     axes = Axes(axes.of_a, axes.of_b, axes.of_c, sizes)
     batches, rows, columns, summed = axes.groups()
@@ -137,18 +137,18 @@ def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
         rows, columns, m, n = columns, rows, n, m
 
     batches.sort(key=lambda x: -evenness(sizes[x]))  # in one text the heads
-    are_rows_shared = at_most(m) >= at_most(n)
-    shared = sizes[batches[0]] if batches else m if are_rows_shared else n
-    core, first, share = share_of(shared, 0, at_most(n_batches * m * n * k))
-    n_indices = [share, *(sizes[x] for x in batches[1:])] if batches else []
+    are_rows_divided = at_most(m) >= at_most(n)
+    divided = sizes[batches[0]] if batches else m if are_rows_divided else n
+    chunk, first, chunk_size = chunk_of(divided, 0, at_most(n_batches * m * n * k))
+    n_indices = [chunk_size, *(sizes[x] for x in batches[1:])] if batches else []
     ranges = [UOp.range(size, number) for number, size in enumerate(n_indices, 1)]
     indices = dict(zip(batches, ranges, strict=True))
     if batches:
         indices[batches[0]] += first
-    elif are_rows_shared:
-        indices, m = {rows[-1]: first}, share
+    elif are_rows_divided:
+        indices, m = {rows[-1]: first}, chunk_size
     else:
-        indices, n = {columns[-1]: first}, share
+        indices, n = {columns[-1]: first}, chunk_size
 
     a, flag_a, step_a = _operand(a, letters_a, rows, summed, indices)
     b, flag_b, step_b = _operand(b, letters_b, summed, columns, indices)
@@ -161,7 +161,7 @@ def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
     call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
     name = f"{'sb' if is_bfloat16 else 's'}gemm_{axes.of_a}_{axes.of_b}_{axes.of_c}"
     info = KernelInfo(name=name, opts_to_apply=(), estimates=Estimates())
-    return call.end(core, *ranges).sink(arg=info)
+    return call.end(chunk, *ranges).sink(arg=info)
 
 
 def _numbers(dtype: DType, *numbers: float | UOp) -> list[UOp]:

@@ -11,9 +11,10 @@ from tinygrad.engine.realize import capturing, get_call_arg_uops
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.uop.ops import Ops, buffers
 
+from backend.cpu import native
 from backend.jit_cache import kernels_of
 
-N_SHARES = 24  # for 2, 3, 4, 6, 8, 12 or 24 cores they are equal
+N_CHUNKS = 24  # equal numbers of chunks for each of 2, 3, 4, 6, 8, 12 or 24 cores
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,12 @@ class Call:
     """A call of a kernel: C of one function, its name there, and what it is called with.
 
     That is buffers, each with the place in it, in bytes, and then variables by name. `core_id` is
-    one of these if the kernel comes in shares: it counts them.
+    one of these if the kernel comes in chunks: the number of the chunk.
     """
 
     source: str
     name: str
-    n_shares: int
+    n_chunks: int
     buffers: list[tuple[Buffer, int]]
     variables: list[str]
 
@@ -40,7 +41,7 @@ class Recorder:
 
 
 def rendered(function: Callable, *tensors: Tensor, **values: range) -> list[Call]:
-    """What `function` would run on the CPU, in shares for up to N_SHARES cores.
+    """What `function` would run on the CPU, in chunks for up to N_CHUNKS cores.
 
     It takes realised tensors, and by name numbers, each of its `values`. All that gemv.c can
     multiply it does. Nothing is compiled, and nothing is run.
@@ -50,9 +51,12 @@ def rendered(function: Callable, *tensors: Tensor, **values: range) -> list[Call
         for name, numbers in values.items()
     }
     recorder, compiler = Recorder(), Device["CPU"].renderer.compiler
-    shares = {"NUM_CPU_THREADS": N_SHARES, "SHARES_EACH": 1}
-    context = Context(SPEC=0, PARALLEL=0, FEW_VECTORS=2**31 - 1, **shares)
-    with context, patch.object(compiler, "compile_cached", lambda source: b""):
+    chunks = {"NUM_CPU_THREADS": N_CHUNKS, "CHUNKS_PER_CORE": 1}
+    with (
+        Context(SPEC=0, PARALLEL=0, FEW_VECTORS=2**31 - 1, **chunks),
+        patch.object(compiler, "compile_cached", lambda source: b""),
+        patch.object(native, "address", lambda name: 0),
+    ):
         capturing.append(recorder)
         try:
             function(*tensors, **variables)

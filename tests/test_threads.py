@@ -73,8 +73,16 @@ def test_a_captured_jit_on_all_cores_gives_what_plain_calls_give(jit_and_plain, 
 def test_a_core_that_never_comes_holds_nobody_up(jit_and_plain, monkeypatch):
     jit, plain = jit_and_plain
     jit()
-    _, *rest = threads.on_all_cores()
+    _, *rest = threads.thread_pool()
     nobody = SimpleNamespace(submit=lambda *_: None)
-    monkeypatch.setattr(threads, "on_all_cores", lambda: (nobody, *rest))
+    monkeypatch.setattr(threads, "thread_pool", lambda: (nobody, *rest))
     with Context(NUM_CPU_THREADS=2):
         np.testing.assert_allclose(jit(), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_give_what_the_plain_loop_over_kernels_and_chunks_gives(jit_and_plain, monkeypatch):
+    jit, _ = jit_and_plain
+    with Context(NUM_CPU_THREADS=3):
+        results, plain = jit(), threads.thread_pool("#define PLAIN 1\n")
+        monkeypatch.setattr(threads, "thread_pool", lambda: plain)
+        np.testing.assert_array_equal(jit(), results)

@@ -8,7 +8,7 @@ from tinygrad.uop.ops import KernelInfo
 
 from backend.cpu.compiler import processor
 from backend.cpu.native import address_of
-from backend.cpu.threads import share_of
+from backend.cpu.threads import chunk_of
 
 
 def multiply(matrix: Tensor, x: Tensor) -> Tensor:
@@ -25,14 +25,14 @@ def multiply(matrix: Tensor, x: Tensor) -> Tensor:
 
 def call_of_multiply(y: UOp, matrix: UOp, x: UOp, address: UOp) -> UOp:
     (n, k), n_vectors = matrix.shape, x.shape[0]
-    core, first, share = share_of(n, 0, n * k * n_vectors)
-    numbers = n_vectors, first, first + share, n, k, matrix.dtype.itemsize, x.dtype == dtypes.int16
+    chunk, first, size = chunk_of(n, 0, n * k * n_vectors)
+    numbers = n_vectors, first, first + size, n, k, matrix.dtype.itemsize, x.dtype == dtypes.int16
     places = (tensor.flatten()[0] for tensor in (y, matrix, x))
     integers = (UOp.const(0, dtypes.weakint) + number for number in numbers)
     arguments = *places, *(integer.cast(dtypes.int32) for integer in integers)
     call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
     info = KernelInfo(name="multiply", opts_to_apply=(), estimates=Estimates())
-    return call.end(core).sink(arg=info)
+    return call.end(chunk).sink(arg=info)
 
 
 @functools.cache

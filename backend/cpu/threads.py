@@ -1,4 +1,4 @@
-"""All cores of a CPU: loops that they share, and lists of kernels that they run together."""
+"""All cores of a CPU: loops in chunks, and lists of kernels that a thread for each core runs."""
 
 import ctypes
 import functools
@@ -22,7 +22,7 @@ from backend import machine
 from backend.cpu.compiler import load_c
 
 MIN_SHARED_WORK = 1 << 14  # element operations; with fewer, waking a core costs more than it gives
-SHARES_EACH = ContextVar("SHARES_EACH", 4)  # of a core; what it has not begun, others can take
+CHUNKS_PER_CORE = ContextVar("CHUNKS_PER_CORE", 4)  # chunks that it has not begun, others take
 FUTEX = 202 if platform.machine() == "x86_64" else 98  # the number of Linux's system call
 
 
@@ -40,7 +40,7 @@ def largest_divisor(n: int, limit: int) -> int:
 
 
 class Kernel(Scheduler):
-    """A kernel whose cores may have unequal shares: tinygrad can't count what each computes."""
+    """A kernel with chunks of unequal sizes, for which tinygrad can't estimate the operations."""
 
     def get_optimized_ast(self, name_override: str | None = None) -> UOp:
         ast = super().get_optimized_ast(name_override)
@@ -58,41 +58,41 @@ def plain_loops(kernel: Scheduler) -> Kernel:
 
     sizes = [n if isinstance(n, int) else n.vmax for n in kernel.full_shape]
     if (work := math.prod(sizes)) >= MIN_SHARED_WORK:
-        share(kernel, work)
+        split_loop(kernel, work)
     return kernel
 
 
-def share(kernel, work: int) -> None:
-    """Has the cores share the axis that is the most equal for them, of several the outermost."""
-    may_be_shared = kernel._globalizable_rngs()  # those that what is stored has
-    ranges = [r for r in kernel.rngs if r in may_be_shared and r.src[0].op is Ops.CONST]
+def split_loop(kernel, work: int) -> None:
+    """Splits the loop over the axis that the cores share most evenly, of several the outermost."""
+    independent = kernel._globalizable_rngs()  # the axes of the output
+    ranges = [r for r in kernel.rngs if r in independent and r.src[0].op is Ops.CONST]
     if not ranges or NUM_CPU_THREADS.value == 1:
         return
-    shared = max(ranges, key=lambda range_: evenness(range_.vmax + 1))
-    n_each = min(SHARES_EACH.value, 2 * work // MIN_SHARED_WORK // NUM_CPU_THREADS.value)
-    _, first, size = share_of(shared.vmax + 1, next(kernel.opt_range), n_each=n_each)
-    kernel.ast = kernel.ast.substitute({shared: shared.replace(src=(size,)) + first})
+    loop = max(ranges, key=lambda range_: evenness(range_.vmax + 1))
+    per_core = min(CHUNKS_PER_CORE.value, 2 * work // MIN_SHARED_WORK // NUM_CPU_THREADS.value)
+    _, first, size = chunk_of(loop.vmax + 1, next(kernel.opt_range), per_core=per_core)
+    kernel.ast = kernel.ast.substitute({loop: loop.replace(src=(size,)) + first})
 
 
 def evenness(n: int) -> float:
-    """How much of the cores' time is used when they share n equal pieces of work."""
+    """The share of the cores' time that is used when they divide n equal pieces of work."""
     n_cores = NUM_CPU_THREADS.value
     return n / (-(-n // n_cores) * n_cores)
 
 
-def share_of(
-    n: int, number: int, work: int = MIN_SHARED_WORK, n_each: int = 1
+def chunk_of(
+    n: int, axis: int, work: int = MIN_SHARED_WORK, per_core: int = 1
 ) -> tuple[UOp, UOp, UOp]:
-    """The range of the shares, so many for each core, of n pieces of all the work, and for each
-    share its first piece and how many."""
-    n_shares = min(n, NUM_CPU_THREADS.value * max(1, n_each)) if work >= MIN_SHARED_WORK else 1
-    share = UOp.range(n_shares, number, AxisType.THREAD)
-    first, end = (x * n // n_shares for x in (share, share + 1))
-    return share, first.simplify(), (end - first).simplify()
+    """The range over chunks of a loop over n, and the first index and the size of a chunk; there is
+    one chunk where all the work is little."""
+    n_chunks = min(n, NUM_CPU_THREADS.value * max(1, per_core)) if work >= MIN_SHARED_WORK else 1
+    chunk = UOp.range(n_chunks, axis, AxisType.THREAD)
+    first, end = (x * n // n_chunks for x in (chunk, chunk + 1))
+    return chunk, first.simplify(), (end - first).simplify()
 
 
 def columns_summed(kernel) -> list[int]:
-    """The axes along the rows of the largest matrix, if the kernel sums it down its columns."""
+    """The axes along a row of the kernel's largest matrix, if it sums the matrix over the rows."""
     summed = kernel.ranges_of(AxisType.REDUCE)
     matrices = [
         buffer for buffer in kernel.bufs if any(r in buffer.src[1].get_idx().ranges for r in summed)
@@ -115,20 +115,20 @@ def try_optimization(kernel, optimization: Opt) -> bool:
 
 
 class CPUGraph(GraphRunner):
-    """The kernels of a captured jit, one after the other, each on all cores."""
+    """The kernels of a captured jit in the list that threads.c runs."""
 
     def __init__(self, linear: UOp, input_uops: tuple[UOp, ...] = ()):
         super().__init__(linear, input_uops)
-        words, self.n_shares, self.input_words, self.variable_words = [], 0, {}, {}
+        words, self.n_chunks, self.input_words, self.variable_words = [], 0, {}, {}
         for number, (_, program, buffers, device_variables) in enumerate(self.calls):
             info = program.arg
             addresses = [buffer._buf.va_addr for buffer in buffers]
             values = [device_variables.get(variable.expr, 0) for variable in info.vars]
-            core_variable = info.runtimevars.get("core_id")
-            n_shares = 1 if core_variable is None else info.global_size[0]
-            self.n_shares += n_shares
-            words += [self.runtimes[number].addr, n_shares]
-            words += [len(addresses) + (core_variable or 0), len(addresses) + len(values)]
+            chunk_variable = info.runtimevars.get("core_id")
+            n_chunks = 1 if chunk_variable is None else info.global_size[0]
+            self.n_chunks += n_chunks
+            words += [self.runtimes[number].addr, n_chunks]
+            words += [len(addresses) + (chunk_variable or 0), len(addresses) + len(values)]
             for position, i in self.uop_replace[number]:
                 self.input_words[len(words) + position] = i
             for position, i in self.var_vals_replace.get(number, ()):
@@ -143,28 +143,28 @@ class CPUGraph(GraphRunner):
             self.words[word] = addresses[i]
         for word, name in self.variable_words.items():
             self.words[word] = var_vals[name]
-        run_kernels(self.words, len(self.calls), self.n_shares)
+        run_kernels(self.words, len(self.calls), self.n_chunks)
 
 
-def run_kernels(words: ctypes.Array, n_kernels: int, n_shares: int) -> None:
-    """Runs the list on every core: a thread for each but the caller's, which takes part. One that
-    comes late finds nothing to do, and nobody waits for it."""
-    n_cores, (threads, run, call) = NUM_CPU_THREADS.value, on_all_cores()
-    state, is_taken = (ctypes.c_uint32 * 32)(), (ctypes.c_char * n_shares)()
-    for core in reversed(range(n_cores)):
-        arguments = words, n_kernels, core, n_cores, state, is_taken, call, FUTEX
-        threads.submit(run, *arguments) if core else run(*arguments)
+def run_kernels(words: ctypes.Array, n_kernels: int, n_chunks: int) -> None:
+    """Runs the list on the caller's thread, which is number 0, and on a thread for each other core.
+    A thread that comes late finds nothing to do, and is not waited for."""
+    n_threads, (pool, function, call) = NUM_CPU_THREADS.value, thread_pool()
+    state, is_taken = (ctypes.c_uint32 * 32)(), (ctypes.c_char * n_chunks)()
+    for thread_id in reversed(range(n_threads)):
+        arguments = words, n_kernels, thread_id, n_threads, state, is_taken, call, FUTEX
+        pool.submit(function, *arguments) if thread_id else function(*arguments)
 
 
 @functools.cache
-def on_all_cores() -> tuple[ThreadPoolExecutor, Callable, ctypes.c_void_p]:
-    """The threads, the function that they call, and the one by which that waits and wakes."""
+def thread_pool(definitions: str = "") -> tuple[ThreadPoolExecutor, Callable, ctypes.c_void_p]:
+    """Threads, what each of them calls, threads.c's function, and the call by which it waits."""
     source = Path(__file__).with_name("threads.c").read_text(encoding="utf-8")
     source = source.replace("PARAMETERS", ", ".join(["word"] * 64))
     source = source.replace("ARGUMENTS", ", ".join(f"a[{i}]" for i in range(64)))
-    word, pointer, program = ctypes.c_uint64, ctypes.c_void_p, load_c(source)
+    word, pointer, program = ctypes.c_uint64, ctypes.c_void_p, load_c(definitions + source)
     arguments = pointer, word, word, word, pointer, pointer, pointer, word
-    run = ctypes.CFUNCTYPE(None, *arguments)(program.addr)
-    run.program = program  # which holds the code
+    function = ctypes.CFUNCTYPE(None, *arguments)(program.addr)
+    function.program = program  # which holds the code
     call = ctypes.cast(machine.wait_call(), pointer)
-    return ThreadPoolExecutor(NUM_CPU_THREADS.value, "core"), run, call
+    return ThreadPoolExecutor(NUM_CPU_THREADS.value, "core"), function, call
