@@ -63,6 +63,16 @@ class ArgumentParser(argparse.ArgumentParser):
         self.register("type", Path, path)
         self.add_argument("-h", "--help", action="help", help="show this help")
 
+    def parse_given(self, argv: list[str]) -> dict[str, object]:
+        """Only what a command line gives, by destination; of a repeated option a tuple."""
+        absent = argparse.Namespace(**dict.fromkeys(vars(super().parse_args([]))))
+        given = vars(self.parse_args(argv, absent))
+        return {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()
+            if value is not None
+        }
+
     def format_help(self) -> str:
         usable = devices.usable()
         others = [name for name in devices.BACKENDS if name not in usable]

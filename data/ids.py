@@ -109,7 +109,7 @@ class Encoder:
         self.config, self.bar = config, bar
         self.n_bytes = (config.files.n_mega_bytes or DEFAULT_MEGA_BYTES) << 20
         is_vowel = config.tokenizer == SimpleVowelTokenizer.name
-        self.tokenizer = tokenizer or (None if is_vowel else make_tokenizer(config))
+        self.tokenizer = tokenizer or find_tokenizer(config.tokenizer)
         # what the tokenizer is made from, where that is the text
         self.setting = [config.max_vocab_size] if is_vowel else self.tokenizer.digest()
 
@@ -241,11 +241,11 @@ def remove(folder: Path) -> None:
     folder.rmdir()  # fails where there is anything else in it
 
 
-def make_tokenizer(config: TrainingConfig) -> Tokenizer:
-    """The one that the config names, if it is not made from the text."""
-    if config.tokenizer == "char":
-        return tokenizers.CharTokenizer()
-    return byte_pairs(config.tokenizer)
+def find_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer of this name, or None if it is learned from a text."""
+    if name == SimpleVowelTokenizer.name:
+        return None
+    return tokenizers.CharTokenizer() if name == "char" else byte_pairs(name)
 
 
 def byte_pairs(name: str) -> tokenizers.BytePairTokenizer:

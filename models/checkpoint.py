@@ -32,19 +32,25 @@ def load(folder: Path | str) -> tuple[GPT, tokenizers.Tokenizer]:
     """The model and the tokenizer of a folder in any of the three layouts, or of a name on the
     Hugging Face Hub.
 
-    ValueError or OSError, with one line that names the file and what is wrong with it.
+    UserError or OSError, with one line that names the file and what is wrong with it.
     """
-    folder = find(Path(folder))
-    config = read_config(folder)
-    model_config = GPTConfig(**config["model"])
+    config, tokenizer, weights = read(Path(folder))
+    return GPT(config, weights), tokenizer
+
+
+def read(folder: Path) -> tuple[GPTConfig, tokenizers.Tokenizer, Mapping[str, np.ndarray]]:
+    """As `load`, without memory on a device for the weights, which are read one by one."""
+    folder = find(folder)
+    settings = read_config(folder)
+    config = GPTConfig(**settings["model"])
     weights_file(folder)  # first: only with a file to compare to does read_config bound the sizes
-    tokenizer = tokenizers.load(config.get("tokenizer", "char"), folder)
-    if tokenizer.vocab_size != model_config.vocab_size:
+    tokenizer = tokenizers.load(settings.get("tokenizer", "char"), folder)
+    if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
-            f"{folder / 'config.json'}: vocab_size is {model_config.vocab_size}, but the tokenizer "
+            f"{folder / 'config.json'}: vocab_size is {config.vocab_size}, but the tokenizer "
             f"{tokenizer.name!r} has {tokenizer.vocab_size} tokens: they do not belong together"
         )
-    return GPT(model_config, read_weights(folder, shapes(model_config))), tokenizer
+    return config, tokenizer, read_weights(folder, shapes(config))
 
 
 def find(folder: Path) -> Path:

@@ -1,23 +1,29 @@
-"""The settings of a training, in one frozen object: `config.json` is its picture.
+"""The settings of a training, in one frozen object, and how given ones are merged into it.
 
-Their defaults stand here, and those of the model's in GPTConfig.
+The defaults stand here, and those of the model's sizes in GPTConfig.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
+from backend.errors import UserError
 from gpt_tiny import GPTConfig
 from tokenizers import Tokenizer
 
 CORPUS = Path(".data/corpus.txt")
+OPTIONS = {  # of train.py, where they are not named as the setting is
+    "grad_clipping": "grad_clip",
+    "max_vocab_size": "vocab_size",
+    "algorithm": "optimizer",
+}
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW's settings, under gpt-burn's names, and then ours."""
 
-    grad_clipping: float | None = None  # the longest that a gradient may be
+    grad_clipping: float | None = None  # the largest norm of a gradient
     beta_1: float = 0.9
     beta_2: float = 0.999
     epsilon: float = 1e-5
@@ -67,17 +73,17 @@ class TrainingConfig:
     def tokens_per_batch(self) -> int:
         return self.batch_size * self.model.context_length
 
-    def picture(self) -> dict:
-        """What `config.json` holds: gpt-burn's settings as it writes them, and the tokenizer."""
+    def to_json(self) -> dict:
+        """The content of `config.json`: gpt-burn's settings as it writes them, and a tokenizer."""
         settings = asdict(self)
         names = list(settings)
-        picture = {name: settings[name] for name in names[: names.index("tokenizer") + 1]}
+        content = {name: settings[name] for name in names[: names.index("tokenizer") + 1]}
         if not self.model.gpt2:
-            del picture["model"]["gpt2"]
-        del picture["optimizer"]["algorithm"], picture["optimizer"]["momentum"]
-        clipping = picture["optimizer"]["grad_clipping"]
-        picture["optimizer"]["grad_clipping"] = clipping and {"Norm": clipping}
-        return picture
+            del content["model"]["gpt2"]
+        del content["optimizer"]["algorithm"], content["optimizer"]["momentum"]
+        clipping = content["optimizer"]["grad_clipping"]
+        content["optimizer"]["grad_clipping"] = clipping and {"Norm": clipping}
+        return content
 
     def with_tokenizer(self, tokenizer: Tokenizer) -> "TrainingConfig":
         model = replace(self.model, vocab_size=tokenizer.vocab_size)
@@ -92,6 +98,15 @@ def flat(config) -> dict[str, object]:
     return settings
 
 
+def kinds(config) -> dict[str, object]:
+    """The type of every setting, by name."""
+    types = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        types |= kinds(value) if is_dataclass(value) else {each.name: each.type}
+    return types
+
+
 def changed(config, settings: Mapping[str, object]):
     """The config with other values for some settings, wherever in it they stand."""
     values = {}
@@ -103,3 +118,36 @@ def changed(config, settings: Mapping[str, object]):
 
 def sections(config) -> list[tuple[str, object]]:
     return [(each.name, getattr(config, each.name)) for each in fields(config)]
+
+
+# What a start decides, so that no given setting may contradict it. A corpus that has moved is known
+# by its checksum.
+NEW, MODEL, TRAINING = "nothing", "the model to start from", "the training to go on with"
+MAY_CHANGE = {"n_steps", "text_corpus", "output_path", "no_save", "format", "checkpoint_every"}
+FIXED = {
+    NEW: set(),
+    MODEL: {"d_model", "n_layers", "n_heads", "tokenizer", "max_vocab_size"},
+    TRAINING: flat(TrainingConfig()).keys() - MAY_CHANGE,
+}
+
+
+def merge(base: TrainingConfig, given: Mapping[str, object], start: str) -> TrainingConfig:
+    """The base with the given settings in place of its own; `start` is one of FIXED.
+
+    UserError for a given setting that contradicts the start.
+    """
+    before = flat(base)
+    for name, value in given.items():
+        if name in FIXED[start] and value != before[name]:
+            option, its = as_option(name, value), as_option(name, before[name])
+            raise UserError(f"{option} contradicts {start}: it has {its}")
+    config = changed(base, given)
+    if config.model.d_model != base.model.d_model:
+        config = changed(config, {"d_hidden": 4 * config.model.d_model})
+    return config
+
+
+def as_option(name: str, value: object) -> str:
+    """A setting as train.py takes it, or that it is not set."""
+    option = f"--{OPTIONS.get(name, name).replace('_', '-')}"
+    return f"no {option}" if value is None else f"{option} {value}"

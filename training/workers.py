@@ -4,22 +4,13 @@ A rank computes the gradients of its share; one Allreduce sums them, and every r
 update. Without MPI there is a world of one, through the same code.
 """
 
-import contextlib
 import os
-import re
-import shutil
-import signal
 import socket
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import BinaryIO, TextIO
+from collections.abc import Callable
 
 import numpy as np
-from tinygrad import Device
 from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, Target
 
 from backend import devices, machine
@@ -29,14 +20,12 @@ from backend.errors import UserError
 # what the launchers of MPICH, Intel MPI, Open MPI and Slurm tell a rank
 UNDER_MPI = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 COLUMNS = "GPT_TINY_COLUMNS"  # the width of the terminal that a launcher's output goes to
-HANGUP = getattr(signal, "SIGHUP", None)  # which Windows lacks
-BANNER = b"\n" + 40 * b"="  # begins what mpiexec tells of a rank that was killed
 
 
 class World:
     """All ranks, and which one this is. As a context it ends them all with the one that fails."""
 
-    rank, size = 0, 1
+    rank, size, n_on_machine = 0, 1, 1
 
     def __init__(self, explain: Callable[[BaseException], str] = str):
         """`explain` says in words what an error of this rank is."""
@@ -53,17 +42,21 @@ class World:
         self.rank, self.size = self.ranks.rank, self.ranks.size
         if self.size > 1:
             self.of_machine = self.ranks.Split_type(MPI.COMM_TYPE_SHARED)
-            self.take_device(self.of_machine)
+            self.n_on_machine = self.of_machine.size
 
-    def take_device(self, of_machine) -> None:
-        """For each rank of a machine its share of the cores, and a GPU of its own."""
-        backend = devices.in_use().split(":")[0]
-        cores = set().union(*of_machine.allgather(machine.usable_cores()))
-        n_cores = min(len(cores), machine.share_of_processor()) // of_machine.size
-        NUM_CPU_THREADS.value = max(1, min(NUM_CPU_THREADS.value, int(n_cores)))
-        if backend != "CPU":  # there, one compiles for all
-            DEV.value = [Target(f"{backend}:{of_machine.rank}"), *DEV.value]
-            PARALLEL.value = NUM_CPU_THREADS.value
+    def take_device(self) -> None:
+        """For each rank of a machine its share of the cores, and a GPU of its own, which is the
+        only one that it opens; UserError if that does not open."""
+        if self.size > 1:
+            # without DEV, finding the backend opens the first GPU, which is the first rank's
+            backend = self.broadcast_on_machine(devices.in_use).split(":")[0]
+            cores = set().union(*self.of_machine.allgather(machine.usable_cores()))
+            n_cores = min(len(cores), machine.share_of_processor()) // self.n_on_machine
+            NUM_CPU_THREADS.value = max(1, min(NUM_CPU_THREADS.value, int(n_cores)))
+            if backend != "CPU":  # there, one compiles for all
+                DEV.value = [Target(f"{backend}:{self.of_machine.rank}"), *DEV.value]
+                PARALLEL.value = NUM_CPU_THREADS.value
+        devices.check()
 
     def check_same(self, **facts: object) -> None:
         """ValueError, with its name, if one of the facts is not the same on every rank."""
@@ -141,103 +134,3 @@ class World:
         threading.Event().wait(0.5)  # mpiexec drops what it has not passed on when it is to end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would say more
         self.ranks.Abort(1)
-
-
-def count_workers(text: str) -> int:
-    """The number that --workers names; `auto` is one for each device or physical core."""
-    if text != "auto":
-        return int(text)
-    backend = devices.in_use().split(":")[0]
-    if backend == "CPU":
-        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-        with contextlib.suppress(OSError):
-            files = [Path(siblings.format(core)) for core in machine.usable_cores()]
-            physical = {file.read_text(encoding="utf-8") for file in files}
-            return min(len(physical), machine.n_cores())
-        return machine.n_cores()
-    number = 0
-    with contextlib.suppress(Exception):  # whatever a driver raises past the last one
-        while True:
-            Device[f"{backend}:{number}"]
-            number += 1
-    return max(1, number)
-
-
-def mpiexec(n_workers: int) -> list[str]:
-    """What starts so many ranks, bound to cores if there are as many; ValueError without MPI."""
-    beside = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
-    program = beside or shutil.which("mpiexec")
-    try:
-        import mpi4py  # noqa: F401
-    except ImportError:
-        program = None
-    if sys.platform == "win32":
-        raise UserError("training with several workers is for Linux and macOS: omit --workers")
-    if program is None:
-        raise UserError(f"--workers {n_workers} needs MPI: pip install '.[mpi]'")
-    is_full = n_workers == len(machine.usable_cores()) and devices.in_use().startswith("CPU")
-    return [program, *(["-bind-to", "core"] if is_full else []), "-n", str(n_workers)]
-
-
-def stop_signals() -> list[int]:
-    """Ctrl-C, SIGTERM, and what a terminal that goes away sends, unless nohup has that ignored."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:
-        numbers.append(HANGUP)
-    return numbers
-
-
-def parted_by_banner(read: Callable[[], bytes]) -> Iterator[tuple[bytes, bool]]:
-    """What is read, as it comes, and whether BANNER follows, which may come in several parts."""
-    begun = b""  # a line break, passed on already, and what may begin the banner behind it
-    while chunk := read():
-        text, banner, _ = (begun + chunk).partition(BANNER)
-        n_passed_on = len(begun[:1])
-        begun = b"" if banner else re.search(rb"(\n=*)?\Z", text)[0]
-        yield text[n_passed_on : len(text) - len(begun[1:])], bool(banner)
-    yield begun[1:], False
-
-
-def launch(n_workers: int, words: list[str]) -> int:
-    """Runs the command under mpiexec, with one clear line if a rank is killed; its exit status."""
-    command = [*mpiexec(n_workers), sys.executable, *words]
-    environment = dict(os.environ)
-    if sys.stderr.isatty():
-        environment[COLUMNS] = str(shutil.get_terminal_size().columns)
-    # a session of its own: Ctrl-C reaches the ranks once, from here
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
-    process = subprocess.Popen(command, env=environment, **options)
-    signals = []
-
-    def forward(number: int, frame) -> None:
-        signals.append(number)
-        if len(signals) == 1:
-            process.send_signal(signal.SIGTERM)
-        elif number != HANGUP:  # which may come twice
-            process.send_signal(signal.SIGKILL)
-
-    for number in stop_signals():
-        signal.signal(number, forward)
-    streams = process.stdout, process.stderr
-    with ThreadPoolExecutor(len(streams)) as threads:
-        was_killed = any(list(threads.map(pass_on, streams, (sys.stdout, sys.stderr))))
-    status = process.wait()
-    if signals:
-        return 128 + signals[0]
-    if was_killed:
-        raise UserError(
-            "a worker was killed, and with it the training; "
-            "to go on: python train.py --resume .data/checkpoints"
-        )
-    return status
-
-
-def pass_on(stream: BinaryIO, output: TextIO) -> bool:
-    """Writes what mpiexec does, which would end with its reader, up to what it tells of a rank that
-    was killed; whether one was."""
-    was_killed = False
-    for text, banner in parted_by_banner(lambda: os.read(stream.fileno(), 1 << 16)):
-        output.buffer.write(b"" if was_killed else text)
-        output.buffer.flush()
-        was_killed = was_killed or banner
-    return was_killed
