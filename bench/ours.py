@@ -16,11 +16,13 @@ from gpt_tiny import GPT, GPTConfig, initial_weights
 from inference.generator import Generator
 from tokenizers import CharTokenizer
 from training.batches import capture_training, make_plan
+from training.checkpoint import Checkpoint
 from training.config import Files, TrainingConfig, changed
-from training.state import Start, begin
+from training.trainer import Trainer
 from training.workers import World
 
 WORLD = World()
+WORLD.take_device()
 
 
 def train(config: GPTConfig, n: int, **settings):
@@ -28,13 +30,16 @@ def train(config: GPTConfig, n: int, **settings):
     config = changed(TrainingConfig(model=config, files=Files(no_save=True)), settings)
     rng = np.random.default_rng(0)
     ids = rng.integers(config.model.vocab_size, size=500_000).astype(np.uint16)
-    training = begin(config, Corpus("made up", CharTokenizer(), 0, ids), Start(), WORLD)
-    train_batch, plan = capture_training(training, WORLD), make_plan(training, rng, WORLD)
+    corpus = Corpus("made up", CharTokenizer(), 0, ids)
+    trainer = Trainer(config, corpus, Checkpoint(config), None, WORLD)
+    learned = trainer.model, trainer.parameters, trainer.optimizer, trainer.losses
+    train_batch = capture_training(config, *learned, WORLD)
+    plan = make_plan(config, corpus, trainer.optimizer, 0, rng, WORLD)
 
     def work() -> None:
         for number in range(n):
             train_batch(*plan, batch=number % config.batches_per_step)
-        copy_out(training.losses)  # waits for the last one
+        copy_out(trainer.losses)  # waits for the last one
 
     return work
 

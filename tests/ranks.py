@@ -24,15 +24,15 @@ def sum_and_note(world, array):
     return total
 
 
-def train_and_note(training, *arguments):
-    status = train_of_loop(training, *arguments)
-    parameters = b"".join(part.tobytes() for part in training.parameters.read().values())
-    record.update(checksum=zlib.crc32(parameters), device=training.losses.device)
+def train_and_note(self, *arguments):
+    status = train_of_trainer(self, *arguments)
+    parameters = b"".join(part.tobytes() for part in self.parameters.read().values())
+    record.update(checksum=zlib.crc32(parameters), device=self.losses.device)
     return status
 
 
 distributed_sum, workers.World.sum = workers.World.sum, sum_and_note
-train_of_loop, trainer.train = trainer.train, train_and_note
+train_of_trainer, trainer.Trainer.train = trainer.Trainer.train, train_and_note
 train.print_example = lambda *_: None
 
 

@@ -52,10 +52,10 @@ def test_products_of_bfloat16_train_almost_as_those_of_float32(call, folder, req
 @on_the_cpu
 def test_without_fast_products_of_bfloat16_a_line_says_so(call, sbgemm, monkeypatch):
     words = *TINY, "-n", "1", "-x", "--dtype"
-    monkeypatch.setattr(trainer, "train", lambda *_: signal.SIGTERM)  # it is printed before
+    monkeypatch.setattr(trainer.Trainer, "train", lambda *_: signal.SIGTERM)  # it is printed before
     assert train.ROUNDED_ONLY not in call(train.main, *words, "bfloat16").err
     with monkeypatch.context() as patches:
-        patches.setattr(train, "blas", lambda: None)  # as with BLAS=0
+        patches.setattr(native, "blas", lambda: None)  # as with BLAS=0
         assert train.ROUNDED_ONLY in call(train.main, *words, "bfloat16").err
     monkeypatch.setattr(native, "load", lambda _: None)
     assert train.ROUNDED_ONLY not in call(train.main, *words, "float32").err

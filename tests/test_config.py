@@ -1,4 +1,4 @@
-"""One object holds all settings; its picture is gpt-burn's config.json."""
+"""One object holds all settings; its JSON is gpt-burn's config.json."""
 
 import json
 from dataclasses import fields, is_dataclass
@@ -11,13 +11,13 @@ from tokenizers import CharTokenizer
 from training.config import OptimizerConfig, TrainingConfig, changed, flat
 
 
-def test_the_picture_has_gpt_burns_keys_in_its_order_and_the_tokenizer():
+def test_the_json_has_gpt_burns_keys_in_its_order_and_the_tokenizer():
     theirs = json.loads((DATA / "gpt_burn_114k" / "config.json").read_text())
-    ours = TrainingConfig().with_tokenizer(CharTokenizer()).picture()
+    ours = TrainingConfig().with_tokenizer(CharTokenizer()).to_json()
     assert list(ours) == [*theirs, "tokenizer"]
     for section in ("model", "optimizer"):
         assert list(ours[section]) == list(theirs[section])
-    clipped = TrainingConfig(optimizer=OptimizerConfig(grad_clipping=0.5)).picture()
+    clipped = TrainingConfig(optimizer=OptimizerConfig(grad_clipping=0.5)).to_json()
     assert clipped["optimizer"]["grad_clipping"] == {"Norm": 0.5}
 
 

@@ -12,11 +12,10 @@ from tinygrad import Device, Tensor
 
 from backend import arrays
 from backend.arrays import FlatBuffer
-from gpt_tiny import GPTConfig
+from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt_burn
 from training.config import OptimizerConfig, TrainingConfig
 from training.optimizers import AdamW, Muon, clipped, learning_rate, learning_rates
-from training.state import flat_model
 
 FIGURES = json.loads((DATA / "options.json").read_text())
 
@@ -25,7 +24,8 @@ def test_five_training_steps_equal_gpt_burns():
     folder = DATA / "adamw_steps"
     config = GPTConfig(**json.loads((folder / "config.json").read_text())["model"])
     before = gpt_burn.read_record(folder / "before.mpk")
-    model, parameters = flat_model(config)
+    parameters = FlatBuffer(AdamW.layout(shapes(config)))
+    model = GPT(config, parameters.views)
     parameters.write(before)
     optimizer = AdamW(parameters, OptimizerConfig())
     gradients = parameters.like()

@@ -15,11 +15,13 @@ import conftest
 import numpy as np
 import pytest
 from conftest import ROOT
+from tinygrad import Context, Device
 
 from backend.arrays import FlatBuffer
 from gpt_tiny import GPTConfig
 from models import checkpoint
-from training import resume, workers
+from training import checkpoint as training_checkpoint
+from training import launch, workers
 
 pytest.importorskip("mpi4py", reason="training with workers needs the extra mpi")
 
@@ -177,10 +179,57 @@ def test_each_worker_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
     for name, variable in (numbers | {"DEV": chosen}).items():
         monkeypatch.setattr(workers, name, variable)
     monkeypatch.setattr(workers.devices, "in_use", lambda: "CUDA")
-    of_machine = SimpleNamespace(rank=3, size=4, allgather=lambda _: [{0, 1, 2, 3}, {4, 5, 6, 7}])
-    workers.World().take_device(of_machine)
+    monkeypatch.setattr(workers.devices, "check", lambda: None)
+    world = workers.World()
+    world.size = world.n_on_machine = 4
+    world.of_machine = SimpleNamespace(
+        rank=3, allgather=lambda _: [{0, 1, 2, 3}, {4, 5, 6, 7}], bcast=lambda _: "CUDA"
+    )
+    world.take_device()
     assert chosen.value[0].device == "CUDA:3"
     assert {variable.value for variable in numbers.values()} == {2}
+
+
+def test_a_worker_opens_no_gpu_but_its_own(tmp_path, mpi):
+    code = """
+import os, sys
+sys.path.insert(0, os.environ["ROOT"])
+import train
+from pathlib import Path
+from tinygrad import Device
+def note(config, tokenizer, world):
+    Path(str(world.rank)).write_text(" ".join(Device._opened_devices))
+    sys.exit()
+train.ids.read = note
+train.main()
+"""
+    command = [MPIEXEC, "-n", "2", sys.executable, "-c", code, "-x", "--workers", "auto"]
+    environment = os.environ | {"ROOT": str(ROOT), "DEV": "NULL"}  # a GPU that does nothing
+    options = {"env": environment, "cwd": tmp_path, "timeout": HANGS}
+    run = subprocess.run(command, capture_output=True, text=True, **options)
+    assert run.returncode == 0, run.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["NULL", "NULL:1"]
+
+
+def test_auto_is_one_worker_where_devices_have_no_numbers(monkeypatch):
+    monkeypatch.setenv("DEV", "NULL")
+    with Context(DEV="NULL"):
+        assert launch.count_workers("auto") == 1
+    assert "NULL" not in Device._opened_devices  # which workers are to open
+
+
+def test_auto_is_a_worker_for_each_gpu(tmp_path, monkeypatch):
+    (tmp_path / "tinygrad.py").write_text(
+        "class Devices:\n"
+        "    DEFAULT = device = 'CUDA'\n"
+        "    count = lambda self: 3\n"
+        "    __getitem__ = lambda self, _: self\n"
+        "Device = Devices()\n"
+        "print('opened device CUDA from pid:1')  # with DEBUG=1\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Context(DEV="CUDA"):
+        assert launch.count_workers("auto") == 3
 
 
 def test_an_uneven_share_is_refused_with_the_sizes_that_fit(monkeypatch):
@@ -194,16 +243,16 @@ def test_an_uneven_share_is_refused_with_the_sizes_that_fit(monkeypatch):
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(ValueError, match=r"--workers 2 needs MPI: pip install '\.\[mpi\]'"):
-        workers.launch(2, ["train.py"])
+        launch.launch(2, ["train.py"])
 
 
 def test_the_banner_of_a_killed_worker_is_seen_and_not_shown_wherever_reads_part_it():
-    before, banner = b"step 1\n== a ==\n\n", workers.BANNER + b"==\n=   BAD TERMINATION\n"
+    before, banner = b"step 1\n== a ==\n\n", launch.BANNER + b"==\n=   BAD TERMINATION\n"
     for step in (1, 2, 3, 30, 100):
         data = before + banner
         chunks = iter([data[i : i + step] for i in range(0, len(data), step)] + [b""])
         shown = b""
-        for text, is_banner in workers.parted_by_banner(chunks.__next__):
+        for text, is_banner in launch.parted_by_banner(chunks.__next__):
             shown += text
             if is_banner:
                 break
@@ -212,15 +261,19 @@ def test_the_banner_of_a_killed_worker_is_seen_and_not_shown_wherever_reads_part
 
 def test_all_that_workers_print_is_passed_on_and_a_line_when_it_ends():
     chunks = [b"step 1\n", b"\n", b"=", b"= 2\n===", b"\n" + 39 * b"=", b""]
-    parts = list(workers.parted_by_banner(iter(chunks).__next__))
+    parts = list(launch.parted_by_banner(iter(chunks).__next__))
     assert b"".join(text for text, _ in parts) == b"".join(chunks)
     assert parts[0] == (b"step 1\n", False) and not any(banner for _, banner in parts)
 
 
 def test_without_the_flag_mpi_is_not_imported():
-    code = "import sys, train; train.workers.World(); print('mpi4py' in sys.modules)"
+    code = "import sys, train; train.World(); print('mpi4py' in sys.modules)"
     run = [sys.executable, "-c", code]
     assert subprocess.run(run, cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+
+
+def newest(folder: Path) -> training_checkpoint.Checkpoint:
+    return training_checkpoint.load(folder / ".data/checkpoints", train.config_of)
 
 
 def wait_for(training: subprocess.Popen, text: str) -> str:
@@ -282,7 +335,7 @@ def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_pa
     assert int(re.search(r"step +(\d+)/", wait_for(alone, "step ")).group(1)) > first
     alone.kill()
     alone.communicate()
-    resume.load(tmp_path / ".data/checkpoints")
+    newest(tmp_path)
 
 
 @pytest.mark.parametrize(("n_steps", "number", "status"), [(3, 0, 0), (1000, signal.SIGINT, 130)])
@@ -295,7 +348,7 @@ def test_workers_outlive_the_reader_of_their_lines(tmp_path, mpi, n_steps, numbe
     training.send_signal(number)
     assert training.wait(timeout=HANGS) == status
     if number:
-        assert resume.load(tmp_path / ".data/checkpoints").position.step >= 1
+        assert newest(tmp_path).progress.step >= 1
     else:
         checkpoint.load(tmp_path / "model")
 

@@ -131,7 +131,7 @@ FIXED = {
 }
 
 
-def merge(base: TrainingConfig, given: Mapping[str, object], start: str) -> TrainingConfig:
+def merge(base: TrainingConfig, given: Mapping[str, object], start: str = NEW) -> TrainingConfig:
     """The base with the given settings in place of its own; `start` is one of FIXED.
 
     UserError for a given setting that contradicts the start.
