@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from backend.errors import UserError
@@ -45,32 +45,47 @@ def n_threads() -> int:
 
 
 def share_of_processor(root: Path = Path("/")) -> float:
-    """What Linux's control groups leave the process, in cores; of version 2 or 1 and nested."""
-    shares = [math.inf]
+    """What Linux's control groups leave the process, in cores."""
+    files = ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+    quotas = (numbers for group in groups("cpu", root) for numbers in limits(group, *files))
+    return min((time / period for time, period in quotas if time > 0), default=math.inf)
+
+
+def groups(controller: str, root: Path) -> Iterator[Path]:
+    """The folders of the process's control groups, of version 2 or 1 and nested."""
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
+            if controllers and controller not in controllers.split(","):
                 continue
-            folder = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-            shares.append(quota(folder))  # its own group's may be mounted there
+            folder = root / "sys/fs/cgroup" / (controller if controllers else "")
+            yield folder  # its own group's may be mounted there
             for name in filter(None, path.split("/")):
                 folder /= name
-                shares.append(quota(folder))
-    return min(shares)
+                yield folder
 
 
-def quota(group: Path) -> float:
-    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+def limits(group: Path, *files: list[str]) -> Iterator[list[int]]:
+    """The numbers in the files of each version, where there are these."""
+    for names in files:
         with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
             texts = [(group / name).read_text(encoding="utf-8") for name in names]
-            time, period = map(int, " ".join(texts).split())
-            if time > 0:
-                return time / period
-    return math.inf
+            yield [int(number) for number in " ".join(texts).split()]
 
 
-def memory() -> int:
+def memory(root: Path = Path("/")) -> int:
+    """The bytes of memory that the process may have: a container's limit, or that of `ulimit`, may
+    be less than the machine's."""
+    files = ["memory.max"], ["memory.limit_in_bytes"]
+    numbers = [n for group in groups("memory", root) for [n] in limits(group, *files)]
+    if sys.platform != "win32":
+        import resource
+
+        numbers += [resource.getrlimit(x)[0] for x in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    return min([physical_memory(), *(n for n in numbers if n >= 0)])  # below 0: no limit
+
+
+def physical_memory() -> int:
     """The bytes of the machine's memory."""
     if sys.platform != "win32":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -104,7 +104,45 @@ def test_a_number_of_cores_that_is_none_is_an_error_of_one_line(script, name, te
 
 
 def test_memory_is_counted_in_bytes():
-    assert 1 << 28 < machine.memory() < 1 << 50
+    assert 1 << 28 < machine.physical_memory() < 1 << 50
+    assert 0 < machine.memory() <= machine.physical_memory()
+
+
+@pytest.mark.parametrize(
+    ("files", "n_bytes"),
+    [
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "1000000\n"}, 1_000_000),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, None),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/memory.max": "max\n",
+                "sys/fs/cgroup/a/memory.max": "2000000\n",
+                "sys/fs/cgroup/a/b/memory.max": "9000000\n",
+            },
+            2_000_000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/a\n3:cpu,cpuacct:/b\n0::/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "3000000\n",
+                "sys/fs/cgroup/memory/b/memory.limit_in_bytes": "1000000\n",
+            },
+            3_000_000,
+        ),
+    ],
+    ids=["of a container", "unlimited", "nested", "version 1"],
+)
+def test_the_memory_of_a_container_is_what_its_control_groups_leave(tmp_path, files, n_bytes):
+    assert machine.memory(write(tmp_path, files)) == (n_bytes or machine.memory(tmp_path))
+
+
+def test_the_memory_is_no_more_than_ulimit_allows(monkeypatch, tmp_path):
+    resource = pytest.importorskip("resource", reason="Windows has no ulimit")
+    limits = {resource.RLIMIT_AS: (1 << 20, -1), resource.RLIMIT_DATA: (resource.RLIM_INFINITY, -1)}
+    monkeypatch.setattr(resource, "getrlimit", limits.get)
+    assert machine.memory(tmp_path) == 1 << 20
 
 
 @pytest.mark.parametrize("words", [["train.py", *TINY, "-n", "1", "-x"], ["run.py", REFERENCE]])

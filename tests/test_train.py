@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ import tokenizers
 import train
 from gpt_tiny import GPTConfig
 from models import checkpoint
+from training import checks
 from training.config import TrainingConfig
 
 STEP = re.compile(
@@ -309,6 +311,66 @@ def test_what_cannot_be_trained_is_one_line_that_says_why(call, bad_files, folde
     assert result.out == ""
     assert files(folder) == before
     assert (folder / "notes" / "diary.txt").read_text() == "dear diary"
+
+
+def test_what_a_container_has_no_memory_for_is_refused(call, corpus, monkeypatch):
+    monkeypatch.setattr(checks.machine, "memory", lambda: 3 << 29)
+    result = call(train.main, *TINY, "-c", "1024", "-b", "32", "-t", corpus, "-x")
+    assert_error(result, 1, ["takes about 1.8 GiB of memory, and there are 1.5", "--batch-size"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+def test_the_memory_that_a_training_takes_is_foretold(folder, corpus):
+    code = """
+import os, resource, sys
+sys.path.insert(0, os.environ["ROOT"])
+import train
+from training import state
+from training.settings import TrainingConfig
+train.DEFAULTS = TrainingConfig(batches_per_step=1)
+train.print_example = lambda *_: None
+def note(config, n_tokens):
+    print(*memory_taken(config, n_tokens), file=sys.stderr)
+    return 0, 0
+memory_taken, checks.memory_taken = checks.memory_taken, note
+train.main()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, file=sys.stderr)
+"""
+    words = [*TINY, "-c", "1024", "--validation-size", "4", "-n", "1", "-x", "-t", corpus.name]
+    process = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=folder,
+        env=os.environ | {"ROOT": str(ROOT), "DEV": "CPU"},
+        capture_output=True,
+        text=True,
+    )
+    of_scores, foretold, taken = map(int, process.stderr.split())
+    assert 0.8 < foretold / taken < 1.3
+    assert foretold / 2 < of_scores < taken
+
+
+def test_a_long_context_that_takes_gigabytes_is_warned_of(monkeypatch, capsys):
+    monkeypatch.setattr(checks.machine, "memory", lambda: 64 << 30)
+    few, many = (
+        TrainingConfig(model=GPTConfig(n, 104, 1, 1, 32, 128), batch_size=4) for n in (1024, 8258)
+    )
+    corpus = SimpleNamespace(ids=range(100_000), n_training=90_000)
+    world = SimpleNamespace(size=1, n_on_machine=1)
+    checks.check_sizes(few, corpus, world)
+    assert capsys.readouterr().err == ""
+    checks.check_sizes(many, corpus, world)
+    warning = capsys.readouterr().err
+    assert "--context-length 8258 takes 7.1 of about 7.3 GiB" in warning, warning
+    assert warning.count("\n") == 1 and "--accumulate" in warning
+
+
+def test_workers_on_machines_of_their_own_share_a_batchs_memory(monkeypatch):
+    monkeypatch.setattr(checks.machine, "memory", lambda: 1 << 30)
+    config = TrainingConfig(model=GPTConfig(2048, 104, 1, 2, 8, 32), batch_size=8)
+    corpus = SimpleNamespace(ids=range(100_000), n_training=90_000)
+    checks.check_sizes(config, corpus, SimpleNamespace(size=2, n_on_machine=1))
+    with pytest.raises(ValueError, match="choose a smaller"):
+        checks.check_sizes(config, corpus, SimpleNamespace(size=2, n_on_machine=2))
 
 
 @pytest.mark.parametrize("flag", ["-c", "-d", "-l", "-h", "-n", "-b", "-m", "--vocab-size"])

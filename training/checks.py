@@ -43,7 +43,7 @@ def check_sizes(config: TrainingConfig, corpus: Corpus, world: World) -> None:
             f"tokens at a time takes about {taken}, and there are {memory / GIB:,.1f}: choose a "
             "smaller model, --context-length or --batch-size"
         )
-    if of_scores > max(n_bytes / 2, 2 * GIB) and world.rank == 0:
+    if of_scores > max(n_bytes / 2, 2 * GIB):
         print(
             f"warning: attention over --context-length {model.context_length} takes "
             f"{of_scores / GIB:,.1f} of about {taken}: a shorter one, a smaller --batch-size or a "
