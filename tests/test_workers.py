@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT
 from tinygrad import Context, Device
 
+import train
 from backend.arrays import FlatBuffer
 from gpt_tiny import GPTConfig
 from models import checkpoint
