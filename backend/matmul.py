@@ -12,7 +12,7 @@ from tinygrad.uop.ops import KernelInfo, sint
 
 from backend.cpu import native
 from backend.cpu.blas import blas
-from backend.cpu.gemv import multiply
+from backend.cpu.gemv import gemv
 from backend.cpu.threads import chunk_of, evenness
 from backend.sizes import at_most, in_kernel, stored
 
@@ -42,7 +42,7 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     if calls_blas and FEW_VECTORS and are_rows and b.dtype in (dtypes.half, dtypes.float32):
         n_vectors = math.prod(a.shape[:-1])
         if n_vectors <= FEW_VECTORS.value or b.dtype == dtypes.half:
-            return multiply(b, a.reshape(n_vectors, -1)).reshape(*a.shape[:-1], -1)
+            return gemv(b, a.reshape(n_vectors, -1)).reshape(*a.shape[:-1], -1)
     is_one_loop = sides[0] == 1 and sides.count(1) == 1
     is_bfloat16 = a.dtype == b.dtype == dtypes.bfloat16 and not is_one_loop
     if calls_blas and not (is_bfloat16 and native.address("sbgemm")):

@@ -10,7 +10,7 @@ from tinygrad.helpers import NUM_CPU_THREADS
 
 from backend.arrays import as_numpy, from_numpy
 from backend.cpu.blas import blas
-from backend.cpu.gemv import multiply
+from backend.cpu.gemv import gemv
 from backend.lookup import look_up
 from backend.matmul import einsum
 
@@ -65,14 +65,14 @@ class QuantizedMatrix:
         if not (x.device.startswith("CPU") and blas()):
             y = einsum("tk,nk->tn", flat, self.values.cast(dtypes.float32))
         elif self.kind == "float16" and flat.shape[0] == 1:  # as fast, and exact
-            y = multiply(self.values, flat)
+            y = gemv(self.values, flat)
         else:
             if flat.shape[0] > 1:
                 flat = flat.contiguous()  # read three times
             # as whole numbers, whose greatest is found with vectors: of floats one may be NaN
             greatest = flat.abs().bitcast(dtypes.int32).max(-1, keepdim=True)
             steps = greatest.bitcast(dtypes.float32).maximum(1e-30) / self.greatest_factor()
-            y = multiply(self.values, (flat / steps).round().cast(dtypes.int16)) * steps
+            y = gemv(self.values, (flat / steps).round().cast(dtypes.int16)) * steps
         return (y * self.scales.reshape(-1)).reshape(*x.shape[:-1], -1)
 
     def greatest_factor(self) -> int:

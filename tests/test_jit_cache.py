@@ -14,7 +14,7 @@ from tinygrad import Device, Tensor
 from backend import jit_cache
 from backend.arrays import copy_in, copy_out, from_numpy, zeros
 from backend.cpu import native, processes
-from backend.cpu.gemv import multiply as gemv
+from backend.cpu.gemv import gemv
 from backend.jit_cache import CachedJit
 from backend.matmul import einsum
 

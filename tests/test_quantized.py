@@ -1,5 +1,6 @@
 """Rounded weights: products of them are exact, and a model hardly notices."""
 
+import ctypes
 import pydoc_data.topics
 
 import numpy as np
@@ -9,7 +10,9 @@ from tinygrad import Device, Tensor
 
 import run
 from backend import einsum, look_up
-from backend.cpu.gemv import multiply
+from backend.cpu import native
+from backend.cpu.compiler import load_c
+from backend.cpu.gemv import gemv
 from backend.quantized import QMAX, QuantizedMatrix
 from gpt_tiny import GPT, GPTConfig, initial_weights
 from inference.generator import Generator, quantize
@@ -36,8 +39,34 @@ def test_a_product_is_numpys(n, k, n_vectors, kind, is_whole):
     matrix = rng.integers(-127, 128, (n, k)).astype(kind)
     x = rng.integers(-2000, 2000, (n_vectors, k)).astype(np.int16 if is_whole else np.float32)
     expected = x.astype(np.float64) @ matrix.T.astype(np.float64)
-    ours = multiply(Tensor(matrix), Tensor(x)).numpy()
+    ours = gemv(Tensor(matrix), Tensor(x)).numpy()
     np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("matrix_dtype", "x_dtype"), [("f4", "f4"), ("f2", "f4"), ("f2", "i2"), ("i1", "i2")]
+)
+def test_gemv_gives_what_its_plain_loops_give(matrix_dtype, x_dtype):
+    rng = np.random.default_rng(0)
+    programs = load_c(f"#define PLAIN 1\n{native.source('gemv')}"), native.load("gemv")
+    types = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 7
+    plain, fast = (ctypes.CFUNCTYPE(None, *types)(program.addr) for program in programs)
+    for n, k, n_vectors, first, last in [
+        (5, 7, 1, 0, 5),
+        (40, 333, 1, 3, 21),
+        (41, 6400, 7, 2, 41),
+    ]:
+        matrix = (rng.standard_normal((n, k)) * 9).astype(matrix_dtype)
+        x = (rng.standard_normal((n_vectors, k)) * 9).astype(x_dtype)
+        expected, ours = np.full((2, n_vectors, n), 0.5, np.float32)
+        sizes = n_vectors, first, last, n, k, matrix.itemsize, x_dtype == "i2"
+        plain(*(array.ctypes.data for array in (expected, matrix, x)), *sizes)
+        fast(*(array.ctypes.data for array in (ours, matrix, x)), *sizes)
+        if x_dtype == "i2":
+            np.testing.assert_array_equal(ours, expected)
+        else:
+            np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", QMAX)

@@ -1,7 +1,6 @@
-// Products of a matrix with vectors, y = x matrix', as texts in the making need them: one vector as
-// fast as the matrix is read, hundreds without the copies that BLAS makes. The matrix holds float32,
-// float16 or int8, the vectors float32 or int16: whole numbers are multiplied faster than floats on
-// most processors. Read it from the end.
+// Products of a matrix with few vectors, as generation needs them: one vector as fast as the matrix
+// is read, hundreds without the copies that BLAS makes. Most processors multiply integers faster
+// than floats. Read it from the end.
 
 #if __AVX512BW__
 enum { LANES = 16, TILE = 4 };
@@ -105,39 +104,39 @@ INLINE void one_vector(float *y, void *matrix, void *x, int first, int last, int
   }
 }
 
-INLINE void unpack(char *row, void *matrix, long at, int n, int n_bytes, int is_whole) {
+INLINE void unpack(char *row, void *matrix, long at, int n, int n_bytes, int is_integer) {
   for (int i = 0; i < n; i++) {
     float x = element(matrix, at + i, n_bytes);
-    if (is_whole)
-      ((short *)row)[i] = n_bytes == 1 ? x : x + (x < 0 ? -0.5f : 0.5f);
+    if (is_integer)
+      ((short *)row)[i] = n_bytes == 1 ? x : nearest(x);
     else
       ((float *)row)[i] = x;
   }
 }
 
-// y[t][i] += the products of row i and vector t (or of n numbers of them), for `tile` vectors.
+// y[t][i] += the product of n elements of row i and of vector t, for `tile` vectors.
 INLINE void one_tile(float *y, char *rows, char *x, int n_rows, long y_step, long x_step, int n,
-                     int tile, int is_whole, int is_first) {
+                     int tile, int is_integer, int is_first) {
   floats sums[TILE][N_ROWS] = {};
-  ints wholes[TILE][N_ROWS] = {};
-  int size = is_whole ? 2 : 4, at = 0, end = n * size;
+  ints integer_sums[TILE][N_ROWS] = {};
+  int size = is_integer ? 2 : 4, at = 0, end = n * size;
   for (; at + (int)sizeof(floats) <= end; at += sizeof(floats))
     for (int t = 0; t < tile; t++)
       for (int i = 0; i < N_ROWS; i++) {
         char *a = rows + i * ROW_BYTES + at, *b = x + t * x_step + at;
-        if (is_whole)
-          wholes[t][i] = add_pairs(wholes[t][i], *(shorts *)a, *(shorts *)b);
+        if (is_integer)
+          integer_sums[t][i] = add_pairs(integer_sums[t][i], *(shorts *)a, *(shorts *)b);
         else
           sums[t][i] += *(floats *)a * *(floats *)b;
       }
   for (int t = 0; t < tile; t++) {
     for (int i = 0; i < N_ROWS; i++)
-      if (is_whole) sums[t][i] = CONVERT(wholes[t][i], floats);
+      if (is_integer) sums[t][i] = CONVERT(integer_sums[t][i], floats);
     floats_4 totals = four_sums(sums[t]);
     for (int rest = at; rest < end; rest += size)
       for (int i = 0; i < N_ROWS; i++) {
         char *a = rows + i * ROW_BYTES + rest, *b = x + t * x_step + rest;
-        totals[i] += is_whole ? *(short *)a * *(short *)b : *(float *)a * *(float *)b;
+        totals[i] += is_integer ? *(short *)a * *(short *)b : *(float *)a * *(float *)b;
       }
     for (int i = 0; i < n_rows; i++)
       y[t * y_step + i] = is_first ? totals[i] : y[t * y_step + i] + totals[i];
@@ -146,9 +145,9 @@ INLINE void one_tile(float *y, char *rows, char *x, int n_rows, long y_step, lon
 
 // A few rows, which stay in the core's nearest cache, with all vectors, and so on.
 INLINE void several_vectors(float *y, void *matrix, char *x, int n_vectors, int first, int last,
-                            long n, int k, int n_bytes, int is_whole) {
+                            long n, int k, int n_bytes, int is_integer) {
   __attribute__((aligned(64))) char rows[N_ROWS * ROW_BYTES];  // a load across lines takes two
-  int size = is_whole ? 2 : 4, most = ROW_BYTES / size;
+  int size = is_integer ? 2 : 4, most = ROW_BYTES / size;
   long step = (long)k * size;
   for (int start = 0; start < k; start += most)
     for (int row = first; row < last; row += N_ROWS) {
@@ -156,31 +155,47 @@ INLINE void several_vectors(float *y, void *matrix, char *x, int n_vectors, int 
       int n_now = k - start < most ? k - start : most;
       for (int i = 0; i < n_rows; i++) {
         long at = (row + i) * (long)k + start, next = at + N_ROWS * (long)k;
-        unpack(rows + i * ROW_BYTES, matrix, at, n_now, n_bytes, is_whole);
+        unpack(rows + i * ROW_BYTES, matrix, at, n_now, n_bytes, is_integer);
         for (int byte = 0; byte < n_now * n_bytes; byte += 64)
           __builtin_prefetch((char *)matrix + next * n_bytes + byte, 0, 1);
       }
       for (; t + TILE <= n_vectors; t += TILE)
         one_tile(y + t * n + row, rows, x + t * step + start * size, n_rows, n, step, n_now, TILE,
-                 is_whole, !start);
+                 is_integer, !start);
       for (; t < n_vectors; t++)
         one_tile(y + t * n + row, rows, x + t * step + start * size, n_rows, n, step, n_now, 1,
-                 is_whole, !start);
+                 is_integer, !start);
     }
 }
 
-// y (n_vectors, n) = x (n_vectors, k) matrix (n, k)', its columns from `first` to before `last`.
-// A number of the matrix has n_bytes. Where x is whole, of int16, the matrix is rounded.
+// y (n_vectors, n) = x (n_vectors, k) matrix (n, k)', of its columns those from `first` to before
+// `last`. An element of the matrix has n_bytes: float32, float16 or int8. x is float32 or, if
+// is_integer, int16, for which elements of the matrix are rounded to integers.
+#if PLAIN  // the definition, which the tests compare with
 ABI void gemv(float *y, void *matrix, void *x, int n_vectors, int first, int last, int n, int k,
-                  int n_bytes, int is_whole) {
+              int n_bytes, int is_integer) {
+  for (long t = 0; t < n_vectors; t++)
+    for (long i = first; i < last; i++) {
+      double sum = 0;
+      for (long j = 0; j < k; j++) {
+        float a = element(matrix, i * k + j, n_bytes);
+        sum += is_integer ? nearest(a) * ((short *)x)[t * k + j] : a * ((float *)x)[t * k + j];
+      }
+      y[t * n + i] = sum;
+    }
+}
+#else
+ABI void gemv(float *y, void *matrix, void *x, int n_vectors, int first, int last, int n, int k,
+              int n_bytes, int is_integer) {
 #define ONE(n_bytes) one_vector(y, matrix, x, first, last, k, n_bytes)
 #define SEVERAL(...) several_vectors(y, matrix, x, n_vectors, first, last, n, k, __VA_ARGS__)
   if (n_bytes == 1)
     n_vectors == 1 ? ONE(1) : SEVERAL(1, 1);
-  else if (is_whole)
+  else if (is_integer)
     SEVERAL(2, 1);
   else if (n_bytes == 2)
     n_vectors == 1 ? ONE(2) : SEVERAL(2, 0);
   else
     n_vectors == 1 ? ONE(4) : SEVERAL(4, 0);
 }
+#endif
