@@ -1,17 +1,40 @@
-// Products of matrices of bfloat16, with sums of float32, on processors that are fast at it. These
-// take groups of numbers that follow each other along k, over which the sums go; so groups are laid
-// side by side first, of a part of a and of b at a time. Read it from the end.
+// Products of matrices of bfloat16, with sums in float32, on processors with instructions for them.
+// An instruction takes groups of numbers that follow each other along k, the axis that is summed: a
+// part of a and of b at a time is packed first, group beside group. Read it from the end.
+
+typedef unsigned short bfloat16;  // the upper half of a float32
+
+#if PLAIN  // the definition of sbgemm, which the tests compare with
+static float widened(bfloat16 x) {
+  union {
+    unsigned bits;
+    float number;
+  } x_32 = {(unsigned)x << 16};
+  return x_32.number;
+}
+
+ABI void sbgemm(int order, int flag_a, int flag_b, long m, long n, long k, float alpha, bfloat16 *a,
+                long a_step, bfloat16 *b, long b_step, float beta, float *c, long c_step) {
+  for (long i = 0; i < m; i++)
+    for (long j = 0; j < n; j++) {
+      float sum = 0;
+      for (long l = 0; l < k; l++)
+        sum += widened(flag_a == 112 ? a[l * a_step + i] : a[i * a_step + l]) *
+               widened(flag_b == 112 ? b[j * b_step + l] : b[l * b_step + j]);
+      c[i * c_step + j] = sum;
+    }
+}
+#else
 
 #define VECTOR(type, n) __attribute__((ext_vector_type(n), aligned(2), may_alias)) type
 #define INLINE static inline __attribute__((always_inline))
-typedef unsigned short number;  // bfloat16: the upper half of a float32
 
 // An instruction adds to a vector of sums, of ROWS rows of a by COLUMNS columns of b, the products
 // of a GROUP of numbers of each. A tile, HEIGHT by WIDTH, has as many sums as there are registers.
 #if __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 enum { GROUP = 4, ROWS = 2, COLUMNS = 2, HEIGHT = 8, WIDTH = 12 };
 // With AMX go vectors that are slower than for float32: a Sapphire Rapids takes twice as long.
-#elif __AVX512BF16__ && !__AMX_BF16__ || PLAIN  // PLAIN is for tests on other processors
+#elif __AVX512BF16__ && !__AMX_BF16__ || EMULATED  // for tests on other processors
 enum { GROUP = 2, ROWS = 1, COLUMNS = 16, HEIGHT = 12, WIDTH = 32 };
 #else
 #error no fast products of bfloat16
@@ -24,10 +47,10 @@ enum { ACROSS = 4, ALONG = 8 };  // a block, which vectors pack: so many rows, a
 typedef VECTOR(float, LANES) floats;
 typedef VECTOR(unsigned, LANES) words;  // of two numbers each
 typedef VECTOR(float, COLUMNS) floats_of_row;
-typedef VECTOR(number, ACROSS) numbers_across;
-typedef VECTOR(number, ALONG) numbers_along;
-typedef VECTOR(number, ACROSS *GROUP) groups;
-typedef VECTOR(number, ACROSS *ALONG) block;
+typedef VECTOR(bfloat16, ACROSS) numbers_across;
+typedef VECTOR(bfloat16, ALONG) numbers_along;
+typedef VECTOR(bfloat16, ACROSS *GROUP) groups;
+typedef VECTOR(bfloat16, ACROSS *ALONG) block;
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long round_up(long n, long step) { return (n + step - 1) / step * step; }
@@ -45,7 +68,7 @@ INLINE floats add_products(floats sums, words a, words b) {
 }
 
 // A tile of c, as a whole.
-INLINE void whole_tile(float *c, long c_step, number *a, number *b, long depth, int is_first) {
+INLINE void whole_tile(float *c, long c_step, bfloat16 *a, bfloat16 *b, long depth, int is_first) {
   floats sums[HEIGHT / ROWS][WIDTH / COLUMNS] = {};
   for (long k = 0; k < depth; k += GROUP, a += GROUP * HEIGHT, b += GROUP * WIDTH)
 #pragma unroll
@@ -66,8 +89,8 @@ INLINE void whole_tile(float *c, long c_step, number *a, number *b, long depth, 
 }
 
 // A tile of c, of which there may be fewer rows or columns.
-INLINE void tile(float *c, long c_step, number *a, number *b, long depth, int is_first, long height,
-                 long width) {
+INLINE void tile(float *c, long c_step, bfloat16 *a, bfloat16 *b, long depth, int is_first,
+                 long height, long width) {
   float sums[HEIGHT * WIDTH];
   int is_whole = height >= HEIGHT && width >= WIDTH;
   whole_tile(is_whole ? c : sums, is_whole ? c_step : WIDTH, a, b, depth, is_first || !is_whole);
@@ -77,7 +100,7 @@ INLINE void tile(float *c, long c_step, number *a, number *b, long depth, int is
       c[i * c_step + j] = sums[i * WIDTH + j] + (is_first ? 0 : c[i * c_step + j]);
 }
 
-// Which number of a block, as it is read, comes at a place: in turn a group of each row.
+// The index in a block as it is read, by that in a packed one: in turn a group of each row.
 #define ROW(place) ((place) / GROUP % ACROSS)
 #define K(place) ((place) / (ACROSS * GROUP) * GROUP + (place) % GROUP)
 #define READ_ALONG(place) (ROW(place) * ALONG + K(place))
@@ -86,8 +109,8 @@ INLINE void tile(float *c, long c_step, number *a, number *b, long depth, int is
 #define SIXTEEN(f, i) FOUR(f, i), FOUR(f, i + 4), FOUR(f, i + 8), FOUR(f, i + 12)
 #define ALL(f) SIXTEEN(f, 0), SIXTEEN(f, 16)
 
-// A block of a panel; x has n rows more, and of each `depth` numbers.
-INLINE void pack_block(number *out, int width, number *x, long step, int is_along, long n,
+// Packs a block of a panel, for which x has n more rows, and `depth` more numbers of each.
+INLINE void pack_block(bfloat16 *out, int width, bfloat16 *x, long step, int is_along, long n,
                        long depth) {
   block read = {};
   if (n < ACROSS || depth < ALONG) {
@@ -108,9 +131,10 @@ INLINE void pack_block(number *out, int width, number *x, long step, int is_alon
     *(groups *)(out + k * GROUP * width) = ((groups *)&read)[k];
 }
 
-// Lays n rows of a, or columns of b, in panels of `width` of them: for each group along k, that of
-// one after that of the other. They lie in x along k or across. What a last panel lacks is 0.
-INLINE void pack(number *out, int width, number *x, long step, int is_along, long n, long depth) {
+// Packs n rows of a, or columns of b, in panels of `width` of them: for each group along k, the
+// group of one row after that of another. x has them along k or across. A last panel ends in zeros.
+INLINE void pack(bfloat16 *out, int width, bfloat16 *x, long step, int is_along, long n,
+                 long depth) {
 #define BLOCK(i, k)                                                                            \
   pack_block(out + i / width * width * round_up(depth, ALONG) + k * width + i % width * GROUP, \
              width, x + (is_along ? i * step + k : k * step + i), step, is_along, n - i,       \
@@ -123,17 +147,17 @@ INLINE void pack(number *out, int width, number *x, long step, int is_along, lon
       for (long i = 0; i < round_up(n, width); i += ACROSS) BLOCK(i, k);
 }
 
-// c (m, n) = a (m, k) b (k, n), each row by row or, where a flag is 112, column by column. It takes
-// what BLAS's cblas_sgemm takes, where order is 101, alpha 1 and beta 0. Cores may call it at once.
-ABI void sbgemm(int order, int flag_a, int flag_b, long m, long n, long k, float alpha, number *a,
-                long a_step, number *b, long b_step, float beta, float *c, long c_step) {
-  __attribute__((aligned(64))) number of_a[MOST_ROWS * DEPTH], of_b[MOST_COLUMNS * DEPTH];
+// c (m, n) = a (m, k) b (k, n), a and b row by row or, where a flag is 112, column by column: BLAS's
+// cblas_sgemm for bfloat16, where order is 101, alpha 1 and beta 0. Threads may call it at once.
+ABI void sbgemm(int order, int flag_a, int flag_b, long m, long n, long k, float alpha, bfloat16 *a,
+                long a_step, bfloat16 *b, long b_step, float beta, float *c, long c_step) {
+  __attribute__((aligned(64))) bfloat16 of_a[MOST_ROWS * DEPTH], of_b[MOST_COLUMNS * DEPTH];
   int is_a_along = flag_a != 112, is_b_along = flag_b == 112;
   for (long column = 0; column < n; column += MOST_COLUMNS)
     for (long start = 0; start < k; start += DEPTH) {
       long width = least(n - column, MOST_COLUMNS), depth = least(k - start, DEPTH);
       long padded = round_up(depth, ALONG);
-      number *x = b + (is_b_along ? column * b_step + start : start * b_step + column);
+      bfloat16 *x = b + (is_b_along ? column * b_step + start : start * b_step + column);
       pack(of_b, WIDTH, x, b_step, is_b_along, width, depth);
       for (long row = 0; row < m; row += MOST_ROWS) {
         long height = least(m - row, MOST_ROWS);
@@ -146,3 +170,4 @@ ABI void sbgemm(int order, int flag_a, int flag_b, long m, long n, long k, float
       }
     }
 }
+#endif
