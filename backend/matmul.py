@@ -16,19 +16,17 @@ from backend.cpu.gemv import gemv
 from backend.cpu.threads import chunk_of, evenness
 from backend.sizes import at_most, in_kernel, stored
 
-PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")
-FEW_VECTORS = ContextVar("FEW_VECTORS", 0)
+PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")  # that operands are rounded to
+FEW_VECTORS = ContextVar("FEW_VECTORS", 0)  # up to which gemv.c multiplies them, without a gradient
 
 
 def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
-    """`Tensor.einsum` for two tensors, by BLAS (in float32) where they are on the CPU.
+    """`Tensor.einsum` for two tensors, in float32; on the CPU by BLAS, unless BLAS=0.
 
-    Another PRODUCT_DTYPE, "bfloat16", is what operands are rounded to, in the gradients as well;
-    sums stay in float32. A CPU that multiplies bfloat16 does so, by gemm.c. Up to FEW_VECTORS
-    are multiplied with the rows of a matrix by gemv.c, without a gradient. The environment
-    variable BLAS=0 leaves the CPU's products to tinygrad.
+    With PRODUCT_DTYPE "bfloat16" operands are rounded, in the gradients too, and sums stay in
+    float32; on the CPU gemm.c multiplies them, if the processor has instructions for bfloat16.
     """
-    if not isinstance(b, Tensor):
+    if not isinstance(b, Tensor):  # a QuantizedMatrix
         return b.product(spec, a)
     if PRODUCT_DTYPE.value != "float32":
         a, b = (x.cast(PRODUCT_DTYPE.value) for x in (a, b))
@@ -38,26 +36,26 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
     axes = Axes(letters_a, letters_b, letters_c, sizes)
     _, *sides = axes.counts()
     calls_blas = a.device.startswith("CPU") and blas() is not None
-    are_rows = letters_b == letters_c[-1] + letters_a[-1]
-    if calls_blas and FEW_VECTORS and are_rows and b.dtype in (dtypes.half, dtypes.float32):
+    is_matrix = letters_b == letters_c[-1] + letters_a[-1]  # (out, in)
+    if calls_blas and FEW_VECTORS and is_matrix and b.dtype in (dtypes.half, dtypes.float32):
         n_vectors = math.prod(a.shape[:-1])
         if n_vectors <= FEW_VECTORS.value or b.dtype == dtypes.half:
             return gemv(b, a.reshape(n_vectors, -1)).reshape(*a.shape[:-1], -1)
-    is_one_loop = sides[0] == 1 and sides.count(1) == 1
-    is_bfloat16 = a.dtype == b.dtype == dtypes.bfloat16 and not is_one_loop
+    reads_b_once = sides[0] == 1 and sides.count(1) == 1
+    is_bfloat16 = a.dtype == b.dtype == dtypes.bfloat16 and not reads_b_once
     if calls_blas and not (is_bfloat16 and native.address("sbgemm")):
         a, b = (x.cast(dtypes.float32) for x in (a, b))
-    if is_one_loop:
-        # no more than reading b once, which a plain loop does best; with another side of 1 it may
-        # fold to a constant, and the gradients behind it then have no memory
+    if reads_b_once:
+        # a plain loop does so best; with another side of 1 the product may fold to a constant, and
+        # the gradients behind it then have no memory
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32)
-    if not calls_blas:  # stored: a product reads an operand again and again
+    if not calls_blas:  # contiguous: a product reads an operand again and again
         a, b = a.contiguous(), b.contiguous()
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32).contiguous_backward()
     a, b = stored(a), stored(b)
     c = Tensor.empty(*(at_most(sizes[x]) for x in letters_c), device=a.device)
     address = native.address_of("sbgemm" if a.dtype == dtypes.bfloat16 else "sgemm", a.device)
-    c = Tensor(_product(c.uop, a.uop, b.uop, address.uop, axes))
+    c = Tensor(blas_product(c.uop, a.uop, b.uop, address.uop, axes))
     return c.shrink(tuple((0, sizes[x]) for x in letters_c))
 
 
@@ -84,12 +82,12 @@ class Axes:
         return tuple(math.prod(self.sizes[x] for x in group) for group in self.groups())
 
 
-def _product(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
-    """c, holding the product of a and b. The gradients are two more such products."""
+def blas_product(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
+    """c, with the product of a and b in it. The gradients are two more such products."""
 
     def gradient(of_c: UOp, call: UOp) -> tuple:
-        # The address is the one among the call's own sources: within a traced function a captured
-        # one would be another, empty buffer.
+        # The address comes from the call's own sources: one of the closure would be another,
+        # empty buffer where tinygrad traces the function.
         _, _, a, b, address = call.src
         of_a, of_b = (
             UOp.new_buffer(x.device, x.numel(), dtypes.float32).reshape(x.shape) for x in (a, b)
@@ -99,19 +97,20 @@ def _product(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
             of_c = of_c.contiguous()
         axes_a = Axes(axes.of_c, axes.of_b, axes.of_a, axes.sizes)
         axes_b = Axes(axes.of_c, axes.of_a, axes.of_b, axes.sizes)
-        of_a = _product(of_a, of_c, b, address, axes_a)
-        of_b = _product(of_b, of_c, a, address, axes_b)
+        of_a = blas_product(of_a, of_c, b, address, axes_a)
+        of_b = blas_product(of_b, of_c, a, address, axes_b)
         return None, of_a, of_b, None
 
-    kernel = functools.partial(_sgemm_kernel, axes=axes)
+    kernel = functools.partial(gemm_kernel, axes=axes)
     return UOp.custom_kernel(c, a, b, address, fxn=kernel, grad_fxn=gradient)[0]
 
 
-def _operand(
+def matrix_of(
     tensor: UOp, letters: str, rows: list[str], columns: list[str], indices: dict[str, UOp]
 ) -> tuple[UOp, int, int]:
-    """A matrix in the tensor as BLAS takes it: its place, at the indices of the other letters, 112
-    if it is stored column by column or else 111, and the step from one of those to the next."""
+    """A matrix in the tensor as BLAS takes it: a pointer to its start, given the indices of the
+    other letters; its order, 111 row by row or 112 column by column; and the step from one row, or
+    column, to the next."""
     strides = {x: math.prod(tensor.shape[i + 1 :]) for i, x in enumerate(letters)}
     # the letters of a group lie side by side in memory, so that the last one stands for all
     is_transposed = strides[columns[-1]] != 1
@@ -119,11 +118,11 @@ def _operand(
     length = math.prod(tensor.shape[letters.index(x)] for x in along)
     step = max(strides[stored[-1]], length)  # of a single row the stride may be anything
     steps = (index * strides[x] for x, index in indices.items() if x in strides)
-    place = sum(steps, UOp.const(0, dtypes.weakint))
-    return tensor.flatten()[place], 111 + is_transposed, step
+    start = sum(steps, UOp.const(0, dtypes.weakint))
+    return tensor.flatten()[start], 111 + is_transposed, step
 
 
-def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
+def gemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
     """Calls BLAS once for each batch. The cores divide the batches or, of one batch, the rows or
     the columns, whichever are more: BLAS repacks the other operand on each core."""
     sizes = {letter: in_kernel(size) for letter, size in axes.sizes.items()}
@@ -150,13 +149,13 @@ def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
     else:
         indices, n = {columns[-1]: first}, chunk_size
 
-    a, flag_a, step_a = _operand(a, letters_a, rows, summed, indices)
-    b, flag_b, step_b = _operand(b, letters_b, summed, columns, indices)
-    c, _, step_c = _operand(c, letters_c, rows, columns, indices)
-    row_major, flag_a, flag_b = _numbers(dtypes.int32, 101, flag_a, flag_b)
+    a, flag_a, step_a = matrix_of(a, letters_a, rows, summed, indices)
+    b, flag_b, step_b = matrix_of(b, letters_b, summed, columns, indices)
+    c, _, step_c = matrix_of(c, letters_c, rows, columns, indices)
+    row_major, flag_a, flag_b = constants(dtypes.int32, 101, flag_a, flag_b)
     integer = dtypes.int64 if is_bfloat16 else blas().integer
-    m, n, k, step_a, step_b, step_c = _numbers(integer, m, n, k, step_a, step_b, step_c)
-    alpha, beta = _numbers(dtypes.float32, 1.0, 0.0)
+    m, n, k, step_a, step_b, step_c = constants(integer, m, n, k, step_a, step_b, step_c)
+    alpha, beta = constants(dtypes.float32, 1.0, 0.0)
     arguments = (row_major, flag_a, flag_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c)
     call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
     name = f"{'sb' if is_bfloat16 else 's'}gemm_{axes.of_a}_{axes.of_b}_{axes.of_c}"
@@ -164,5 +163,5 @@ def _sgemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
     return call.end(chunk, *ranges).sink(arg=info)
 
 
-def _numbers(dtype: DType, *numbers: float | UOp) -> list[UOp]:
+def constants(dtype: DType, *numbers: float | UOp) -> list[UOp]:
     return [x.cast(dtype) if isinstance(x, UOp) else UOp.const(x, dtype) for x in numbers]

@@ -1,4 +1,4 @@
-"""Rounded weights: products of them are exact, and a model hardly notices."""
+"""Quantized weights: products of them are exact, and a model hardly notices."""
 
 import ctypes
 import pydoc_data.topics
@@ -70,11 +70,11 @@ def test_gemv_gives_what_its_plain_loops_give(matrix_dtype, x_dtype):
 
 
 @pytest.mark.parametrize("kind", QMAX)
-def test_a_matrix_is_rounded_to_the_nearest(kind):
+def test_a_matrix_is_quantized_to_the_nearest(kind):
     matrix = np.random.default_rng(0).standard_normal((40, 50), np.float32)
     matrix[3] = 0
-    rounded = of(matrix, kind)
-    values, scales = rounded.values.numpy().astype(np.float32), rounded.scales.numpy()
+    quantized = of(matrix, kind)
+    values, scales = quantized.values.numpy().astype(np.float32), quantized.scales.numpy()
     assert np.abs(values).max() <= QMAX[kind]
     if kind == "float16":
         assert np.array_equal(values * scales, matrix.astype(np.float16))
@@ -84,14 +84,14 @@ def test_a_matrix_is_rounded_to_the_nearest(kind):
 
 @pytest.mark.parametrize("kind", QMAX)
 @pytest.mark.parametrize("n_vectors", [1, 6])
-def test_a_product_with_a_rounded_matrix_is_numpys(kind, n_vectors):
+def test_a_product_with_a_quantized_matrix_is_numpys(kind, n_vectors):
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal((130, 300), np.float32)
     x = rng.standard_normal((1, n_vectors, 300), np.float32)
     x[0, 0, 7] = 100  # one number far above the others
-    rounded = of(matrix, kind)
-    matrix = rounded.values.numpy().astype(np.float64) * rounded.scales.numpy()
-    y = einsum("bti,oi->bto", Tensor(x), rounded).numpy()
+    quantized = of(matrix, kind)
+    matrix = quantized.values.numpy().astype(np.float64) * quantized.scales.numpy()
+    y = einsum("bti,oi->bto", Tensor(x), quantized).numpy()
     assert np.abs(y - x @ matrix.T).max() < 0.2
 
 
@@ -103,7 +103,7 @@ def test_the_greatest_sums_do_not_overflow(kind):
     np.testing.assert_allclose(y, 6400 * np.array([[[1, -1], [-1, 1]]]), rtol=1e-3)
 
 
-def test_rows_are_looked_up_in_a_rounded_table():
+def test_rows_are_looked_up_in_a_quantized_table():
     table = np.random.default_rng(0).standard_normal((50, 12)).astype(np.float32)
     rows = look_up(of(table, "int8"), Tensor([7, 0, 49])).numpy()
     np.testing.assert_allclose(rows, table[[7, 0, 49]], atol=np.abs(table).max() / 127)
@@ -115,7 +115,7 @@ def nats_per_token(model: GPT, ids: np.ndarray) -> float:
 
 @on_cpu
 @pytest.mark.parametrize("kind", QMAX)
-def test_rounded_weights_cost_less_than_half_a_percent_of_bits(kind):
+def test_quantized_weights_cost_less_than_half_a_percent_of_bits(kind):
     model, tokenizer = checkpoint.load(REFERENCE)
     text = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
     ids = tokenizer.encode(text[-8000:])
@@ -125,7 +125,7 @@ def test_rounded_weights_cost_less_than_half_a_percent_of_bits(kind):
 
 
 @pytest.mark.parametrize("gpt2", [False, True])
-def test_prompts_and_tokens_agree_on_rounded_weights(gpt2):
+def test_prompts_and_tokens_agree_on_quantized_weights(gpt2):
     config = GPTConfig(
         context_length=20, vocab_size=31, n_layers=2, n_heads=2, d_model=12, d_hidden=48, gpt2=gpt2
     )
@@ -150,7 +150,7 @@ def test_weights_of_another_kind_are_refused(reference):
 
 
 @pytest.mark.parametrize("model", [REFERENCE, GPT2])
-def test_run_takes_rounded_weights(call, model):
+def test_run_takes_quantized_weights(call, model):
     result = call(run.main, model, "--weights", "int8", "-n", "20", "-p", "the value")
     assert result.status == 0, result.err
     assert len(result.out) > 20
