@@ -16,4 +16,4 @@ from backend.sizes import positions
 
 __all__ = ["devices", "einsum", "from_numpy", "look_up", "positions", "zeros"]
 
-devices.choose()
+devices.set_default()

@@ -1,4 +1,4 @@
-"""The kernels of a function as C, which a compiler for any processor can make a program of."""
+"""The kernels of a function as C, of which a compiler makes a program for any processor."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from tinygrad.uop.ops import Ops, buffers
 from backend.cpu import native
 from backend.jit_cache import kernels_of
 
-N_CHUNKS = 24  # equal numbers of chunks for each of 2, 3, 4, 6, 8, 12 or 24 cores
+N_CHUNKS = 24  # of which 2, 3, 4, 6, 8, 12 or 24 cores have equal numbers
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a kernel: C of one function, its name there, and what it is called with.
+    """A call of a kernel: its C, one function, the function's name, and the arguments.
 
-    That is buffers, each with the place in it, in bytes, and then variables by name. `core_id` is
-    one of these if the kernel comes in chunks: the number of the chunk.
+    The arguments are buffers, each with an offset in bytes, and then variables by name. Of a kernel
+    in chunks `core_id` is one of the variables: the number of the chunk.
     """
 
     source: str
@@ -33,6 +33,8 @@ class Call:
 
 
 class Recorder:
+    """What tinygrad calls in place of running kernels, as it does to capture a jit."""
+
     def __init__(self):
         self.kernels: list[UOp] = []
 
@@ -40,15 +42,15 @@ class Recorder:
         self.kernels += linear.src
 
 
-def rendered(function: Callable, *tensors: Tensor, **values: range) -> list[Call]:
-    """What `function` would run on the CPU, in chunks for up to N_CHUNKS cores.
+def rendered(function: Callable, *tensors: Tensor, **variables: range) -> list[Call]:
+    """The kernels that `function` runs on the CPU, in chunks for up to N_CHUNKS cores.
 
-    It takes realised tensors, and by name numbers, each of its `values`. All that gemv.c can
-    multiply it does. Nothing is compiled, and nothing is run.
+    It takes realised tensors, and by name integers, each from the range in `variables`. gemv.c
+    multiplies all that it can. Nothing is compiled, and nothing is run.
     """
-    variables = {
+    bound = {
         name: Variable(name, numbers[0], numbers[-1]).bind(numbers[0])
-        for name, numbers in values.items()
+        for name, numbers in variables.items()
     }
     recorder, compiler = Recorder(), Device["CPU"].renderer.compiler
     chunks = {"NUM_CPU_THREADS": N_CHUNKS, "CHUNKS_PER_CORE": 1}
@@ -59,11 +61,10 @@ def rendered(function: Callable, *tensors: Tensor, **values: range) -> list[Call
     ):
         capturing.append(recorder)
         try:
-            function(*tensors, **variables)
+            function(*tensors, **bound)
         finally:
             capturing.clear()
-        held = set(buffers)
-        linear = jit_lower(UOp(Ops.LINEAR, src=tuple(recorder.kernels)), held, [])
+        linear = jit_lower(UOp(Ops.LINEAR, src=tuple(recorder.kernels)), set(buffers), [])
     return [call_of(kernel) for kernel in kernels_of(linear)]
 
 
@@ -72,7 +73,7 @@ def call_of(kernel: UOp) -> Call:
     source = next(part.arg for part in program.src if part.op is Ops.SOURCE)
     arguments = [argument.buffer for argument in get_call_arg_uops(kernel)]
     return Call(
-        source.replace(ClangRenderer.abi, ""),  # this system's way to call is not every target's
+        source.replace(ClangRenderer.abi, ""),  # this system's calling convention
         info.function_name,
         info.global_size[0],
         [(buffer.base, buffer.offset) for buffer in arguments],

@@ -1,4 +1,7 @@
-"""tinygrad's CPU device, `ops_cpu`, without two renderers that take a tenth of a start."""
+"""tinygrad's CPU device, `ops_cpu`, imported without two renderers that it does not use here.
+
+tinygrad 0.14.0 imports them in any case, a tenth of a start; this can go when it does so on demand.
+"""
 
 import sys
 from types import SimpleNamespace
