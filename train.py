@@ -130,12 +130,12 @@ def resolve(
         found = find_tokenizer(name)
         if found and found.digest() == start.tokenizer.digest():
             given["tokenizer"] = before.tokenizer  # by another name
-    config = merge(before, given, start.kind)
-    settings = flat(config)
+    settings = flat(before) | given
     for whole, part in (("d_model", "n_heads"), ("batch_size", "accumulate")):
         if settings[whole] % settings[part]:
             options = [as_option(name, settings[name]) for name in (whole, part)]
             parser.error(" is not divisible by ".join(options))
+    config = merge(before, given, start.kind)
     if start.kind == TRAINING and config.n_steps < before.n_steps:
         option = as_option("n_steps", config.n_steps)
         raise UserError(f"{option} is less than the {before.n_steps} of before")

@@ -326,8 +326,8 @@ def test_the_memory_that_a_training_takes_is_foretold(folder, corpus):
 import os, resource, sys
 sys.path.insert(0, os.environ["ROOT"])
 import train
-from training import state
-from training.settings import TrainingConfig
+from training import checks
+from training.config import TrainingConfig
 train.DEFAULTS = TrainingConfig(batches_per_step=1)
 train.print_example = lambda *_: None
 def note(config, n_tokens):
