@@ -29,30 +29,25 @@ def zeros(*shape: int) -> Tensor:
 def from_numpy(array: np.ndarray, device: str | None = None) -> Tensor:
     """A realised tensor with a copy of the array, made without tinygrad's scheduler, whose start
     alone takes a tenth of a second."""
-    device = Device.canonicalize(device)
+    device, memory = Device.canonicalize(device), None
     if device.startswith("CPU") and array.nbytes >= MIN_HUGE_BYTES and sys.platform == "linux":
-        memory = huge_pages.take(array.nbytes).view(array.dtype)
-        tensor = tensor_over(memory.reshape(array.shape), device)
-    else:
-        tensor = unallocated(array, device)
-        tensor.uop.base.buffer.allocate()
+        memory = huge_pages.take(array.nbytes)
+    tensor = allocated(array, device, memory)
     copy_in(tensor, array)
     return tensor
 
 
-def tensor_over(array: np.ndarray, device: str = "CPU") -> Tensor:
+def tensor_over(array: np.ndarray) -> Tensor:
     """A realised tensor on the CPU whose memory is the array's."""
-    tensor = unallocated(array, device)
-    buffer = tensor.uop.base.buffer
-    buffer.memory = array  # as long as there is the buffer
-    buffer.allocate(external_ptr=array.ctypes.data)
-    return tensor
+    return allocated(array, "CPU", array)
 
 
-def unallocated(array: np.ndarray, device: str) -> Tensor:
-    """A tensor of the array's shape and type, without memory yet."""
-    buffer = UOp.new_buffer(device, array.size, getattr(dtypes, array.dtype.name))
-    return Tensor(buffer.reshape(array.shape))
+def allocated(array: np.ndarray, device: str, memory: np.ndarray | None) -> Tensor:
+    """A tensor of the array's shape and type, in the given memory or its own."""
+    uop = UOp.new_buffer(device, array.size, getattr(dtypes, array.dtype.name))
+    uop.buffer.memory = memory  # as long as there is the buffer
+    uop.buffer.allocate(external_ptr=None if memory is None else memory.ctypes.data)
+    return Tensor(uop.reshape(array.shape))
 
 
 class HugePages:
@@ -127,14 +122,15 @@ class FlatBuffer:
     not know that they share memory: realise a write to one before the other is read.
     """
 
-    def __init__(self, shapes: Shapes, memory: np.ndarray | None = None):
-        self.shapes, self.memory, self.parts = dict(shapes), None, {}
-        if Device.DEFAULT.startswith("CPU"):
-            size = sum(map(padded_size, self.shapes.values()))
-            self.memory = aligned_zeros(size) if memory is None else memory[:size]
+    def __init__(self, shapes: Shapes):
+        self.shapes, self.parent, self.parts = dict(shapes), None, {}
+        size = sum(map(padded_size, self.shapes.values()))
+        self.memory = aligned_zeros(size) if Device.DEFAULT.startswith("CPU") else None
 
     @functools.cached_property
     def views(self) -> dict[str, Tensor]:
+        if self.parent:
+            return {name: self.parent.views[name] for name in self.shapes}
         if self.memory is None:
             return {name: zeros(*shape) for name, shape in self.shapes.items()}
         ends = list(accumulate(map(padded_size, self.shapes.values())))
@@ -165,12 +161,11 @@ class FlatBuffer:
         """The tensors of consecutive names, which share the memory of this buffer."""
         names = tuple(names)
         if names not in self.parts:
-            before = takewhile(lambda name: name != names[0], self.shapes)
+            part = self.parts[names] = FlatBuffer({name: self.shapes[name] for name in names})
+            part.parent, before = self, takewhile(lambda name: name != names[0], self.shapes)
             start = sum(padded_size(self.shapes[name]) for name in before)
-            shapes, views = ({x: of[x] for x in names} for of in (self.shapes, self.views))
-            memory = None if self.memory is None else self.memory[start:]
-            self.parts[names] = FlatBuffer(shapes, memory)
-            self.parts[names].views = views
+            if self.memory is not None:
+                part.memory = self.memory[start : start + len(part.memory)]
         return self.parts[names]
 
     def read(self) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest.mock import patch
 
 from tinygrad import Context, Device, Tensor, UOp, Variable
@@ -32,16 +33,6 @@ class Call:
     variables: list[str]
 
 
-class Recorder:
-    """What tinygrad calls in place of running kernels, as it does to capture a jit."""
-
-    def __init__(self):
-        self.kernels: list[UOp] = []
-
-    def add_linear(self, linear: UOp, _) -> None:
-        self.kernels += linear.src
-
-
 def rendered(function: Callable, *tensors: Tensor, **variables: range) -> list[Call]:
     """The kernels that `function` runs on the CPU, in chunks for up to N_CHUNKS cores.
 
@@ -52,7 +43,9 @@ def rendered(function: Callable, *tensors: Tensor, **variables: range) -> list[C
         name: Variable(name, numbers[0], numbers[-1]).bind(numbers[0])
         for name, numbers in variables.items()
     }
-    recorder, compiler = Recorder(), Device["CPU"].renderer.compiler
+    compiler, kernels = Device["CPU"].renderer.compiler, []
+    # what tinygrad gives kernels to in place of running them, as it does to capture a jit
+    recorder = SimpleNamespace(add_linear=lambda linear, _: kernels.extend(linear.src))
     chunks = {"NUM_CPU_THREADS": N_CHUNKS, "CHUNKS_PER_CORE": 1}
     with (
         Context(SPEC=0, PARALLEL=0, FEW_VECTORS=2**31 - 1, **chunks),
@@ -64,7 +57,7 @@ def rendered(function: Callable, *tensors: Tensor, **variables: range) -> list[C
             function(*tensors, **bound)
         finally:
             capturing.clear()
-        linear = jit_lower(UOp(Ops.LINEAR, src=tuple(recorder.kernels)), set(buffers), [])
+        linear = jit_lower(UOp(Ops.LINEAR, src=tuple(kernels)), set(buffers), [])
     return [call_of(kernel) for kernel in kernels_of(linear)]
 
 

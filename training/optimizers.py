@@ -14,35 +14,28 @@ from training.config import OptimizerConfig, TrainingConfig
 
 
 class Optimizer:
-    """What both optimizers have: `buffers`, the kinds of their state and the memory of each."""
+    """An optimizer with a state in one buffer, `memory`."""
 
-    buffers: list[tuple[str, FlatBuffer]]
-
-    @property
-    def state(self) -> list[Tensor]:
-        return [tensor for _, buffer in self.buffers for tensor in buffer.whole]
+    memory: FlatBuffer
 
     def read(self) -> dict[str, np.ndarray]:
         """The state, with the names of `state_shapes` and in its order."""
-        return {
-            f"{kind}.{name}": array
-            for kind, buffer in self.buffers
-            for name, array in buffer.read().items()
-        }
+        return self.memory.read()
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes the state that `read` gave."""
-        for kind, buffer in self.buffers:
-            buffer.write({name: arrays[f"{kind}.{name}"] for name in buffer.shapes})
+        self.memory.write(arrays)
 
 
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2017), on every parameter alike."""
 
-    def __init__(self, parameters: FlatBuffer, config: OptimizerConfig):
+    def __init__(self, parameters: FlatBuffer, config: OptimizerConfig, memory=None):
         self.parameters, self.config = parameters, config
-        self.moments_1, self.moments_2 = parameters.like(), parameters.like()
-        self.buffers = [("moments_1", self.moments_1), ("moments_2", self.moments_2)]
+        self.memory = memory or FlatBuffer(self.state_shapes(parameters.shapes))
+        names, n = list(self.memory.shapes), len(parameters.shapes)
+        self.moments_1, self.moments_2 = (self.memory.part(x) for x in (names[:n], names[n:]))
+        self.state = [*self.moments_1.whole, *self.moments_2.whole]
 
     @staticmethod
     def layout(shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -69,20 +62,15 @@ class AdamW(Optimizer):
         self.update(clipped(gradients.whole, self.config.grad_clipping), rates)
 
     def update(self, gradients: list[Tensor], rates: Tensor) -> None:
-        config = self.config
+        config, parameters = self.config, self.parameters.whole
         learning_rate, unbias_1, unbias_2 = rates.split(1)
-        for p, m, v, g in zip(
-            self.parameters.whole,
-            self.moments_1.whole,
-            self.moments_2.whole,
-            gradients,
-            strict=True,
-        ):
+        wholes = parameters, self.moments_1.whole, self.moments_2.whole, gradients
+        for p, m, v, g in zip(*wholes, strict=True):
             m.assign(config.beta_1 * m + (1 - config.beta_1) * g)
             v.assign(config.beta_2 * v + (1 - config.beta_2) * g.square())
             update = m * unbias_1 / ((v * unbias_2).sqrt() + config.epsilon)
             p.assign(p - learning_rate * (update + config.weight_decay * p))
-        Tensor.realize(*self.parameters.whole, *self.state)
+        Tensor.realize(*parameters, *self.state)
 
 
 class Muon(Optimizer):
@@ -92,8 +80,12 @@ class Muon(Optimizer):
     def __init__(self, parameters: FlatBuffer, config: OptimizerConfig):
         self.config, self.groups = config, grouped(parameters.shapes)
         *self.matrices, others = (parameters.part(names) for names in self.groups)
-        self.momenta, self.adamw = [part.like() for part in self.matrices], AdamW(others, config)
-        self.buffers = [*(("momentum", part) for part in self.momenta), *self.adamw.buffers]
+        self.memory = FlatBuffer(self.state_shapes(parameters.shapes))
+        *of_groups, _ = self.groups
+        self.momenta = [self.memory.part(f"momentum.{x}" for x in names) for names in of_groups]
+        self.adamw = AdamW(others, config, self.memory.part(AdamW.state_shapes(others.shapes)))
+        self.state = [tensor for momentum in self.momenta for tensor in momentum.whole]
+        self.state += self.adamw.state
 
     @staticmethod
     def layout(shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -115,26 +107,22 @@ class Muon(Optimizer):
     def step(self, gradients: FlatBuffer, rates: Tensor) -> None:
         """Updates the parameters in place by gradients that are laid out alike; `rates` (4,) are
         those of the method above."""
-        parts = [gradients.part(names).whole for names in self.groups]
-        rest = iter(
-            clipped([tensor for part in parts for tensor in part], self.config.grad_clipping)
+        wholes = (tensor for names in self.groups for tensor in gradients.part(names).whole)
+        rest, decay = (
+            iter(clipped(list(wholes), self.config.grad_clipping)),
+            self.config.weight_decay,
         )
         for matrices, momentum in zip(self.matrices, self.momenta, strict=True):
-            self.update(matrices, momentum, list(islice(rest, len(momentum.whole))), rates[:1])
+            updates = []
+            for m, g in zip(momentum.whole, islice(rest, len(momentum.whole)), strict=True):
+                m.assign(m + (1 - self.config.momentum) * (g - m))
+                updates.append(g + self.config.momentum * (m - g))  # Nesterov's
+            update = orthogonalised(matrices.stack(updates))  # (n, rows, columns)
+            update = update * math.sqrt(max(1, update.shape[1] / update.shape[2]))
+            for p, u in zip(matrices.whole, matrices.unstack(update), strict=True):
+                p.assign(p - rates[:1] * (u + decay * p))
+            Tensor.realize(*matrices.whole, *momentum.whole)
         self.adamw.update(list(rest), rates[1:])
-
-    def update(
-        self, matrices: FlatBuffer, momentum: FlatBuffer, gradients: list[Tensor], rate: Tensor
-    ) -> None:
-        updates, config = [], self.config
-        for m, g in zip(momentum.whole, gradients, strict=True):
-            m.assign(m + (1 - config.momentum) * (g - m))
-            updates.append(g + config.momentum * (m - g))  # Nesterov's
-        update = orthogonalised(matrices.stack(updates))  # (n, rows, columns)
-        update = update * math.sqrt(max(1, update.shape[1] / update.shape[2]))
-        for p, u in zip(matrices.whole, matrices.unstack(update), strict=True):
-            p.assign(p - rate * (u + config.weight_decay * p))
-        Tensor.realize(*matrices.whole, *momentum.whole)
 
 
 OPTIMIZERS = {"adamw": AdamW, "muon": Muon}

@@ -1,5 +1,6 @@
 """All cores of a CPU: loops in chunks, and lists of kernels that a thread for each core runs."""
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -54,7 +55,8 @@ def plain_loops(kernel: Scheduler) -> Kernel:
     for axis in columns_summed(kernel)[-1:]:
         width = largest_divisor(kernel.full_shape[axis], 8)
         if width > 1:
-            try_optimization(kernel, Opt(OptOps.UPCAST, axis, width))
+            with contextlib.suppress(KernelOptError):
+                kernel.apply_opt(Opt(OptOps.UPCAST, axis, width))
 
     sizes = [n if isinstance(n, int) else n.vmax for n in kernel.full_shape]
     if (work := math.prod(sizes)) >= MIN_SHARED_WORK:
@@ -104,14 +106,6 @@ def columns_summed(kernel) -> list[int]:
     if any(range_ in steps_of_1 for range_ in summed):
         return []
     return [axis for axis in kernel.axes_of(AxisType.WEAK) if kernel.rngs[axis] in steps_of_1]
-
-
-def try_optimization(kernel, optimization: Opt) -> bool:
-    try:
-        kernel.apply_opt(optimization)
-        return True
-    except KernelOptError:
-        return False
 
 
 class CPUGraph(GraphRunner):
