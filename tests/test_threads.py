@@ -83,6 +83,6 @@ def test_a_core_that_never_comes_holds_nobody_up(jit_and_plain, monkeypatch):
 def test_threads_give_what_the_plain_loop_over_kernels_and_chunks_gives(jit_and_plain, monkeypatch):
     jit, _ = jit_and_plain
     with Context(NUM_CPU_THREADS=3):
-        results, plain = jit(), threads.thread_pool("#define PLAIN 1\n")
+        results, plain = jit(), threads.thread_pool(PLAIN=1)
         monkeypatch.setattr(threads, "thread_pool", lambda: plain)
         np.testing.assert_array_equal(jit(), results)

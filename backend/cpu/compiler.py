@@ -145,9 +145,11 @@ class CPUProgram(ops_cpu.CPUProgram):
         self.fxn = ctypes.CFUNCTYPE(None)(self.addr)
 
 
-def load_c(source: str) -> CPUProgram:
-    """Compiles C of our own; its first function is at `addr` as long as the program exists."""
-    device = Device["CPU"]
+def load_c(file: str, **macros: object) -> CPUProgram:
+    """Compiles C beside this file, with these macros; its first function is at `addr` as long as
+    the program exists."""
+    source, device = Path(__file__).with_name(file).read_text(encoding="utf-8"), Device["CPU"]
+    source = "".join(f"#define {name} {text}\n" for name, text in macros.items()) + source
     code = device.renderer.compiler.compile_cached(source)
     return CPUProgram(device, TinyELF(code, "", device.renderer.target, ()))
 

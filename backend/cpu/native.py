@@ -5,7 +5,6 @@ to run. `names` tells these buffers from others: a kept jit holds the name of th
 """
 
 import functools
-from pathlib import Path
 
 import numpy as np
 from tinygrad import Tensor, UOp
@@ -42,12 +41,8 @@ def address(name: str) -> int | None:
 @functools.cache
 def load(name: str) -> CPUProgram | None:
     try:
-        return load_c(source(name))
+        return load_c(FILES[name])
     except ValueError as error:
         if "no fast products of bfloat16" not in str(error):  # as gemm.c says
             raise
         return None
-
-
-def source(name: str) -> str:
-    return Path(__file__).with_name(FILES[name]).read_text(encoding="utf-8")

@@ -9,7 +9,6 @@ import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 from tinygrad import UOp
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
@@ -151,12 +150,11 @@ def run_kernels(words: ctypes.Array, n_kernels: int, n_chunks: int) -> None:
 
 
 @functools.cache
-def thread_pool(definitions: str = "") -> tuple[ThreadPoolExecutor, Callable, ctypes.c_void_p]:
+def thread_pool(**macros: object) -> tuple[ThreadPoolExecutor, Callable, ctypes.c_void_p]:
     """Threads, what each of them calls, threads.c's function, and the call by which it waits."""
-    source = Path(__file__).with_name("threads.c").read_text(encoding="utf-8")
-    source = source.replace("PARAMETERS", ", ".join(["word"] * 64))
-    source = source.replace("ARGUMENTS", ", ".join(f"a[{i}]" for i in range(64)))
-    word, pointer, program = ctypes.c_uint64, ctypes.c_void_p, load_c(definitions + source)
+    macros["PARAMETERS"] = ", ".join(["word"] * 64)
+    macros["ARGUMENTS"] = ", ".join(f"a[{i}]" for i in range(64))
+    word, pointer, program = ctypes.c_uint64, ctypes.c_void_p, load_c("threads.c", **macros)
     arguments = pointer, word, word, word, pointer, pointer, pointer, word
     function = ctypes.CFUNCTYPE(None, *arguments)(program.addr)
     function.program = program  # which holds the code
