@@ -22,7 +22,7 @@ from backend.matmul import blas
 ZIG = Path(ziglang.__file__).parent / "zig"
 RUNTIME = Path(__file__).parent
 PRODUCTS = RUNTIME.parent / "backend" / "cpu"  # where gemv.c is
-SHARED = [RUNTIME / name for name in ("inference.generator.c", "tokenizer.c", "sampling.c")]
+SHARED = [RUNTIME / name for name in ("generation.c", "tokenizer.c", "sampling.c")]
 X86 = {"sse2": "x86_64", "avx2": "x86_64_v3", "avx512": "x86_64_v4+avx512vnni"}
 ALIGNMENT = 64  # bytes: of the model in a program's file
 
