@@ -4,12 +4,10 @@ import argparse
 import json
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import command_line
-import run
 from backend import devices
 from backend.errors import UserError
 from backend.quantized import QMAX
@@ -123,25 +121,13 @@ def write_sources(generator: Generator, tokenizer: Tokenizer, folder: Path) -> K
         "IS_LARGE": int(kernels.n_file_bytes > MIN_SHARED_BYTES),
     }
     lines = (f"  {name} = {size},\n" for name, size in sizes.items())
-    text = json.dumps(help_of_program())
+    text = json.dumps(command_line.program_help())
     is_end = " || ".join(f"(id) == {end}" for end in tokenizer.ends) or "0"
     header = f"enum {{\n{''.join(lines)}}};\n#define IS_END(id) ({is_end})\n#define HELP {text}\n"
     (folder / "model.h").write_text(header, encoding="utf-8")
     with (folder / "model.bin").open("wb") as file:
         kernels.write(file)
     return kernels
-
-
-def help_of_program() -> str:
-    parser = argparse.ArgumentParser(
-        description="Continue a text with a trained GPT.",
-        usage=argparse.SUPPRESS,
-        add_help=False,
-        formatter_class=partial(command_line.HelpFormatter, width=80),
-    )
-    parser.add_argument("-h", "--help", action="help", help="show this help")
-    run.add_text_options(parser)
-    return parser.format_help()
 
 
 def write_page(title: str, sources: Path, files: list[Path]) -> None:

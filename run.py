@@ -17,7 +17,7 @@ import command_line
 from backend import devices
 from backend.errors import UserError
 from backend.quantized import QMAX
-from command_line import bold, number
+from command_line import add_text_options, bold, number
 from data.texts import Texts
 from gpt_tiny import GPT
 from inference.generator import Generator, quantize, sample
@@ -49,23 +49,6 @@ def parse_arguments() -> argparse.Namespace:
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag} is of no use beside --score, which writes no text: leave it out")
     return arguments
-
-
-def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """The options that exported programs have as well."""
-    count = number(int, 1, 2**31)
-    add = parser.add_argument_group("text").add_argument
-    prompt_help = "text to continue, - for standard input (default: a line break)"
-    add("-p", "--prompt", default="\n", help=prompt_help)
-    add("-n", "--n-new-tokens", type=count, default=1000, help="tokens to generate")
-    add("--stop", metavar="TEXT", help="end a continuation where this text would come")
-    add("-i", "--interactive", action="store_true", help="continue each line of standard input")
-    add = parser.add_argument_group("sampling").add_argument
-    add("-s", "--seed", type=number(int, 0), default=0, help="of the random numbers")
-    add("--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token")
-    add("--top-k", type=count, help="draw from the K likeliest tokens only")
-    add("--top-p", type=number(float, 0), help="draw from the likeliest tokens that sum up to P")
-    add("--stride", type=count, default=1, help="tokens dropped when the context is full")
 
 
 def main() -> None:
