@@ -1,7 +1,6 @@
 """Trains a GPT on a text: python train.py -t my.txt."""
 
 import argparse
-import codecs
 import json
 import sys
 from collections.abc import Iterable
@@ -17,7 +16,9 @@ from backend.errors import UserError
 from backend.matmul import blas
 from command_line import bold, number
 from data import ids
-from inference.generator import Generator, sample
+from inference.generator import Generator
+from inference.sampling import sample
+from inference.stream import TextStream
 from models import checkpoint, folders
 from training import resume, trainer, workers
 from training.config import TrainingConfig, changed, flat
@@ -222,12 +223,12 @@ def announce(text: str) -> None:
 
 def print_example(training: Training) -> None:
     tokenizer, rng = training.corpus.tokenizer, np.random.default_rng(training.config.seed)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    stream = TextStream(tokenizer)
     prompt = tokenizer.encode("\n")[None].astype(np.int32)
     generator = Generator(training.model)
     for new in generator(prompt, 200, lambda logits: sample(logits, 1.0, rng)):
-        print(decoder.decode(tokenizer.token_bytes(int(new[0]))), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+        print(stream.add(int(new[0])), end="", flush=True)
+    print(stream.add(None))
 
 
 if __name__ == "__main__":

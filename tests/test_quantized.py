@@ -12,7 +12,8 @@ from backend import einsum, look_up
 from backend.cpu.gemv import multiply
 from backend.quantized import QMAX, QuantizedMatrix
 from gpt_tiny import GPT, GPTConfig, initial_weights
-from inference.generator import Generator, quantize
+from inference.decoder import quantize
+from inference.generator import Generator
 from inference.scoring import losses
 from models import checkpoint
 
@@ -102,7 +103,8 @@ def test_prompts_and_tokens_agree_on_rounded_weights(gpt2):
     )
     weights = {name: 12 * values for name, values in initial_weights(config, 5).items()}
     model, prompt = GPT(config, weights), np.array([[1, 2, 3]], np.int32)
-    generator, all_logits = Generator(model, weights="int8"), []
+    quantize(model, "int8")
+    generator, all_logits = Generator(model), []
 
     def choose(logits: np.ndarray) -> np.ndarray:
         all_logits.append(logits)
@@ -117,7 +119,7 @@ def test_prompts_and_tokens_agree_on_rounded_weights(gpt2):
 
 def test_weights_of_another_kind_are_refused(reference):
     with pytest.raises(ValueError, match="rounded to int8 or float16, not 'int4'"):
-        Generator(reference[0], weights="int4")
+        quantize(reference[0], "int4")
 
 
 @pytest.mark.parametrize("model", [REFERENCE, GPT2])
