@@ -61,29 +61,6 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see python {self.prog} --help\n")
 
 
-def path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty: name a file or a folder")
-    return Path(text)
-
-
-def number(kind: type, lowest: float, below: float = float("inf")) -> Callable:
-    """An argparse type: an int or a float that is at least `lowest` and less than `below`."""
-    noun = "a whole number" if kind is int else "a number"
-    limit = f" and below {below:g}" if below <= 1000 else ""  # others are no one's concern
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not lowest <= value < below:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} of at least {lowest}{limit}")
-        return value
-
-    return parse
-
-
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """The options of run.py that exported programs have as well."""
     count, add = number(int, 1, 2**31), parser.add_argument_group("text").add_argument
@@ -111,6 +88,29 @@ def program_help() -> str:
     parser.add_argument("-h", "--help", action="help", help="show this help")
     add_text_options(parser)
     return parser.format_help()
+
+
+def path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty: name a file or a folder")
+    return Path(text)
+
+
+def number(kind: type, lowest: float, below: float = float("inf")) -> Callable:
+    """An argparse type: an int or a float that is at least `lowest` and less than `below`."""
+    noun = "a whole number" if kind is int else "a number"
+    limit = f" and below {below:g}" if below <= 1000 else ""  # others are no one's concern
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not lowest <= value < below:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} of at least {lowest}{limit}")
+        return value
+
+    return parse
 
 
 class LastingStream:
