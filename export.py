@@ -3,28 +3,22 @@
 import command_line  # isort: skip - first, for the time of the imports
 
 import argparse
-import json
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import run
 from backend import devices
 from backend.errors import UserError
 from backend.quantized import QMAX
-from backend.rendered import N_CHUNKS, rendered
-from inference.generator import Generator
+from inference.decoder import Decoder, quantize
 from models import checkpoint, folders
 from runtime import build
 from runtime.kernels import Kernels
-from runtime.tables import tables
-from tokenizers import Tokenizer
+from runtime.sources import write_sources
 
 MAX_PAGE_BYTES = 64 << 20  # with more, the weights are a file beside the page
 MAX_WASM_BYTES = (4 << 30) - (32 << 20)  # what WebAssembly can address, less code and prompt
-MIN_SHARED_BYTES = 4 << 20  # with fewer, waking a core costs more than it gives
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments, help_text = parse_arguments(), command_line.program_help()
     target = build.TARGETS.get(arguments.target or build.this_machine())
     if target is None and not arguments.page:
         raise UserError("this machine is none of those that programs are made for: see --target")
@@ -56,17 +50,15 @@ def main() -> None:
     model_folder = checkpoint.find(arguments.model_path)
     with devices.default_to_cpu(), TemporaryDirectory() as folder:
         model, tokenizer = checkpoint.load(model_folder)
-        generator = Generator(model, weights=arguments.weights)
-        n_weight_bytes = sum(p.nbytes() for p in generator.model.parameters().values())
+        if arguments.weights:
+            quantize(model, arguments.weights)
+        decoder, sources = Decoder(model), Path(folder)
+        n_weight_bytes = sum(weight.nbytes() for weight in decoder.weights)
         files = files_of(output, arguments.page and n_weight_bytes > MAX_PAGE_BYTES)
         check(files, model_folder)  # again, now that the model's size and place are known
-        kernels = write_sources(generator, tokenizer, sources := Path(folder))
+        kernels = write_sources(decoder, tokenizer, help_text, sources)
         if arguments.page:
-            # half precision becomes single there
-            n_bytes = kernels.n_file_bytes + 2 * kernels.n_halves + kernels.n_memory_bytes
-            if n_bytes > MAX_WASM_BYTES:
-                need = f"the page would need {n_bytes / 1e9:.1f} GB, and a browser gives it 4.3"
-                raise UserError(f"{need}: try --weights int8, or a program")
+            check_memory(kernels)
             write_page(arguments.model_path.resolve().name, sources, files)
         else:
             with folders.replacing_file(output) as new:
@@ -92,57 +84,12 @@ def check(files: list[Path], model: Path) -> None:
             raise UserError(f"{file} is a file of the model: name another with -o")
 
 
-def write_sources(generator: Generator, tokenizer: Tokenizer, folder: Path) -> Kernels:
-    """Writes C to a folder: kernels.c, the kernels of the steps for one token and for many, one.c
-    and many.c, the calls of them, and model.h, the sizes; and model.bin, the weights and tokens."""
-    config, steps = generator.model.config, {"one": 1, "many": generator.chunk}
-    kernels = Kernels(generator.model.parameters().values())
-    for name, n in steps.items():
-        values = {"end": range(n, config.context_length + 1), "last": range(n)}
-        calls = rendered(generator.step, generator.steps[n][0], **values)
-        (folder / f"{name}.c").write_text(kernels.calls(calls), encoding="utf-8")
-    (folder / "kernels.c").write_text(kernels.source(), encoding="utf-8")
-
-    sizes = {
-        "CONTEXT_LENGTH": config.context_length,
-        "VOCAB_SIZE": config.vocab_size,
-        "CHUNK": generator.chunk,
-        "N_CHUNKS": N_CHUNKS,
-        "TOKENIZER": ["char", "vowel", "bpe"].index(tokenizer.name),
-        "UNKNOWN": -1 if tokenizer.unknown is None else tokenizer.unknown,
-        "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
-        "ID": kernels.place_of(generator.steps[1][0]),
-        "IDS": kernels.place_of(generator.steps[generator.chunk][0]),
-        "LOGITS": kernels.place_of(generator.logits),
-    }
-    for name, array in tables(tokenizer).items():
-        sizes |= {name: kernels.add(array), f"N_{name}": len(array)}
-    sizes |= {
-        "N_HALVES": kernels.n_halves,
-        "MODEL_BYTES": kernels.n_file_bytes,
-        "MEMORY_BYTES": kernels.n_memory_bytes,
-        "IS_LARGE": int(kernels.n_file_bytes > MIN_SHARED_BYTES),
-    }
-    lines = (f"  {name} = {size},\n" for name, size in sizes.items())
-    text = json.dumps(help_of_program())
-    is_end = " || ".join(f"(id) == {end}" for end in tokenizer.ends) or "0"
-    header = f"enum {{\n{''.join(lines)}}};\n#define IS_END(id) ({is_end})\n#define HELP {text}\n"
-    (folder / "model.h").write_text(header, encoding="utf-8")
-    with (folder / "model.bin").open("wb") as file:
-        kernels.write(file)
-    return kernels
-
-
-def help_of_program() -> str:
-    parser = argparse.ArgumentParser(
-        description="Continue a text with a trained GPT.",
-        usage=argparse.SUPPRESS,
-        add_help=False,
-        formatter_class=partial(command_line.HelpFormatter, width=80),
-    )
-    parser.add_argument("-h", "--help", action="help", help="show this help")
-    run.add_text_options(parser)
-    return parser.format_help()
+def check_memory(kernels: Kernels) -> None:
+    """UserError if a browser can't give a page as much; half precision becomes single there."""
+    n_bytes = kernels.n_file_bytes + 2 * kernels.n_halves + kernels.n_memory_bytes
+    if n_bytes > MAX_WASM_BYTES:
+        need = f"the page would need {n_bytes / 1e9:.1f} GB, and a browser gives it 4.3"
+        raise UserError(f"{need}: try --weights int8, or a program")
 
 
 def write_page(title: str, sources: Path, files: list[Path]) -> None:

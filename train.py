@@ -2,7 +2,6 @@
 
 import command_line  # isort: skip - first, for the time of the imports
 
-import codecs
 import json
 import sys
 from dataclasses import replace
@@ -16,7 +15,9 @@ from backend.errors import UserError
 from command_line import bold, number
 from data import ids
 from data.ids import find_tokenizer
-from inference.generator import Generator, sample
+from inference.generator import Generator
+from inference.sampling import sample
+from inference.stream import TextStream
 from models import folders
 from training import checkpoint, metrics
 from training.checkpoint import Checkpoint
@@ -181,10 +182,10 @@ def announce(text: str) -> None:
 def print_example(trainer: Trainer) -> None:
     tokenizer, rng = trainer.corpus.tokenizer, np.random.default_rng(trainer.config.seed)
     prompt = tokenizer.encode("\n")[None].astype(np.int32)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    stream = TextStream(tokenizer)
     for new in Generator(trainer.model)(prompt, 200, lambda logits: sample(logits, 1.0, rng)):
-        print(decoder.decode(tokenizer.token_bytes(int(new[0]))), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+        print(stream.add(int(new[0])), end="", flush=True)
+    print(stream.add(None))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from worker import peak_memory, serve
 from backend.arrays import copy_out
 from data.ids import Corpus
 from gpt_tiny import GPT, GPTConfig, initial_weights
+from inference.decoder import quantize
 from inference.generator import Generator
 from tokenizers import CharTokenizer
 from training.batches import capture_training, make_plan
@@ -52,10 +53,13 @@ def generate(
     weights: str | None = None,
     stored: str = "float32",
 ):
-    """`weights` is what the generator rounds them to, `stored` what it finds them in."""
+    """`weights` is what they are rounded to, `stored` what they are before."""
     arrays = initial_weights(config, 0)
     arrays = {name: values.astype(stored, copy=False) for name, values in arrays.items()}
-    generator = Generator(GPT(config, arrays), stride=stride, weights=weights)
+    model = GPT(config, arrays)
+    if weights:
+        quantize(model, weights)
+    generator = Generator(model, stride=stride)
     prompt = np.zeros((1, n_prompt), np.int32)
 
     def work() -> None:

@@ -10,7 +10,7 @@ extern byte memory[MEMORY_BYTES];  // what the kernels write: caches, logits, an
 
 // The cores that run a step: each runs all kernels, of those in chunks every n_cores-th chunk.
 typedef struct {
-  int n, end, last;  // as in inference/generator.py
+  int n, end, last;  // as in inference/decoder.py
   int n_cores;
   long n_run;  // kernels, by all cores together
 } Team;

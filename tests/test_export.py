@@ -22,7 +22,7 @@ import export
 import run
 from gpt_tiny import GPTConfig, initial_weights
 from models import checkpoint
-from runtime import build
+from runtime import build, sources
 from tokenizers import SimpleVowelTokenizer
 
 PROMPTS = json.loads((REFERENCE / "expected.json").read_text())
@@ -225,7 +225,7 @@ def test_weights_are_in_the_precision_of_their_file(program):
 
 @pytest.mark.parametrize("cores", ["1", "2", "3", "24"])
 def test_any_number_of_cores_writes_the_same(program, monkeypatch, cores):
-    monkeypatch.setattr(export, "MIN_SHARED_BYTES", 0)
+    monkeypatch.setattr(sources, "MIN_SHARED_BYTES", 0)
     story = program(REFERENCE, "--weights", "int8")
     assert output(story, *GREEDY, NUM_CPU_THREADS=cores) == output(
         program(REFERENCE, "--weights", "int8"), *GREEDY, NUM_CPU_THREADS="1"

@@ -22,7 +22,6 @@ MAY_IMPORT = {
 MAY_IMPORT |= {command: set(MAY_IMPORT) for command in ("train", "run", "export")}
 NOT_YET = {
     "data": "texts.py and ids.py import training, ids.py models",
-    "export": "it imports run.py",
 }
 TRAINING_FILES = {"training.json", "optimizer.safetensors", "metrics.csv", "loss.png"}
 PATCHES = "backend/cpu/patches.py"

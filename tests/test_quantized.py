@@ -15,7 +15,8 @@ from backend.cpu.compiler import load_c
 from backend.cpu.gemv import gemv
 from backend.quantized import QMAX, QuantizedMatrix
 from gpt_tiny import GPT, GPTConfig, initial_weights
-from inference.generator import Generator, quantize
+from inference.decoder import quantize
+from inference.generator import Generator
 from inference.scoring import losses
 from models import checkpoint
 
@@ -131,7 +132,8 @@ def test_prompts_and_tokens_agree_on_quantized_weights(gpt2):
     )
     weights = {name: 12 * values for name, values in initial_weights(config, 5).items()}
     model, prompt = GPT(config, weights), np.array([[1, 2, 3]], np.int32)
-    generator, all_logits = Generator(model, weights="int8"), []
+    quantize(model, "int8")
+    generator, all_logits = Generator(model), []
 
     def choose(logits: np.ndarray) -> np.ndarray:
         all_logits.append(logits)
@@ -146,7 +148,7 @@ def test_prompts_and_tokens_agree_on_quantized_weights(gpt2):
 
 def test_weights_of_another_kind_are_refused(reference):
     with pytest.raises(ValueError, match="rounded to int8 or float16, not 'int4'"):
-        Generator(reference[0], weights="int4")
+        quantize(reference[0], "int4")
 
 
 @pytest.mark.parametrize("model", [REFERENCE, GPT2])

@@ -1,6 +1,6 @@
 """How a model is trained. Read `config`, `trainer` and `batches` first: they are the algorithm.
 
-`checkpoint` is what a training starts from and leaves on disk, `optimizers` how it learns, `metrics`
-what is to be seen of it, `checks` what is looked at before; `workers` share the batches, `launch`
-starts them, `signals` stop them. Nothing here knows of a command line.
+`checkpoint` is what a training starts from and leaves on disk, `optimizers` how it learns,
+`metrics` what is to be seen of it, `checks` what is looked at before; `workers` share the batches,
+`launch` starts them, `signals` stop them. Nothing here knows of a command line.
 """
