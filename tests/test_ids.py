@@ -307,7 +307,7 @@ def test_ids_that_are_damaged_are_made_anew(encodings, damage):
     if damage == "cut":
         os.truncate(folder / "ids", 100)
     else:
-        name = "ids.json" if damage == "facts" else "tokenizer.json"
+        name = "corpus.json" if damage == "facts" else "tokenizer.json"
         (folder / name).write_text((folder / name).read_text()[:-9])
     assert read("a.txt", tokenizer="vowel").ids.tolist() == expected
     assert encodings == [0, 1]
