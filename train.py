@@ -22,7 +22,7 @@ from models import checkpoint, folders
 from training import resume, trainer, workers
 from training.config import TrainingConfig, changed, flat
 from training.metrics import plot
-from training.state import Start, Training, begin
+from training.state import MARKS, Start, Training, begin
 
 DEFAULTS = TrainingConfig()
 ROUNDED_ONLY = (
@@ -139,7 +139,7 @@ def main() -> int:
             config, start = from_model(options.init_from, words)
         start.position.arguments += words
         if config.files.output_path and not config.files.no_save and world.rank == 0:
-            folders.check_destination(config.files.output_path)
+            folders.check_destination(config.files.output_path, MARKS)
         text = ids.read(config, start.tokenizer, world)
         start.position.texts = list(map(str, config.files.text_corpus))
         training = begin(config.with_tokenizer(text.tokenizer), text, start, world)

@@ -20,10 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 import tokenizers
-from backend import caches, machine
+from backend import caches, files, machine
 from backend.errors import UserError
 from data.texts import Texts
-from models import folders, hub
+from models import hub
 from tokenizers import SimpleVowelTokenizer, Tokenizer
 from training.config import TrainingConfig
 from training.workers import World
@@ -115,7 +115,7 @@ class Encoder:
 
     def corpus(self, stack: contextlib.ExitStack) -> Corpus:
         """The stack removes what is temporary."""
-        self.texts, files = Texts(self.config.files.text_corpus), self.config.files
+        self.texts, options = Texts(self.config.files.text_corpus), self.config.files
         key = json.dumps([self.texts.names, self.n_bytes, self.setting]).encode()
         name = re.sub(r"[^\w.-]", "_", Path(self.texts.names[0]).name)
         folder = FOLDER / f"{name}-{hashlib.sha256(key).hexdigest()[:16]}"
@@ -125,7 +125,7 @@ class Encoder:
             with self.reading("counting tokens"):
                 size = self.config.max_vocab_size
                 self.tokenizer = SimpleVowelTokenizer.train(self.texts, self.n_bytes, size)
-        is_kept = self.texts.is_repeatable and not files.no_save
+        is_kept = self.texts.is_repeatable and not options.no_save
         try:
             if not is_kept and os.name == "nt":  # where no file that is mapped can be removed
                 return self.in_memory()
@@ -157,7 +157,7 @@ class Encoder:
 
     def written(self, folder: Path) -> Corpus:
         """The ids in a new folder, written whole or not at all."""
-        with folders.new_folder(folder) as new:
+        with files.new_folder(folder) as new:
             with (new / IDS).open("wb") as file:
                 checksum = self.encode(file.write)
                 n_bytes = file.tell()
@@ -172,7 +172,7 @@ class Encoder:
                 self.tokenizer.save(new)
             (new / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
             for path in (*new.iterdir(), new):
-                folders.sync(path)
+                files.sync(path)
             if corpus := self.kept(folder):  # of another training, which began at the same time
                 return corpus
             shutil.rmtree(folder, ignore_errors=True)  # of a text as it was before

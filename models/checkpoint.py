@@ -69,7 +69,8 @@ def find(folder: Path) -> Path:
 def files(folder: Path) -> set[Path]:
     """Where the links of a model's folder lead: its files, and those that it could have as well."""
     names = {*MODEL_FILES, *chain(*TOKENIZER_FILES.values())}
-    paths = [*map(folder.joinpath, names), *folder.glob("*.safetensors")]
+    found = (path for kind in ("json", "safetensors") for path in folder.glob(f"*.{kind}"))
+    paths = [*map(folder.joinpath, names), *found]
     return set(map(Path, map(os.path.realpath, paths)))
 
 

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from conftest import GPT2, ROOT, not_on_windows
 
+from backend import files
 from backend.errors import UserError
 from data import ids
 from data.ids import Corpus
-from models import folders
 from tokenizers import BytePairTokenizer, SimpleVowelTokenizer, Tokenizer
 from training.config import Files, TrainingConfig
 from training.workers import World
@@ -361,7 +361,7 @@ def test_on_a_full_disk_ids_stay_in_memory_and_nothing_is_left(monkeypatch, caps
     def fail(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(folders, "sync", fail)
+    monkeypatch.setattr(files, "sync", fail)
     Path("a.txt").write_text(TEXT)
     assert decoded(read("a.txt")) == TEXT
     message = capsys.readouterr().err

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from backend.arrays import copy_out
-from models import folders
+from backend.files import write_file
 from training.optimizers import learning_rate
 from training.state import Training
 from training.workers import World
@@ -60,7 +60,7 @@ def begin_metrics(training: Training) -> None:
     path, n_steps = metrics_file(training), training.position.step
     text = path.read_text(encoding="utf-8") if n_steps and path.exists() else ""
     rows = text.splitlines()
-    folders.write_file(path, "\n".join([COLUMNS, *rows[1 : n_steps + 1], ""]).encode())
+    write_file(path, "\n".join([COLUMNS, *rows[1 : n_steps + 1], ""]).encode())
 
 
 def append_metrics(training: Training, train_loss: float, tokens_per_second: float) -> None:
@@ -95,4 +95,4 @@ def plot(training: Training) -> None:
     axes.legend(["training", "validation"])
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    folders.write_file(path.with_name("loss.png"), picture.getvalue())
+    write_file(path.with_name("loss.png"), picture.getvalue())

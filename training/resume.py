@@ -8,19 +8,20 @@ from pathlib import Path
 
 import tokenizers
 from backend.errors import UserError
+from backend.files import claim
 from gpt_tiny import GPTConfig
 from models import checkpoint, folders, safetensors
 from training.optimizers import OPTIMIZERS
-from training.state import Position, Start, Training
+from training.state import STATE_FILES, Position, Start, Training
 
 CHECKPOINTS = Path(".data/checkpoints")
-POSITION, OPTIMIZER = folders.TRAINING_FILES
+POSITION, OPTIMIZER = STATE_FILES
 
 
 def save(folder: Path, training: Training) -> None:
     """Keeps the training in a folder; from the one that it was kept in before, the model stays."""
     weights = training.weights()
-    with folders.replacing(folder) as new:
+    with folders.replacing(folder, STATE_FILES) as new:
         checkpoint.write(new, training.config.picture(), weights, training.corpus.tokenizer)
         names = training.optimizer.state_shapes({name: w.shape for name, w in weights.items()})
         moments = dict(zip(names, training.optimizer.read(), strict=True))
@@ -86,4 +87,4 @@ def newest(path: Path) -> Path:
 
 
 def new_folder(step: int) -> Path:
-    return folders.claim(CHECKPOINTS / f"{int(time.time())}_{step}")
+    return claim(CHECKPOINTS / f"{int(time.time())}_{step}")

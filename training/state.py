@@ -15,6 +15,7 @@ from tinygrad import Tensor
 from backend import machine
 from backend.arrays import Flat, copy_in, zeros
 from backend.errors import UserError
+from backend.files import claim
 from backend.jit_cache import sources
 from data.ids import Corpus
 from gpt_tiny import GPT, GPTConfig, initial_weights, shapes
@@ -23,6 +24,9 @@ from tokenizers import Tokenizer
 from training.config import TrainingConfig
 from training.optimizers import OPTIMIZERS, AdamW, Muon
 from training.workers import World
+
+STATE_FILES = ("training.json", "optimizer.safetensors")  # beside a model
+MARKS = ("metrics.csv",)  # the folder of a training that did not end
 
 
 @dataclass
@@ -85,7 +89,9 @@ class Training:
     def save_model(self, folder: Path) -> None:
         config = self.config
         picture, format = config.picture(), config.files.format
-        checkpoint.save(folder, picture, self.weights(), self.corpus.tokenizer, format)
+        weights, tokenizer = self.weights(), self.corpus.tokenizer
+        with folders.replacing(folder, STATE_FILES, MARKS) as new:
+            checkpoint.write(new, picture, weights, tokenizer, format)
 
 
 def begin(config: TrainingConfig, corpus: Corpus, start: Start, world: World) -> Training:
@@ -169,7 +175,7 @@ def output_folder(config: TrainingConfig, before: str) -> str:
         return before
     if folder is None:
         name = f"gpt_{model.n_parameters >> 10}k_{model.context_length}context_{int(time.time())}"
-        return str(folders.claim(Path(".data") / name))
+        return str(claim(Path(".data") / name))
     folder.mkdir(parents=True, exist_ok=True)
     if before and Path(before).resolve() != folder.resolve():
         with contextlib.suppress(FileNotFoundError):
