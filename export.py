@@ -20,7 +20,7 @@ from models import checkpoint
 from runtime import build
 from runtime.kernels import Kernels
 from runtime.tables import tables
-from tokenizers import Tokenizer
+from tokenizers import TOKENIZERS, Tokenizer
 
 MAX_PAGE_BYTES = 64 << 20  # with more, the weights are a file beside the page
 MAX_WASM_BYTES = (4 << 30) - (32 << 20)  # what WebAssembly can address, less code and prompt
@@ -108,7 +108,7 @@ def write_sources(generator: Generator, tokenizer: Tokenizer, folder: Path) -> K
         "VOCAB_SIZE": config.vocab_size,
         "CHUNK": generator.chunk,
         "N_SHARES": N_SHARES,
-        "TOKENIZER": ["char", "vowel", "bpe"].index(tokenizer.name),
+        "TOKENIZER": list(TOKENIZERS).index(tokenizer.name),
         "UNKNOWN": -1 if tokenizer.unknown is None else tokenizer.unknown,
         "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
         "ID": kernels.place_of(generator.steps[1][0]),

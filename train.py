@@ -18,7 +18,7 @@ from backend.matmul import blas
 from command_line import bold, number
 from data import ids
 from inference.generator import Generator, sample
-from models import checkpoint, folders
+from models import checkpoint, find_tokenizer, folders
 from training import resume, trainer, workers
 from training.config import TrainingConfig, changed, flat
 from training.metrics import plot
@@ -175,7 +175,7 @@ def from_model(path: Path, words: list[str]) -> tuple[TrainingConfig, Start]:
     began = changed(DEFAULTS, flat(model.config) | own)
     config = configure(words, began)
     if tokenizer.name == "bpe" and config.tokenizer not in ("bpe", "char", "vowel"):
-        given = ids.byte_pairs(config.tokenizer)
+        given = find_tokenizer(config.tokenizer)
         if given.tokens == tokenizer.tokens:
             config = replace(config, tokenizer=tokenizer.name)
     names = ("d_model", "n_layers", "n_heads", *own)

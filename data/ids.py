@@ -23,15 +23,15 @@ import tokenizers
 from backend import caches, files, machine
 from backend.errors import UserError
 from data.texts import Texts
-from models import hub
-from tokenizers import SimpleVowelTokenizer, Tokenizer
+from models import find_tokenizer
+from tokenizers import TOKENIZERS, Tokenizer
 from training.config import TrainingConfig
 from training.workers import World
 
 DEFAULT_MEGA_BYTES = 999  # gpt-burn's
 FOLDER = Path(".data/ids")
 KEPT_BYTES = 4 << 30
-IDS, FACTS, VOCABULARY = "ids", "corpus.json", "tokenizer.json"
+IDS, FACTS = "ids", "corpus.json"
 KEPT_NAME = re.compile(r".+-[0-9a-f]{16}")  # of a folder of ids in FOLDER
 A_DAY = 24 * 60 * 60  # in seconds
 N_AT_ONCE = 256  # windows to cut before what they touched of a file goes out of memory
@@ -108,10 +108,11 @@ class Encoder:
     def __init__(self, config: TrainingConfig, tokenizer: Tokenizer | None, bar: dict[str, object]):
         self.config, self.bar = config, bar
         self.n_bytes = (config.files.n_mega_bytes or DEFAULT_MEGA_BYTES) << 20
-        is_vowel = config.tokenizer == SimpleVowelTokenizer.name
-        self.tokenizer = tokenizer or (None if is_vowel else make_tokenizer(config))
+        self.tokenizer = tokenizer or find_tokenizer(config.tokenizer)
+        self.kind = TOKENIZERS.get(config.tokenizer, type(self.tokenizer))
         # what the tokenizer is made from, where that is the text
-        self.setting = [config.max_vocab_size] if is_vowel else self.tokenizer.digest()
+        learns = self.kind.learns
+        self.setting = [config.max_vocab_size] if learns else self.tokenizer.digest()
 
     def corpus(self, stack: contextlib.ExitStack) -> Corpus:
         """The stack removes what is temporary."""
@@ -124,7 +125,7 @@ class Encoder:
         if self.tokenizer is None:
             with self.reading("counting tokens"):
                 size = self.config.max_vocab_size
-                self.tokenizer = SimpleVowelTokenizer.train(self.texts, self.n_bytes, size)
+                self.tokenizer = self.kind.train(self.texts, self.n_bytes, size)
         is_kept = self.texts.is_repeatable and not options.no_save
         try:
             if not is_kept and os.name == "nt":  # where no file that is mapped can be removed
@@ -147,7 +148,7 @@ class Encoder:
             kept = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             is_complete = kept["n_ids_bytes"] == (folder / IDS).stat().st_size
             if kept["texts"] == self.texts.facts and is_complete:
-                tokenizer = self.tokenizer or SimpleVowelTokenizer.load(folder / VOCABULARY)
+                tokenizer = self.tokenizer or self.kind.load(folder)
                 if kept["tokenizer"] == tokenizer.digest():
                     self.warn(kept["is_cut"])
                     with contextlib.suppress(OSError):  # of someone else, say
@@ -168,7 +169,7 @@ class Encoder:
                 "n_ids_bytes": n_bytes,
                 "is_cut": self.texts.n_read > self.n_bytes,
             }
-            if isinstance(self.tokenizer, SimpleVowelTokenizer):  # others are there without texts
+            if self.kind.learns:  # others are there without texts
                 self.tokenizer.save(new)
             (new / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
             for path in (*new.iterdir(), new):
@@ -236,28 +237,6 @@ def drop_oldest() -> None:
 def remove(folder: Path) -> None:
     """Removes a folder of ids, not other files in it. Who has the ids mapped still reads them; on
     Windows, which removes no file that is mapped, OSError before anything is removed."""
-    for name in (IDS, VOCABULARY, FACTS):
+    for name in (IDS, *tokenizers.FILES, FACTS):
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()  # fails where there is anything else in it
-
-
-def make_tokenizer(config: TrainingConfig) -> Tokenizer:
-    """The one that the config names, if it is not made from the text."""
-    if config.tokenizer == "char":
-        return tokenizers.CharTokenizer()
-    return byte_pairs(config.tokenizer)
-
-
-def byte_pairs(name: str) -> tokenizers.BytePairTokenizer:
-    """The tokenizer of a folder, or of a name on the Hugging Face Hub."""
-    folder, reason = Path(name), "there is no such folder"
-    try:
-        folder = hub.byte_pairs(folder)
-    except ValueError as error:
-        reason = str(error)
-    if not folder.is_dir():
-        raise UserError(
-            f"--tokenizer {name} is not known: name char, vowel, or a folder or a model of the "
-            f"Hugging Face Hub with GPT-2's vocab.json and merges.txt ({reason})"
-        )
-    return tokenizers.BytePairTokenizer.load(folder)

@@ -313,10 +313,10 @@ def test_ids_that_are_damaged_are_made_anew(encodings, damage):
     assert encodings == [0, 1]
 
 
-def test_byte_pairs_of_many_pieces_are_those_of_the_whole():
+def test_byte_pairs_of_many_chunks_are_those_of_the_whole():
     pytest.importorskip("tiktoken")
     tokenizer = BytePairTokenizer.load(GPT2)
-    text = TEXT * 400  # a megabyte: rounds of pieces on all cores
+    text = TEXT * 400  # a megabyte: rounds of chunks on all cores
     Path("a.txt").write_text(text)
     ids = read("a.txt", tokenizer=tokenizer).ids
     assert ids.dtype == np.uint16
