@@ -10,9 +10,10 @@ from tempfile import TemporaryDirectory
 
 from backend import devices
 from backend.errors import UserError
+from backend.files import check_file, replacing_file, write_file
 from backend.quantized import QMAX
 from inference.decoder import Decoder, quantize
-from models import checkpoint, folders
+from models import checkpoint
 from runtime import build
 from runtime.kernels import Kernels
 from runtime.sources import write_sources
@@ -61,7 +62,7 @@ def main() -> None:
             check_memory(kernels)
             write_page(arguments.model_path.resolve().name, sources, files)
         else:
-            with folders.replacing_file(output) as new:
+            with replacing_file(output) as new:
                 build.program(target, sources, new)
 
 
@@ -79,7 +80,7 @@ def files_of(output: Path, is_folder: bool) -> list[Path]:
 def check(files: list[Path], model: Path) -> None:
     """UserError or OSError unless these can be written, and none is a file of the model."""
     for file in files:
-        folders.check_file(file)
+        check_file(file)
         if Path(os.path.realpath(file)) in checkpoint.files(model):
             raise UserError(f"{file} is a file of the model: name another with -o")
 
@@ -97,9 +98,9 @@ def write_page(title: str, sources: Path, files: list[Path]) -> None:
     *weights, index = files
     page = build.page(title, sources, address="model.bin" if weights else "")
     for path in weights:
-        with folders.replacing_file(path) as new:
+        with replacing_file(path) as new:
             shutil.copyfile(sources / "model.bin", new)
-    folders.write_file(index, page.encode())
+    write_file(index, page.encode())
     if weights:
         folder = index.parent
         print(f"{folder} is a folder for a web server: python -m http.server -d {folder}")

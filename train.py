@@ -13,18 +13,16 @@ from backend import devices
 from backend.cpu import native
 from backend.errors import UserError
 from command_line import bold, number
-from data import ids
-from data.ids import find_tokenizer
 from inference.generator import Generator
 from inference.sampling import sample
 from inference.stream import TextStream
-from models import folders
+from models import find_tokenizer, folders
 from training import checkpoint, metrics
 from training.checkpoint import Checkpoint
 from training.checks import check
 from training.config import TRAINING, TrainingConfig, as_option, flat, merge
 from training.launch import count_workers, launch
-from training.trainer import Trainer
+from training.trainer import Trainer, read_corpus
 from training.workers import World
 
 DEFAULTS = TrainingConfig()
@@ -45,8 +43,8 @@ def main() -> int:
             return launch(n, sys.argv)
         world.take_device()
         if config.files.output_path and not config.files.no_save and world.rank == 0:
-            folders.check_destination(config.files.output_path)
-        corpus = ids.read(config, start.tokenizer, world)
+            folders.check_destination(config.files.output_path, checkpoint.MARKS)
+        corpus = read_corpus(config, start.tokenizer, world)
         config = config.with_tokenizer(corpus.tokenizer)
         check(config, corpus, world)
         with checkpoint.output_folder(config, world.rank) as folder:

@@ -2,8 +2,8 @@
 
 Read `errors`, `machine` (what differs from one to another), `arrays` (memory), `matmul` (einsum),
 `lookup`, `quantized` (matrices in 8 or 16 bits), `sizes` (that vary), `devices` (which backend),
-`locks`, `caches` and `jit_cache` (what is kept for the next start), `rendered` (kernels as C), and
-`cpu`, the CPU as a device. Nothing here knows of a GPT.
+`files` (written whole or not at all), `locks`, `caches` and `jit_cache` (what is kept for the next
+start), `rendered` (kernels as C), and `cpu`, the CPU as a device. Nothing here knows of a GPT.
 """
 
 import backend.machine  # noqa: F401 - before tinygrad

@@ -1,4 +1,4 @@
-"""The texts that a training reads, as ids: encoded once, into a file that it maps."""
+"""The ids of texts: encoded once, into a file that is mapped and kept for the next training."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +20,15 @@ import numpy as np
 from tqdm import tqdm
 
 import tokenizers
-from backend import caches, machine
+from backend import caches, files, machine
 from backend.errors import UserError
 from data.texts import Texts
-from models import folders, hub
-from tokenizers import SimpleVowelTokenizer, Tokenizer
-from training.config import TrainingConfig
-from training.workers import World
+from tokenizers import Tokenizer
 
 DEFAULT_MEGA_BYTES = 999  # gpt-burn's
 FOLDER = Path(".data/ids")
 KEPT_BYTES = 4 << 30
-IDS, FACTS, VOCABULARY = "ids", "corpus.json", "tokenizer.json"
+IDS, FACTS = "ids", "corpus.json"
 KEPT_NAME = re.compile(r".+-[0-9a-f]{16}")  # of a folder of ids in FOLDER
 A_DAY = 24 * 60 * 60  # in seconds
 N_AT_ONCE = 256  # windows to cut before what they touched of a file goes out of memory
@@ -42,13 +39,20 @@ BAR_FORMAT = "{desc} {bar} {n_fmt}B/{total_fmt}B"
 class Corpus:
     """Texts as ids, nine tenths for training, the last one for validation.
 
-    `stored` is the ids, or a file of them, of which no more is in memory than what is looked at.
+    `stored` is the file of the ids, of which no more is in memory than what is looked at, or, where
+    none can be written, the ids. A file in a `temporary` folder goes with it: by `unlink`, or at
+    the end of this object.
     """
 
     name: str
     tokenizer: Tokenizer
     checksum: int  # of all ids
-    stored: np.ndarray | Path
+    stored: Path | np.ndarray
+    temporary: tempfile.TemporaryDirectory | None = None
+
+    def __reduce__(self):
+        """For another process of this machine, which maps the file itself."""
+        return Corpus, (self.name, self.tokenizer, self.checksum, self.stored)
 
     @functools.cached_property
     def mapped(self) -> mmap.mmap | None:
@@ -70,12 +74,17 @@ class Corpus:
         except FileNotFoundError:
             return False
 
+    def unlink(self) -> None:
+        """Removes a temporary file, which all who have it mapped still read."""
+        if self.temporary:
+            self.temporary.cleanup()
+
     @property
     def n_training(self) -> int:
         return len(self.ids) * 9 // 10
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """starts (n,) -> so many ids from each of these on: int32 (n, length)"""
+        """starts (n,) -> the `length` ids from each start on: int32 (n, length)"""
         windows = np.lib.stride_tricks.sliding_window_view(self.ids, length)
         cut = np.empty((len(starts), length), np.int32)
         for first in range(0, len(starts), N_AT_ONCE):
@@ -86,68 +95,86 @@ class Corpus:
         return cut
 
 
-def read(config: TrainingConfig, tokenizer: Tokenizer | None, world: World) -> Corpus:
-    """The corpus of a training, by the given tokenizer or else by the one that the config names.
+def read(
+    paths: Sequence[Path],
+    n_bytes: int | None,
+    tokenizer: Tokenizer | type[Tokenizer],
+    vocab_size: int,
+    keep: bool,
+    bar: dict[str, object],
+) -> Corpus:
+    """The ids of the first `n_bytes` bytes of texts; with None of gpt-burn's 999 MiB, and a line if
+    there are more.
 
-    Its ids lie in a folder of FOLDER, where the next training of these texts finds them; if nothing
-    is to be kept, in one that goes away; and in memory, where neither can be written. On each
-    machine one rank encodes for all. ValueError for texts that can't be read.
+    A tokenizer that learns may be given as its class: it learns `vocab_size` tokens, as one that is
+    given itself has done. With `keep` the ids lie in a folder of FOLDER, where the next training on
+    these texts finds them, else in a temporary one, and in memory where neither can be written.
+    `bar` is options of tqdm. UserError for texts that can't be read.
     """
-    with contextlib.ExitStack() as stack:
-        encoder = Encoder(config, tokenizer, world.bar())
-        for _ in range(9):
-            corpus = world.broadcast_on_machine(lambda: encoder.corpus(stack))
-            if not world.max(not corpus.is_there()):  # all ranks have it: temporary files may go
-                return corpus
+    encoder = Encoder(Texts(paths), n_bytes, tokenizer, vocab_size, bar)
+    for _ in range(9):
+        corpus = encoder.corpus(keep)
+        if corpus.is_there():
+            return corpus
     raise UserError(f"other trainings drop all ids in {FOLDER}: start this one anew")
 
 
+@dataclass
 class Encoder:
-    """Texts that are to be ids, of the first `n_bytes` bytes."""
+    """Texts that are to be ids, and how."""
 
-    def __init__(self, config: TrainingConfig, tokenizer: Tokenizer | None, bar: dict[str, object]):
-        self.config, self.bar = config, bar
-        self.n_bytes = (config.files.n_mega_bytes or DEFAULT_MEGA_BYTES) << 20
-        is_vowel = config.tokenizer == SimpleVowelTokenizer.name
-        self.tokenizer = tokenizer or find_tokenizer(config.tokenizer)
-        # what the tokenizer is made from, where that is the text
-        self.setting = [config.max_vocab_size] if is_vowel else self.tokenizer.digest()
+    texts: Texts
+    n_bytes: int | None
+    tokenizer: Tokenizer | type[Tokenizer]
+    vocab_size: int
+    bar: dict[str, object]
 
-    def corpus(self, stack: contextlib.ExitStack) -> Corpus:
-        """The stack removes what is temporary."""
-        self.texts, files = Texts(self.config.files.text_corpus), self.config.files
-        key = json.dumps([self.texts.names, self.n_bytes, self.setting]).encode()
+    @functools.cached_property
+    def limit(self) -> int:
+        """Bytes."""
+        return DEFAULT_MEGA_BYTES << 20 if self.n_bytes is None else self.n_bytes
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where the ids are kept, by the texts and by all else that decides which ids these are."""
+        setting = [self.vocab_size] if self.tokenizer.learns else self.tokenizer.digest()
+        key = json.dumps([self.texts.names, self.limit, setting]).encode()
         name = re.sub(r"[^\w.-]", "_", Path(self.texts.names[0]).name)
-        folder = FOLDER / f"{name}-{hashlib.sha256(key).hexdigest()[:16]}"
-        if corpus := self.kept(folder):
+        return FOLDER / f"{name}-{hashlib.sha256(key).hexdigest()[:16]}"
+
+    def corpus(self, keep: bool) -> Corpus:
+        if corpus := self.kept(self.folder):
             return corpus
-        if self.tokenizer is None:
+        if isinstance(self.tokenizer, type):
             with self.reading("counting tokens"):
-                size = self.config.max_vocab_size
-                self.tokenizer = SimpleVowelTokenizer.train(self.texts, self.n_bytes, size)
-        is_kept = self.texts.is_repeatable and not files.no_save
+                self.tokenizer = self.tokenizer.train(self.texts, self.limit, self.vocab_size)
+        folder, temporary = self.folder, None
+        is_kept = keep and self.texts.is_repeatable
         try:
             if not is_kept and os.name == "nt":  # where no file that is mapped can be removed
                 return self.in_memory()
             if not is_kept:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / name
+                temporary = tempfile.TemporaryDirectory()
+                folder = Path(temporary.name) / folder.name
             corpus = self.written(folder)
+            corpus.temporary = temporary
             if is_kept:
                 drop_oldest()
             return corpus
         except OSError as error:
-            print(
-                f"warning: {folder}: {error.strerror or error}: ids stay in memory", file=sys.stderr
-            )
+            reason = f"{error.strerror or error}: ids stay in memory"
+            print(f"warning: {folder}: {reason}", file=sys.stderr)
             return self.in_memory()
 
     def kept(self, folder: Path) -> Corpus | None:
-        """What `written` left of these very texts, if anything."""
+        """What `written` left there of these very texts, if anything."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             is_complete = kept["n_ids_bytes"] == (folder / IDS).stat().st_size
             if kept["texts"] == self.texts.facts and is_complete:
-                tokenizer = self.tokenizer or SimpleVowelTokenizer.load(folder / VOCABULARY)
+                tokenizer = self.tokenizer
+                if isinstance(tokenizer, type):
+                    tokenizer = tokenizer.load(folder)
                 if kept["tokenizer"] == tokenizer.digest():
                     self.warn(kept["is_cut"])
                     with contextlib.suppress(OSError):  # of someone else, say
@@ -157,7 +184,7 @@ class Encoder:
 
     def written(self, folder: Path) -> Corpus:
         """The ids in a new folder, written whole or not at all."""
-        with folders.new_folder(folder) as new:
+        with files.new_folder(folder) as new:
             with (new / IDS).open("wb") as file:
                 checksum = self.encode(file.write)
                 n_bytes = file.tell()
@@ -166,13 +193,13 @@ class Encoder:
                 "tokenizer": self.tokenizer.digest(),
                 "checksum": checksum,
                 "n_ids_bytes": n_bytes,
-                "is_cut": self.texts.n_read > self.n_bytes,
+                "is_cut": self.texts.n_read > self.limit,
             }
-            if isinstance(self.tokenizer, SimpleVowelTokenizer):  # others are there without texts
+            if self.tokenizer.learns:  # others are there without texts
                 self.tokenizer.save(new)
             (new / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
             for path in (*new.iterdir(), new):
-                folders.sync(path)
+                files.sync(path)
             if corpus := self.kept(folder):  # of another training, which began at the same time
                 return corpus
             shutil.rmtree(folder, ignore_errors=True)  # of a text as it was before
@@ -192,17 +219,17 @@ class Encoder:
         return Corpus(self.texts.name, self.tokenizer, checksum, stored)
 
     def encode(self, write: Callable[[bytes], object]) -> int:
-        """Passes the ids on, piece by piece; their checksum."""
+        """Passes the ids on, chunk by chunk; their checksum."""
         checksum = 0
         with self.reading("encoding"):
-            for ids in self.tokenizer.encode_file(self.texts, self.n_bytes):
+            for ids in self.tokenizer.encode_file(self.texts, self.limit):
                 write(data := ids.tobytes())
                 checksum = zlib.crc32(data, checksum)
-        self.warn(self.texts.n_read > self.n_bytes)
+        self.warn(self.texts.n_read > self.limit)
         return checksum
 
     def warn(self, is_cut: bool) -> None:
-        if is_cut and self.config.files.n_mega_bytes is None:
+        if is_cut and self.n_bytes is None:
             used = f"only the first {DEFAULT_MEGA_BYTES} MiB are used"
             print(f"{self.texts.name}: {used}; --n-mega-bytes takes more", file=sys.stderr)
 
@@ -210,7 +237,7 @@ class Encoder:
     def reading(self, what: str) -> Iterator[None]:
         """The texts from their start, with a bar on a terminal; errors name the text."""
         with tqdm(
-            total=min(self.texts.n_stored, self.n_bytes),
+            total=min(self.texts.n_stored, self.limit),
             desc=what,
             unit_scale=True,
             unit_divisor=1024,
@@ -236,28 +263,6 @@ def drop_oldest() -> None:
 def remove(folder: Path) -> None:
     """Removes a folder of ids, not other files in it. Who has the ids mapped still reads them; on
     Windows, which removes no file that is mapped, OSError before anything is removed."""
-    for name in (IDS, VOCABULARY, FACTS):
+    for name in (IDS, *tokenizers.FILES, FACTS):
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()  # fails where there is anything else in it
-
-
-def find_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer of this name, or None if it is learned from a text."""
-    if name == SimpleVowelTokenizer.name:
-        return None
-    return tokenizers.CharTokenizer() if name == "char" else byte_pairs(name)
-
-
-def byte_pairs(name: str) -> tokenizers.BytePairTokenizer:
-    """The tokenizer of a folder, or of a name on the Hugging Face Hub."""
-    folder, reason = Path(name), "there is no such folder"
-    try:
-        folder = hub.byte_pairs(folder)
-    except ValueError as error:
-        reason = str(error)
-    if not folder.is_dir():
-        raise UserError(
-            f"--tokenizer {name} is not known: name char, vowel, or a folder or a model of the "
-            f"Hugging Face Hub with GPT-2's vocab.json and merges.txt ({reason})"
-        )
-    return tokenizers.BytePairTokenizer.load(folder)

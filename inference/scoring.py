@@ -24,7 +24,7 @@ def known_ids(tokenizer: Tokenizer, file: BinaryIO) -> tuple[np.ndarray, int]:
     NotUTF8 if it is not UTF-8.
     """
     ids, n_unknown = bytearray(), 0  # grows in place
-    for piece in tokenizer.encode_all(tokenizer.pieces(file, sys.maxsize)):
+    for piece in tokenizer.encode_all(tokenizer.chunks(file, sys.maxsize)):
         known = piece[piece != tokenizer.unknown]
         ids += known.tobytes()
         n_unknown += len(piece) - len(known)

@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +23,10 @@ from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt2, gpt_burn, hub, safetensors
 from models.folders import INDEX, MODEL_FILES, WEIGHT_FILES, replacing
 from models.safetensors import MAX_JSON_BYTES, LazyArrays, parse_json
+from tokenizers import TOKENIZERS, Tokenizer
 
-TOKENIZER_FILES = {"char": (), "vowel": ("tokenizer.json",), "bpe": hub.BYTE_PAIR_FILES}
 
-
-def load(folder: Path | str) -> tuple[GPT, tokenizers.Tokenizer]:
+def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
     """The model and the tokenizer of a folder in any of the three layouts, or of a name on the
     Hugging Face Hub.
 
@@ -44,13 +42,35 @@ def read(folder: Path) -> tuple[GPTConfig, tokenizers.Tokenizer, Mapping[str, np
     settings = read_config(folder)
     config = GPTConfig(**settings["model"])
     weights_file(folder)  # first: only with a file to compare to does read_config bound the sizes
-    tokenizer = tokenizers.load(settings.get("tokenizer", "char"), folder)
+    tokenizer = tokenizers.load(settings.get("tokenizer", tokenizers.DEFAULT), folder)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{folder / 'config.json'}: vocab_size is {config.vocab_size}, but the tokenizer "
             f"{tokenizer.name!r} has {tokenizer.vocab_size} tokens: they do not belong together"
         )
     return config, tokenizer, read_weights(folder, shapes(config))
+
+
+def find_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer that a user names: one that needs no files, or that of a folder or of a name on
+    the Hugging Face Hub; None for one that learns from a text."""
+    kind = TOKENIZERS.get(name, tokenizers.OF_FOLDERS)
+    if kind.learns or not kind.files:
+        return None if kind.learns else kind()
+    folder, reason = Path(name), "there is no such folder"
+    try:
+        if hub.is_name(folder):
+            repository = hub.Repository(folder.as_posix())
+            folder = [repository.fetch(file) for file in kind.files][-1].parent
+    except UserError as error:
+        reason = str(error)
+    if not folder.is_dir():
+        names = [each.name for each in TOKENIZERS.values() if each.learns or not each.files]
+        raise UserError(
+            f"--tokenizer {name} is not known: name {', '.join(names)}, or a folder or a model of "
+            f"the Hugging Face Hub with GPT-2's {' and '.join(kind.files)} ({reason})"
+        )
+    return kind.read(folder)
 
 
 def find(folder: Path) -> Path:
@@ -60,7 +80,8 @@ def find(folder: Path) -> Path:
         return folder
     repository = hub.Repository(folder.as_posix())
     config = parse_config(repository.fetch("config.json"))  # before the weights of what is no GPT-2
-    for file in TOKENIZER_FILES.get(config.get("tokenizer", "char"), ()):
+    name = config.get("tokenizer", tokenizers.DEFAULT)
+    for file in TOKENIZERS[name].files if name in TOKENIZERS else ():
         repository.fetch(file)
     files = ("model.safetensors", INDEX)
     if not any(map(repository.cached, files)):  # else all is there, and no one is asked
@@ -74,8 +95,9 @@ def find(folder: Path) -> Path:
 
 def files(folder: Path) -> set[Path]:
     """Where the links of a model's folder lead: its files, and those that it could have as well."""
-    names = {*MODEL_FILES, *chain(*TOKENIZER_FILES.values())}
-    paths = [*map(folder.joinpath, names), *folder.glob("*.safetensors")]
+    names = {*MODEL_FILES, *tokenizers.FILES}
+    found = (path for kind in ("json", "safetensors") for path in folder.glob(f"*.{kind}"))
+    paths = [*map(folder.joinpath, names), *found]
     return set(map(Path, map(os.path.realpath, paths)))
 
 
@@ -120,7 +142,7 @@ def parse_config(path: Path) -> dict:
             raise UserError(f"a model has no setting {min(wrong)!r:.60}")
         if wrong := known - model.keys() - {"gpt2"}:
             raise UserError(f"it lacks the setting {min(wrong)}")
-        tokenizer = config.get("tokenizer", "char")
+        tokenizer = config.get("tokenizer", tokenizers.DEFAULT)
         if not isinstance(tokenizer, str) or not tokenizer.isidentifier():
             raise UserError(f"tokenizer is {tokenizer!r:.60}, not the name of a tokenizer")
         GPTConfig(**model)
@@ -184,7 +206,7 @@ def save(
     folder: Path,
     config: dict,
     weights: Mapping[str, np.ndarray],
-    tokenizer: tokenizers.Tokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     format: str = "tiny",
 ) -> None:
     """Writes a model folder as `replacing` does."""
@@ -196,7 +218,7 @@ def write(
     folder: Path,
     config: dict,
     weights: Mapping[str, np.ndarray],
-    tokenizer: tokenizers.Tokenizer | None,
+    tokenizer: Tokenizer | None,
     format: str = "tiny",
 ) -> None:
     """`format` "tiny" is our layout, or Hugging Face's for a GPT-2, in the precision of `weights`;

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from backend.errors import UserError
+from tokenizers import BytePairTokenizer
 
 SIZES = {
     "context_length": "n_positions",
@@ -54,7 +55,7 @@ def config_to_ours(config: dict) -> dict:
     if d_hidden is None and type(model["d_model"]) is int:
         d_hidden = 4 * model["d_model"]
     model |= {"d_hidden": d_hidden, "dropout": config.get("resid_pdrop", 0.1), "gpt2": True}
-    return {**training, "model": model, "tokenizer": "bpe"}
+    return {**training, "model": model, "tokenizer": BytePairTokenizer.name}
 
 
 def config_to_theirs(config: dict, end: int | None, ends: Sequence[int]) -> dict:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from backend.errors import UserError
 
-BYTE_PAIR_FILES = ("vocab.json", "merges.txt")
 PART = r"\w(?:[\w.-]{0,94}\w)?"
 NAME = re.compile(rf"(?!.*(?:--|\.\.))(?:{PART}/)?{PART}(?<!\.git)", re.ASCII)
 
@@ -22,14 +21,6 @@ NAME = re.compile(rf"(?!.*(?:--|\.\.))(?:{PART}/)?{PART}(?<!\.git)", re.ASCII)
 def is_name(path: Path) -> bool:
     """Whether a path leads nowhere and could be a name on the Hub: `gpt2` or `owner/name`."""
     return NAME.fullmatch(path.as_posix()) is not None and not path.exists()
-
-
-def byte_pairs(path: Path) -> Path:
-    """The folder or, by name, the one in the cache with a tokenizer's two files."""
-    if not is_name(path):
-        return path
-    repository = Repository(path.as_posix())
-    return [repository.fetch(file).parent for file in BYTE_PAIR_FILES][-1]
 
 
 class Repository:

@@ -6,7 +6,7 @@ from pathlib import Path
 from backend.rendered import N_CHUNKS, rendered
 from runtime.kernels import Kernels
 from runtime.tables import tables
-from tokenizers import Tokenizer
+from tokenizers import TOKENIZERS, Tokenizer
 
 MIN_SHARED_BYTES = 4 << 20  # with fewer, waking a core costs more than it gives
 
@@ -29,7 +29,7 @@ def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> Ker
         "ID": kernels.place_of(decoder.ids[1]),
         "IDS": kernels.place_of(decoder.ids[decoder.chunk]),
         "LOGITS": kernels.place_of(decoder.logits),
-        "TOKENIZER": ["char", "vowel", "bpe"].index(tokenizer.name),
+        "TOKENIZER": list(TOKENIZERS).index(tokenizer.name),
         "UNKNOWN": -1 if tokenizer.unknown is None else tokenizer.unknown,
         "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
     }

@@ -73,7 +73,7 @@ def output(*words, **options) -> str:
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory) -> Path:
     """A model of two shares of one piece each, with the tokenizer for pieces of words."""
-    tokenizer = SimpleVowelTokenizer.load(DATA / "tokenizers" / "vowel.bin")
+    tokenizer = SimpleVowelTokenizer.read(DATA / "tokenizers" / "vowel.bin")
     config = GPTConfig(9, tokenizer.vocab_size, n_layers=1, n_heads=3, d_model=21, d_hidden=50)
     folder = tmp_path_factory.mktemp("models") / "pieces"
     weights = initial_weights(config, 1)

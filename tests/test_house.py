@@ -20,16 +20,8 @@ MAY_IMPORT = {
     "command_line": {"backend"},
 }
 MAY_IMPORT |= {command: set(MAY_IMPORT) for command in ("train", "run", "export")}
-NOT_YET = {
-    "data": "texts.py and ids.py import training, ids.py models",
-}
 TRAINING_FILES = {"training.json", "optimizer.safetensors", "metrics.csv", "loss.png"}
 PATCHES = "backend/cpu/patches.py"
-
-
-def not_yet(name: str, reason: str):
-    """A test that is known to fail; when it passes it fails, until this mark is gone."""
-    return pytest.param(name, marks=pytest.mark.xfail(reason=reason, strict=True))
 
 
 def files_of(room: str) -> list[Path]:
@@ -52,10 +44,7 @@ def imported(path: Path) -> set[str]:
     return {name.split(".")[0] for name in names} & MAY_IMPORT.keys()
 
 
-@pytest.mark.parametrize(
-    "room",
-    [not_yet(room, NOT_YET[room]) if room in NOT_YET else room for room in MAY_IMPORT],
-)
+@pytest.mark.parametrize("room", MAY_IMPORT)
 def test_a_room_imports_nothing_that_it_should_know_nothing_of(room):
     found = set().union(*map(imported, files_of(room))) - {room}
     assert found <= MAY_IMPORT[room]
@@ -96,7 +85,6 @@ def texts_in(room: str) -> set[str]:
     return {text for text in constants if isinstance(text, str)}
 
 
-@pytest.mark.xfail(reason="models/folders.py has the names of three of them", strict=True)
 def test_training_alone_knows_the_files_of_a_training():
     assert texts_in("training") >= TRAINING_FILES
     assert not [text for text in texts_in("models") if any(x in text for x in TRAINING_FILES)]

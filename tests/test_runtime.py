@@ -26,7 +26,7 @@ def tokenizer_of(name: str) -> tokenizers.Tokenizer:
         pytest.importorskip("tiktoken")
         return tokenizers.load("bpe", GPT2)
     if name == "vowel":
-        return tokenizers.SimpleVowelTokenizer.load(DATA / "tokenizers" / "vowel.bin")
+        return tokenizers.SimpleVowelTokenizer.read(DATA / "tokenizers" / "vowel.bin")
     return tokenizers.CharTokenizer()
 
 

@@ -156,7 +156,7 @@ def test_bytes_and_characters_are_those_of_the_known_tokens(name):
         "vowel": lambda: SimpleVowelTokenizer(SimpleVowelTokenizer.tokenize(TEXT), 50),
         "bpe": lambda: checkpoint.load(GPT2)[1],
     }[name]()
-    text = TEXT * 100  # more than a piece
+    text = TEXT * 100  # more than a chunk
     ids, n_unknown = known_ids(tokenizer, io.BytesIO(text.encode()))
     assert ids.dtype == tokenizer.dtype
     assert (n_unknown > 0) == (name != "bpe")

@@ -14,16 +14,19 @@ from pathlib import Path
 import numpy as np
 
 import tokenizers
+from backend import files
 from backend.errors import UserError
 from gpt_tiny import GPTConfig
 from models import checkpoint as models
 from models import folders, safetensors
 from tokenizers import Tokenizer
+from training import metrics
 from training.config import MODEL, NEW, TRAINING, TrainingConfig, as_option, changed, flat, kinds
 from training.optimizers import OPTIMIZERS
 
 CHECKPOINTS = Path(".data/checkpoints")
-PROGRESS, MOMENTS = folders.TRAINING_FILES
+PROGRESS, MOMENTS = STATE_FILES = "training.json", "optimizer.safetensors"
+MARKS = (metrics.METRICS,)  # of the folder of a training that did not end
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Checkpoint:
     folder: Path | None = None
 
     def save(self, folder: Path) -> None:
-        with folders.replacing(folder) as new:
+        with folders.replacing(folder, STATE_FILES) as new:
             models.write(new, self.config.to_json(), self.weights, self.tokenizer)
             safetensors.write(new / MOMENTS, self.moments)
             content = asdict(self.progress) | {"settings": settings_to_json(self.config)}
@@ -94,7 +97,7 @@ def load(path: Path, config_of: Callable[[list[str]], TrainingConfig]) -> Checkp
     return Checkpoint(
         config,
         TRAINING,
-        tokenizers.load(model.get("tokenizer", "char"), folder),
+        tokenizers.load(model.get("tokenizer", tokenizers.DEFAULT), folder),
         models.read_weights(folder, shapes),
         {name: moments[name] for name in names},
         progress,
@@ -174,7 +177,7 @@ def newest(path: Path) -> Path:
 
 
 def new_folder(step: int) -> Path:
-    return folders.claim(CHECKPOINTS / f"{int(time.time())}_{step}")
+    return files.claim(CHECKPOINTS / f"{int(time.time())}_{step}")
 
 
 @contextlib.contextmanager
@@ -187,7 +190,7 @@ def output_folder(config: TrainingConfig, rank: int) -> Iterator[Path | None]:
         return
     if folder is None:
         name = f"gpt_{model.n_parameters >> 10}k_{model.context_length}context_{int(time.time())}"
-        folder = folders.claim(Path(".data") / name)
+        folder = files.claim(Path(".data") / name)
     folder.mkdir(parents=True, exist_ok=True)
     with folders.reserved(folder):
         yield folder

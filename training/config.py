@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 from backend.errors import UserError
+from data.texts import CORPUS
 from gpt_tiny import GPTConfig
 from tokenizers import Tokenizer
 
-CORPUS = Path(".data/corpus.txt")
 OPTIONS = {  # of train.py, where they are not named as the setting is
     "grad_clipping": "grad_clip",
     "max_vocab_size": "vocab_size",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from models import folders
+from backend.files import write_file
 
 METRICS = "metrics.csv"
 COLUMNS = "step,batch,tokens,train_loss,validation_loss,learning_rate,tokens_per_second,seconds"
@@ -54,7 +54,7 @@ def begin(folder: Path, before: Path | None, n_steps: int) -> None:
     file = before and before / METRICS
     text = file.read_text(encoding="utf-8") if file and n_steps and file.exists() else ""
     lines = [COLUMNS, *text.splitlines()[1 : n_steps + 1], ""]
-    folders.write_file(folder / METRICS, "\n".join(lines).encode())
+    write_file(folder / METRICS, "\n".join(lines).encode())
 
 
 def append(folder: Path, row: list[float]) -> None:
@@ -79,4 +79,4 @@ def plot(folder: Path) -> None:
     axes.legend(["training", "validation"])
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    folders.write_file(folder / "loss.png", picture.getvalue())
+    write_file(folder / "loss.png", picture.getvalue())

@@ -4,16 +4,19 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from backend.arrays import FlatBuffer, copy_in, copy_out, zeros
 from backend.errors import UserError
+from data import ids
 from data.ids import Corpus
 from gpt_tiny import GPT, initial_weights, shapes
 from models import checkpoint as models
-from models import folders
+from models import find_tokenizer, folders
+from tokenizers import TOKENIZERS, Tokenizer
 from training import checkpoint, metrics
 from training.batches import capture_training, capture_validation, make_plan
 from training.checkpoint import Checkpoint
@@ -135,7 +138,8 @@ class Trainer:
 
     def save_model(self, folder: Path) -> None:
         content, tokenizer = self.config.to_json(), self.corpus.tokenizer
-        models.save(folder, content, self.weights(), tokenizer, self.config.files.format)
+        with folders.replacing(folder, checkpoint.STATE_FILES, checkpoint.MARKS) as new:
+            models.write(new, content, self.weights(), tokenizer, self.config.files.format)
 
     def keep_checkpoint(self, step: int, announce: Callable[[str], None] | None = None) -> None:
         if not self.folder:
@@ -185,6 +189,21 @@ class Trainer:
         elif best.exists():
             self.save_model(best)
         metrics.begin(self.folder, before or None, self.progress.step)
+
+
+def read_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, world: World) -> Corpus:
+    """The ids of the texts, by the given tokenizer or else the one that the config names; on each
+    machine one rank encodes for all."""
+    files = config.files
+    n_bytes = files.n_mega_bytes and files.n_mega_bytes << 20
+    tokenizer = tokenizer or find_tokenizer(config.tokenizer) or TOKENIZERS[config.tokenizer]
+    sizes = n_bytes, tokenizer, config.max_vocab_size
+    read = partial(ids.read, files.text_corpus, *sizes, keep=not files.no_save, bar=world.bar())
+    corpus = world.broadcast_on_machine(read)
+    while world.max(not corpus.is_there()):  # other trainings drop ids, also between two ranks
+        corpus = world.broadcast_on_machine(read)
+    corpus.unlink()
+    return corpus
 
 
 def is_checkpoint(step: int, config: TrainingConfig) -> bool:
