@@ -16,13 +16,12 @@ from backend.cpu import gemm
 from backend.errors import UserError
 from backend.matmul import blas
 from command_line import bold, number
-from data import ids
 from inference.generator import Generator, sample
 from models import checkpoint, find_tokenizer, folders
 from training import resume, trainer, workers
 from training.config import TrainingConfig, changed, flat
 from training.metrics import plot
-from training.state import MARKS, Start, Training, begin
+from training.state import MARKS, Start, Training, begin, read_corpus
 
 DEFAULTS = TrainingConfig()
 ROUNDED_ONLY = (
@@ -140,7 +139,7 @@ def main() -> int:
         start.position.arguments += words
         if config.files.output_path and not config.files.no_save and world.rank == 0:
             folders.check_destination(config.files.output_path, MARKS)
-        text = ids.read(config, start.tokenizer, world)
+        text = read_corpus(config, start.tokenizer, world)
         start.position.texts = list(map(str, config.files.text_corpus))
         training = begin(config.with_tokenizer(text.tokenizer), text, start, world)
         return run(training, world)

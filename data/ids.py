@@ -1,4 +1,4 @@
-"""The texts that a training reads, as ids: encoded once, into a file that it maps."""
+"""The ids of texts: encoded once, into a file that is mapped and kept for the next training."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +23,7 @@ import tokenizers
 from backend import caches, files, machine
 from backend.errors import UserError
 from data.texts import Texts
-from models import find_tokenizer
-from tokenizers import TOKENIZERS, Tokenizer
-from training.config import TrainingConfig
-from training.workers import World
+from tokenizers import Tokenizer
 
 DEFAULT_MEGA_BYTES = 999  # gpt-burn's
 FOLDER = Path(".data/ids")
@@ -42,40 +39,41 @@ BAR_FORMAT = "{desc} {bar} {n_fmt}B/{total_fmt}B"
 class Corpus:
     """Texts as ids, nine tenths for training, the last one for validation.
 
-    `stored` is the ids, or a file of them, of which no more is in memory than what is looked at.
+    They are mapped from the file `stored`, and in memory only as far as they are looked at: `ids`
+    is None where another training has dropped that file. Where none can be written, `stored` is the
+    ids. A file in a `temporary` folder goes with it: by `unlink`, or with this object.
     """
 
     name: str
     tokenizer: Tokenizer
     checksum: int  # of all ids
-    stored: np.ndarray | Path
+    stored: Path | np.ndarray
+    temporary: tempfile.TemporaryDirectory | None = None
 
-    @functools.cached_property
-    def mapped(self) -> mmap.mmap | None:
-        if isinstance(self.stored, np.ndarray) or self.stored.stat().st_size == 0:
-            return None
-        with self.stored.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def __post_init__(self):
+        self.ids, self.mapped = self.stored, None
+        if isinstance(self.stored, Path):
+            self.ids = None
+            with contextlib.suppress(FileNotFoundError), self.stored.open("rb") as file:
+                if os.fstat(file.fileno()).st_size:  # nothing can't be mapped
+                    self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.ids = np.frombuffer(self.mapped or b"", self.tokenizer.dtype)
 
-    @functools.cached_property
-    def ids(self) -> np.ndarray:
-        if isinstance(self.stored, np.ndarray):
-            return self.stored
-        return np.frombuffer(self.mapped or b"", self.tokenizer.dtype)
+    def __reduce__(self):
+        """For another process of this machine, which maps the file itself."""
+        return Corpus, (self.name, self.tokenizer, self.checksum, self.stored)
 
-    def is_there(self) -> bool:
-        """Maps the ids, which are there from then on; False if another training dropped them."""
-        try:
-            return len(self.ids) >= 0
-        except FileNotFoundError:
-            return False
+    def unlink(self) -> None:
+        """Removes a temporary file, which all who have it mapped still read."""
+        if self.temporary:
+            self.temporary.cleanup()
 
     @property
     def n_training(self) -> int:
         return len(self.ids) * 9 // 10
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """starts (n,) -> so many ids from each of these on: int32 (n, length)"""
+        """starts (n,) -> the `length` ids from each start on: int32 (n, length)"""
         windows = np.lib.stride_tricks.sliding_window_view(self.ids, length)
         cut = np.empty((len(starts), length), np.int32)
         for first in range(0, len(starts), N_AT_ONCE):
@@ -86,74 +84,87 @@ class Corpus:
         return cut
 
 
-def read(config: TrainingConfig, tokenizer: Tokenizer | None, world: World) -> Corpus:
-    """The corpus of a training, by the given tokenizer or else by the one that the config names.
+def read(
+    paths: Sequence[Path],
+    n_bytes: int | None,
+    tokenizer: Tokenizer | type[Tokenizer],
+    vocab_size: int,
+    keep: bool,
+    bar: dict[str, object],
+) -> Corpus:
+    """The ids of the first `n_bytes` bytes of texts; with None of gpt-burn's 999 MiB, and a line if
+    there are more.
 
-    Its ids lie in a folder of FOLDER, where the next training of these texts finds them; if nothing
-    is to be kept, in one that goes away; and in memory, where neither can be written. On each
-    machine one rank encodes for all. ValueError for texts that can't be read.
+    A tokenizer that learns may be given as its class: it learns `vocab_size` tokens, as one that is
+    given itself has done. With `keep` the ids lie in a folder of FOLDER, where the next training on
+    these texts finds them, else in a temporary one, and in memory where neither can be written.
+    `bar` is options of tqdm. UserError for texts that can't be read.
     """
-    with contextlib.ExitStack() as stack:
-        encoder = Encoder(config, tokenizer, world.bar())
-        for _ in range(9):
-            corpus = world.broadcast_on_machine(lambda: encoder.corpus(stack))
-            if not world.max(not corpus.is_there()):  # all ranks have it: temporary files may go
-                return corpus
-    raise UserError(f"other trainings drop all ids in {FOLDER}: start this one anew")
+    return Encoder(Texts(paths), n_bytes, tokenizer, vocab_size, bar).corpus(keep)
 
 
+@dataclass
 class Encoder:
-    """Texts that are to be ids, of the first `n_bytes` bytes."""
+    """Texts that are to be ids, and how."""
 
-    def __init__(self, config: TrainingConfig, tokenizer: Tokenizer | None, bar: dict[str, object]):
-        self.config, self.bar = config, bar
-        self.n_bytes = (config.files.n_mega_bytes or DEFAULT_MEGA_BYTES) << 20
-        self.tokenizer = tokenizer or find_tokenizer(config.tokenizer)
-        self.kind = TOKENIZERS.get(config.tokenizer, type(self.tokenizer))
-        # what the tokenizer is made from, where that is the text
-        learns = self.kind.learns
-        self.setting = [config.max_vocab_size] if learns else self.tokenizer.digest()
+    texts: Texts
+    n_bytes: int | None
+    tokenizer: Tokenizer | type[Tokenizer]
+    vocab_size: int
+    bar: dict[str, object]
 
-    def corpus(self, stack: contextlib.ExitStack) -> Corpus:
-        """The stack removes what is temporary."""
-        self.texts, options = Texts(self.config.files.text_corpus), self.config.files
-        key = json.dumps([self.texts.names, self.n_bytes, self.setting]).encode()
+    @functools.cached_property
+    def limit(self) -> int:
+        """Bytes."""
+        return DEFAULT_MEGA_BYTES << 20 if self.n_bytes is None else self.n_bytes
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where the ids are kept, by the texts and by all else that decides which ids these are."""
+        setting = [self.vocab_size] if self.tokenizer.learns else self.tokenizer.digest()
+        key = json.dumps([self.texts.names, self.limit, setting]).encode()
         name = re.sub(r"[^\w.-]", "_", Path(self.texts.names[0]).name)
-        folder = FOLDER / f"{name}-{hashlib.sha256(key).hexdigest()[:16]}"
-        if corpus := self.kept(folder):
+        return FOLDER / f"{name}-{hashlib.sha256(key).hexdigest()[:16]}"
+
+    def corpus(self, keep: bool) -> Corpus:
+        if corpus := self.kept(self.folder):
             return corpus
-        if self.tokenizer is None:
+        if isinstance(self.tokenizer, type):
             with self.reading("counting tokens"):
-                size = self.config.max_vocab_size
-                self.tokenizer = self.kind.train(self.texts, self.n_bytes, size)
-        is_kept = self.texts.is_repeatable and not options.no_save
+                self.tokenizer = self.tokenizer.train(self.texts, self.limit, self.vocab_size)
+        folder, temporary = self.folder, None
+        is_kept = keep and self.texts.is_repeatable
         try:
             if not is_kept and os.name == "nt":  # where no file that is mapped can be removed
                 return self.in_memory()
             if not is_kept:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / name
+                temporary = tempfile.TemporaryDirectory()
+                folder = Path(temporary.name) / folder.name
             corpus = self.written(folder)
+            corpus.temporary = temporary
             if is_kept:
                 drop_oldest()
             return corpus
         except OSError as error:
-            print(
-                f"warning: {folder}: {error.strerror or error}: ids stay in memory", file=sys.stderr
-            )
+            reason = f"{error.strerror or error}: ids stay in memory"
+            print(f"warning: {folder}: {reason}", file=sys.stderr)
             return self.in_memory()
 
     def kept(self, folder: Path) -> Corpus | None:
-        """What `written` left of these very texts, if anything."""
+        """What `written` left there of these very texts, if anything."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             is_complete = kept["n_ids_bytes"] == (folder / IDS).stat().st_size
             if kept["texts"] == self.texts.facts and is_complete:
-                tokenizer = self.tokenizer or self.kind.load(folder)
-                if kept["tokenizer"] == tokenizer.digest():
+                tokenizer = self.tokenizer
+                if isinstance(tokenizer, type):
+                    tokenizer = tokenizer.load(folder)
+                corpus = Corpus(self.texts.name, tokenizer, kept["checksum"], folder / IDS)
+                if kept["tokenizer"] == tokenizer.digest() and corpus.ids is not None:
                     self.warn(kept["is_cut"])
                     with contextlib.suppress(OSError):  # of someone else, say
                         os.utime(folder)  # those that are used stay
-                    return Corpus(self.texts.name, tokenizer, kept["checksum"], folder / IDS)
+                    return corpus
         return None
 
     def written(self, folder: Path) -> Corpus:
@@ -167,9 +178,9 @@ class Encoder:
                 "tokenizer": self.tokenizer.digest(),
                 "checksum": checksum,
                 "n_ids_bytes": n_bytes,
-                "is_cut": self.texts.n_read > self.n_bytes,
+                "is_cut": self.texts.n_read > self.limit,
             }
-            if self.kind.learns:  # others are there without texts
+            if self.tokenizer.learns:  # others are there without texts
                 self.tokenizer.save(new)
             (new / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
             for path in (*new.iterdir(), new):
@@ -193,17 +204,17 @@ class Encoder:
         return Corpus(self.texts.name, self.tokenizer, checksum, stored)
 
     def encode(self, write: Callable[[bytes], object]) -> int:
-        """Passes the ids on, piece by piece; their checksum."""
+        """Passes the ids on, chunk by chunk; their checksum."""
         checksum = 0
         with self.reading("encoding"):
-            for ids in self.tokenizer.encode_file(self.texts, self.n_bytes):
+            for ids in self.tokenizer.encode_file(self.texts, self.limit):
                 write(data := ids.tobytes())
                 checksum = zlib.crc32(data, checksum)
-        self.warn(self.texts.n_read > self.n_bytes)
+        self.warn(self.texts.n_read > self.limit)
         return checksum
 
     def warn(self, is_cut: bool) -> None:
-        if is_cut and self.config.files.n_mega_bytes is None:
+        if is_cut and self.n_bytes is None:
             used = f"only the first {DEFAULT_MEGA_BYTES} MiB are used"
             print(f"{self.texts.name}: {used}; --n-mega-bytes takes more", file=sys.stderr)
 
@@ -211,7 +222,7 @@ class Encoder:
     def reading(self, what: str) -> Iterator[None]:
         """The texts from their start, with a bar on a terminal; errors name the text."""
         with tqdm(
-            total=min(self.texts.n_stored, self.n_bytes),
+            total=min(self.texts.n_stored, self.limit),
             desc=what,
             unit_scale=True,
             unit_divisor=1024,

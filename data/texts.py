@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from backend.errors import UserError
 from tokenizers import NotUTF8
-from training.config import CORPUS
 
+CORPUS = Path(".data/corpus.txt")  # unless another is named
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # by suffix, Python's own modules
 STANDARD_INPUT = Path("-")
 WHAT_IS_A_TEXT = (

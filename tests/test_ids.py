@@ -7,10 +7,12 @@ import io
 import itertools
 import lzma
 import os
+import pickle
 import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import zipfile
 from pathlib import Path
@@ -23,9 +25,9 @@ from backend import files
 from backend.errors import UserError
 from data import ids
 from data.ids import Corpus
-from tokenizers import BytePairTokenizer, SimpleVowelTokenizer, Tokenizer
-from training.config import Files, TrainingConfig
-from training.workers import World
+from data.texts import CORPUS
+from models import find_tokenizer
+from tokenizers import TOKENIZERS, BytePairTokenizer, SimpleVowelTokenizer, Tokenizer
 
 TEXT = "The context of the containers, und über das Übrige. " * 50
 
@@ -36,11 +38,17 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def read(*paths: str, tokenizer: str | Tokenizer = "char", **files) -> Corpus:
-    files |= {"text_corpus": tuple(map(Path, paths))} if paths else {}
-    given = tokenizer if isinstance(tokenizer, Tokenizer) else None
-    name = given.name if given else tokenizer
-    return ids.read(TrainingConfig(tokenizer=name, files=Files(**files)), given, World())
+def read(
+    *paths: str,
+    tokenizer: str | Tokenizer = "char",
+    n_mega_bytes: int | None = None,
+    keep: bool = True,
+) -> Corpus:
+    if isinstance(tokenizer, str):
+        tokenizer = find_tokenizer(tokenizer) or TOKENIZERS[tokenizer]
+    n_bytes = n_mega_bytes and n_mega_bytes << 20
+    paths = list(map(Path, paths)) or [CORPUS]
+    return ids.read(paths, n_bytes, tokenizer, 2000, keep, {"disable": True})
 
 
 def decoded(text: Corpus) -> str:
@@ -290,6 +298,17 @@ def test_ids_that_another_training_drops_when_they_are_found_are_made_anew(monke
     assert decoded(read("a.txt")) == TEXT
 
 
+@not_on_windows("removes no file that is mapped")
+def test_a_worker_says_whether_the_ids_were_there_when_it_came_to_map_them():
+    Path("a.txt").write_text(TEXT)
+    text = read("a.txt")
+    sent = pickle.dumps(text)
+    assert decoded(pickle.loads(sent)) == TEXT
+    ids.remove(text.stored.parent)
+    assert pickle.loads(sent).ids is None
+    assert decoded(text) == TEXT
+
+
 def test_another_tokenizer_has_ids_of_its_own(encodings):
     Path("a.txt").write_text(TEXT)
     other = SimpleVowelTokenizer(SimpleVowelTokenizer.tokenize(TEXT), 7)
@@ -348,12 +367,20 @@ def test_a_pipe_is_read_once(tokenizer):
     assert not ids.FOLDER.exists()
 
 
-def test_x_and_standard_input_leave_nothing(monkeypatch):
+def test_x_and_standard_input_leave_nothing(monkeypatch, tmp_path):
     Path("a.txt").write_text(TEXT)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
-    for text in (read("a.txt", no_save=True), read("-", tokenizer="vowel")):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for text in (read("a.txt", keep=False), read("-", tokenizer="vowel")):
+        assert decoded(pickle.loads(pickle.dumps(text))) == TEXT  # as another worker has it
+        text.unlink()
         assert isinstance(text.stored, Path) and not text.stored.exists()
         assert decoded(text) == TEXT
+    text = read("a.txt", keep=False)
+    assert os.listdir(tmp_path / "temporary")
+    del text
+    assert os.listdir(tmp_path / "temporary") == []
     assert not ids.FOLDER.exists()
 
 
@@ -415,9 +442,8 @@ import re, sys
 import numpy as np
 from pathlib import Path
 from data import ids
-from training.workers import World
-from training.config import Files, TrainingConfig
-text = ids.read(TrainingConfig(files=Files(text_corpus=(Path(sys.argv[1]),))), None, World())
+from tokenizers import CharTokenizer
+text = ids.read([Path(sys.argv[1])], None, CharTokenizer(), 0, keep=True, bar={"disable": True})
 for seed in range(4):
     text.windows(np.random.default_rng(seed).integers(len(text.ids) - 9, size=3000), 9)
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

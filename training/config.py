@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
+from data.texts import CORPUS
 from gpt_tiny import GPTConfig
 from tokenizers import Tokenizer
-
-CORPUS = Path(".data/corpus.txt")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from backend.arrays import Flat, copy_in, zeros
 from backend.errors import UserError
 from backend.files import claim
 from backend.jit_cache import sources
+from data import ids
 from data.ids import Corpus
 from gpt_tiny import GPT, GPTConfig, initial_weights, shapes
-from models import checkpoint, folders
-from tokenizers import Tokenizer
+from models import checkpoint, find_tokenizer, folders
+from tokenizers import TOKENIZERS, Tokenizer
 from training.config import TrainingConfig
 from training.optimizers import OPTIMIZERS, AdamW, Muon
 from training.workers import World
@@ -92,6 +94,22 @@ class Training:
         weights, tokenizer = self.weights(), self.corpus.tokenizer
         with folders.replacing(folder, STATE_FILES, MARKS) as new:
             checkpoint.write(new, picture, weights, tokenizer, format)
+
+
+def read_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, world: World) -> Corpus:
+    """By the given tokenizer or else the one that the config names; on each machine one rank
+    encodes for all."""
+    files = config.files
+    n_bytes = files.n_mega_bytes and files.n_mega_bytes << 20
+    tokenizer = tokenizer or find_tokenizer(config.tokenizer) or TOKENIZERS[config.tokenizer]
+    sizes = n_bytes, tokenizer, config.max_vocab_size
+    read = partial(ids.read, files.text_corpus, *sizes, keep=not files.no_save, bar=world.bar())
+    for _ in range(9):
+        corpus = world.broadcast_on_machine(read)
+        if not world.max(corpus.ids is None):  # all ranks have them mapped
+            corpus.unlink()
+            return corpus
+    raise UserError(f"other trainings drop all ids in {ids.FOLDER}: start this one anew")
 
 
 def begin(config: TrainingConfig, corpus: Corpus, start: Start, world: World) -> Training:

@@ -115,7 +115,9 @@ class World:
         """What it makes on the first rank of each machine, on all of them."""
         if self.size == 1:
             return make()
-        return self.of_machine.bcast(make() if self.of_machine.rank == 0 else None)
+        made = make() if self.of_machine.rank == 0 else None
+        received = self.of_machine.bcast(made)
+        return received if made is None else made  # itself: what it made may end with it
 
     def bar(self) -> dict[str, object]:
         """Options of a tqdm bar: it is shown by rank 0 on a terminal, also through mpiexec."""
