@@ -39,9 +39,9 @@ BAR_FORMAT = "{desc} {bar} {n_fmt}B/{total_fmt}B"
 class Corpus:
     """Texts as ids, nine tenths for training, the last one for validation.
 
-    `stored` is the file of the ids, of which no more is in memory than what is looked at, or, where
-    none can be written, the ids. A file in a `temporary` folder goes with it: by `unlink`, or at
-    the end of this object.
+    They are mapped from the file `stored`, and in memory only as far as they are looked at: `ids`
+    is None where another training has dropped that file. Where none can be written, `stored` is the
+    ids. A file in a `temporary` folder goes with it: by `unlink`, or with this object.
     """
 
     name: str
@@ -50,29 +50,18 @@ class Corpus:
     stored: Path | np.ndarray
     temporary: tempfile.TemporaryDirectory | None = None
 
+    def __post_init__(self):
+        self.ids, self.mapped = self.stored, None
+        if isinstance(self.stored, Path):
+            self.ids = None
+            with contextlib.suppress(FileNotFoundError), self.stored.open("rb") as file:
+                if os.fstat(file.fileno()).st_size:  # nothing can't be mapped
+                    self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.ids = np.frombuffer(self.mapped or b"", self.tokenizer.dtype)
+
     def __reduce__(self):
         """For another process of this machine, which maps the file itself."""
         return Corpus, (self.name, self.tokenizer, self.checksum, self.stored)
-
-    @functools.cached_property
-    def mapped(self) -> mmap.mmap | None:
-        if isinstance(self.stored, np.ndarray) or self.stored.stat().st_size == 0:
-            return None
-        with self.stored.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    @functools.cached_property
-    def ids(self) -> np.ndarray:
-        if isinstance(self.stored, np.ndarray):
-            return self.stored
-        return np.frombuffer(self.mapped or b"", self.tokenizer.dtype)
-
-    def is_there(self) -> bool:
-        """Maps the ids, which are there from then on; False if another training dropped them."""
-        try:
-            return len(self.ids) >= 0
-        except FileNotFoundError:
-            return False
 
     def unlink(self) -> None:
         """Removes a temporary file, which all who have it mapped still read."""
@@ -111,12 +100,7 @@ def read(
     these texts finds them, else in a temporary one, and in memory where neither can be written.
     `bar` is options of tqdm. UserError for texts that can't be read.
     """
-    encoder = Encoder(Texts(paths), n_bytes, tokenizer, vocab_size, bar)
-    for _ in range(9):
-        corpus = encoder.corpus(keep)
-        if corpus.is_there():
-            return corpus
-    raise UserError(f"other trainings drop all ids in {FOLDER}: start this one anew")
+    return Encoder(Texts(paths), n_bytes, tokenizer, vocab_size, bar).corpus(keep)
 
 
 @dataclass
@@ -175,11 +159,12 @@ class Encoder:
                 tokenizer = self.tokenizer
                 if isinstance(tokenizer, type):
                     tokenizer = tokenizer.load(folder)
-                if kept["tokenizer"] == tokenizer.digest():
+                corpus = Corpus(self.texts.name, tokenizer, kept["checksum"], folder / IDS)
+                if kept["tokenizer"] == tokenizer.digest() and corpus.ids is not None:
                     self.warn(kept["is_cut"])
                     with contextlib.suppress(OSError):  # of someone else, say
                         os.utime(folder)  # those that are used stay
-                    return Corpus(self.texts.name, tokenizer, kept["checksum"], folder / IDS)
+                    return corpus
         return None
 
     def written(self, folder: Path) -> Corpus:

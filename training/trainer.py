@@ -199,11 +199,12 @@ def read_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, world: Worl
     tokenizer = tokenizer or find_tokenizer(config.tokenizer) or TOKENIZERS[config.tokenizer]
     sizes = n_bytes, tokenizer, config.max_vocab_size
     read = partial(ids.read, files.text_corpus, *sizes, keep=not files.no_save, bar=world.bar())
-    corpus = world.broadcast_on_machine(read)
-    while world.max(not corpus.is_there()):  # other trainings drop ids, also between two ranks
+    for _ in range(9):
         corpus = world.broadcast_on_machine(read)
-    corpus.unlink()
-    return corpus
+        if not world.max(corpus.ids is None):  # all ranks have them mapped
+            corpus.unlink()
+            return corpus
+    raise UserError(f"other trainings drop all ids in {ids.FOLDER}: start this one anew")
 
 
 def is_checkpoint(step: int, config: TrainingConfig) -> bool:
