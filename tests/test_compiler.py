@@ -176,10 +176,10 @@ def test_another_version_of_the_program_or_another_processor_has_objects_of_its_
         return CPUCompiler([compiler.arch, "native"]).cachekey
 
     assert key() == compiler.cachekey
-    monkeypatch.setattr(backend.compiler, "processor", lambda: "another")
+    monkeypatch.setattr(backend.cpu.compiler, "processor", lambda: "another")
     assert key() != compiler.cachekey
     monkeypatch.undo()
-    source = Path(backend.compiler.__file__).read_bytes()
+    source = Path(backend.cpu.compiler.__file__).read_bytes()
     (tmp_path / "compiler.py").write_bytes(source.replace(b"ENTRY + 8", b"ENTRY + 4"))
-    monkeypatch.setattr(backend.compiler, "__file__", str(tmp_path / "compiler.py"))
+    monkeypatch.setattr(backend.cpu.compiler, "__file__", str(tmp_path / "compiler.py"))
     assert key() != compiler.cachekey
