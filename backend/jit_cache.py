@@ -27,7 +27,6 @@ from backend import caches
 from backend.cpu import native
 from backend.cpu.blas import blas
 from backend.cpu.compiler import processor
-from backend.cpu.processes import forked, wait_for
 from backend.machine import cache_folder
 
 KEPT_BYTES = 128 << 20  # of files of up to a few MB each
@@ -48,7 +47,7 @@ class CachedJit:
     ):
         self.jit, self.variables = TinyJit(function), variables
         self.jit.cnt = 1  # else it would call it plainly once, which only unrealised state needs
-        self.path, self.process, device = None, None, buffers[0].device
+        self.path, device = None, buffers[0].device
         if device.startswith("CPU"):  # where it is tested
             self.buffers = [tensor.uop.base for tensor in buffers]
             shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in self.buffers]
@@ -62,16 +61,7 @@ class CachedJit:
             self.jit.captured = restored(kept, self.buffers)
             os.utime(self.path)  # those that are used stay
 
-    def begin(self, *tensors: Tensor, **numbers: int) -> None:
-        """Captures it in another process, for whose file the first call waits: two jits that are
-        captured at once keep all cores at work."""
-        if self.path and self.jit.captured is None:
-            self.process = forked(functools.partial(self.capture, *tensors, **numbers))
-
     def __call__(self, *tensors: Tensor, **numbers: int) -> None:
-        if self.process:
-            wait_for(self.process)
-            self.process = self.restore()
         if self.jit.captured is None:
             self.capture(*tensors, **numbers)
         else:  # called as such: TinyJit looks for changes in all arguments

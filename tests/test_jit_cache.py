@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import sys
 import threading
 
@@ -13,13 +12,12 @@ from tinygrad import Device, Tensor
 
 from backend import jit_cache
 from backend.arrays import copy_in, copy_out, from_numpy, zeros
-from backend.cpu import native, processes
+from backend.cpu import native
 from backend.cpu.gemv import gemv
 from backend.jit_cache import CachedJit
 from backend.matmul import einsum
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="jits are kept for the CPU")
-only_with_forks = pytest.mark.skipif(sys.platform != "linux", reason="forks a process")
 
 
 @pytest.fixture
@@ -28,9 +26,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "gpt-tiny"
 
 
-def powers(begins: bool = False) -> tuple[list[float], int]:
-    """Of 3, by a captured function that multiplies by a number in its state; how often it ran, but
-    for the other process in which it may have begun."""
+def powers() -> tuple[list[float], int]:
+    """Of 3, by a captured function that multiplies by a number in its state; how often it ran."""
     state, n_runs = zeros(1), 0
     copy_in(state, np.ones(1, np.float32))
 
@@ -40,8 +37,6 @@ def powers(begins: bool = False) -> tuple[list[float], int]:
         state.assign(state * by).realize()
 
     multiply, numbers = jit_cache.CachedJit(multiply, [state], "powers"), []
-    if begins:
-        multiply.begin(Tensor([5.0]).realize())
     for _ in range(3):
         multiply(Tensor([3.0]).realize())
         numbers += copy_out(state).tolist()
@@ -81,45 +76,6 @@ def test_a_kept_jit_finds_functions_in_c_wherever_they_are_now(folder):
     again, *others = product_and_gemv()
     assert others == [0, {"sgemm", "gemv"}]
     np.testing.assert_array_equal(again, y)
-
-
-@only_with_forks
-def test_what_another_process_captures_is_not_captured_again_nor_run_there(folder):
-    assert powers(begins=True) == ([3, 9, 27], 0)
-
-
-@only_with_forks
-def test_what_another_process_fails_to_capture_is_captured_here(folder, monkeypatch):
-    this, keep = os.getpid(), jit_cache.keep
-
-    def keep_here(*arguments) -> None:
-        if os.getpid() != this:
-            os.kill(os.getpid(), signal.SIGKILL)
-        keep(*arguments)
-
-    monkeypatch.setattr(jit_cache, "keep", keep_here)
-    assert powers(begins=True) == ([3, 9, 27], 1)
-
-
-@only_with_forks
-def test_another_process_that_hangs_is_ended_and_it_is_captured_here(folder, monkeypatch):
-    this, keep, ended = os.getpid(), jit_cache.keep, []
-
-    def keep_here(*arguments) -> None:
-        while os.getpid() != this:  # holding the lock
-            signal.pause()
-        keep(*arguments)
-
-    def wait_for(process) -> None:
-        processes.wait_for(process)
-        ended.append(process.exitcode)
-
-    monkeypatch.setattr(processes, "PATIENCE", 0.1)
-    monkeypatch.setattr(jit_cache, "wait_for", wait_for)
-    monkeypatch.setattr(jit_cache, "keep", keep_here)
-    assert powers(begins=True) == ([3, 9, 27], 1)
-    assert ended == [-signal.SIGKILL]
-    assert powers() == ([3, 9, 27], 0)
 
 
 def test_a_worker_takes_what_another_captured_meanwhile(folder, monkeypatch):

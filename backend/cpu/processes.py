@@ -1,10 +1,8 @@
-"""Processes beside this one: some compile kernels, and one may capture a jit meanwhile."""
+"""Processes beside this one that compile kernels."""
 
 import atexit
-import contextlib
 import ctypes
 import functools
-import mmap
 import multiprocessing
 import os
 import signal
@@ -12,16 +10,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from unittest.mock import patch
 
-import numpy as np
 import tinygrad.engine.worker as worker
 from tinygrad import Device, UOp, helpers
-from tinygrad.engine.jit import CapturedJit
 from tinygrad.helpers import PARALLEL
 
 from backend.cpu.compiler import ELF, CPUCompiler
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-PATIENCE = 60  # seconds in which a process compiles some kernel, or else it hangs
 N_TOGETHER = 4  # kernels in one call: clang takes as long to start as to compile one
 
 
@@ -45,36 +40,6 @@ def begin_fork() -> None:
         os._exit(1)
     # a connection to tinygrad's cache must not be used on both sides, nor closed on this one
     begin_fork.connection, helpers._db_connection = helpers._db_connection, None
-
-
-def forked(capture: Callable[[], None]) -> multiprocessing.Process | None:
-    """A process that captures a jit, and runs nothing; None where no process can be forked."""
-    if not can_fork():
-        return None
-
-    def work() -> None:
-        begin_fork()
-        forked_pool.cache_clear()
-        Progress.mine = Progress.forked
-        with contextlib.suppress(Exception), patch.object(CapturedJit, "__call__", lambda *_: None):
-            capture()
-        os._exit(0)  # with the processes that compile for it
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    atexit.register(process.kill)
-    return process
-
-
-def wait_for(process: multiprocessing.Process) -> None:
-    """Until it ends, or compiles nothing more for PATIENCE seconds, in which case it is ended."""
-    counts, before = Progress.counts[Progress.forked], None
-    while process.is_alive() and counts.tolist() != before:
-        before = counts.tolist()
-        process.join(PATIENCE)
-    process.kill()
-    process.join()
-    counts[:] = 0  # nothing that it has left comes any more
 
 
 class ForkedPool:
@@ -130,16 +95,10 @@ def compiling_processes():
 
 
 class Progress:
-    """A line on a terminal while kernels are compiled, here and in a fork; it goes away."""
-
-    # for each of the two processes how many are compiled, and of how many
-    counts = np.frombuffer(mmap.mmap(-1, 4 * 8), np.int64).reshape(2, 2)
-    mine, forked = 0, 1
+    """A line on a terminal while kernels are compiled; it goes away."""
 
     def __init__(self, total: int, **_):
-        if (self.counts[:, 0] == self.counts[:, 1]).all():
-            self.counts[:] = 0
-        self.counts[self.mine, 1] += total
+        self.n_done, self.total = 0, total
 
     def __enter__(self):
         return self
@@ -152,7 +111,6 @@ class Progress:
         pass
 
     def update(self, n: int) -> None:
-        self.counts[self.mine, 0] += n
+        self.n_done += n
         if sys.stderr.isatty():
-            done, total = self.counts.sum(0)
-            print(f"\rcompiling {done}/{total}", end="", file=sys.stderr, flush=True)
+            print(f"\rcompiling {self.n_done}/{self.total}", end="", file=sys.stderr, flush=True)
