@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from tinygrad import Device, helpers
 from tinygrad.device import TinyELF
@@ -22,8 +23,18 @@ from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
 from backend.caches import sealed, unsealed
-from backend.cpu.imports import ops_cpu
 from backend.errors import UserError
+
+# tinygrad 0.14.0's CPU device imports two renderers that nothing here uses: a tenth of a start.
+# This can go when it imports them on demand.
+RENDERERS = {"tinygrad.renderer.nir": "LVPRenderer", "tinygrad.renderer.isa.x86": "X86Renderer"}
+absent = [] if helpers.getenv("HCQ2") else RENDERERS.keys() - sys.modules.keys()
+for module in absent:
+    sys.modules[module] = SimpleNamespace(**{RENDERERS[module]: None})
+import tinygrad.runtime.ops_cpu as ops_cpu  # noqa: E402
+
+for module in absent:
+    del sys.modules[module]
 
 # Clang vectorises a sum only with leave to reorder it. -ffast-math as a whole would also take
 # infinities and NaN for impossible. -O3 takes longer to compile, for code that is no faster.

@@ -16,8 +16,7 @@ from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
 from tinygrad.runtime.support.hcq2 import HCQ2Compiled
 
 from backend.arrays import MIN_HUGE_BYTES, huge_pages
-from backend.cpu.compiler import CPUCompiler, CPUProgram
-from backend.cpu.imports import ops_cpu
+from backend.cpu.compiler import CPUCompiler, CPUProgram, ops_cpu
 from backend.cpu.processes import Progress, compiling_processes
 from backend.cpu.threads import CPUGraph, count_cores, plain_loops
 
