@@ -5,7 +5,7 @@ GPT-2, in which a GPT-2 is always saved, and whose weights may be in several fil
 weights are numpy arrays by name, a linear's as (out, in).
 
 Nothing here trusts a file: each length and shape is compared with the file's size before memory is
-taken for it, nothing is unpickled, and what is wrong is a ValueError that says so in one line.
+taken for it, nothing is unpickled, and what is wrong is a UserError of one line.
 """
 
 import json
@@ -22,7 +22,7 @@ from backend.errors import UserError
 from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt2, gpt_burn, hub, safetensors
 from models.folders import INDEX, MODEL_FILES, WEIGHT_FILES, replacing
-from models.safetensors import MAX_JSON_BYTES, LazyArrays, parse_json
+from models.safetensors import LazyArrays
 from tokenizers import TOKENIZERS, Tokenizer
 
 
@@ -32,23 +32,23 @@ def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
 
     UserError or OSError, with one line that names the file and what is wrong with it.
     """
-    config, tokenizer, weights = read(Path(folder))
+    config, tokenizer, weights = read(folder)
     return GPT(config, weights), tokenizer
 
 
-def read(folder: Path) -> tuple[GPTConfig, tokenizers.Tokenizer, Mapping[str, np.ndarray]]:
-    """As `load`, without memory on a device for the weights, which are read one by one."""
-    folder = find(folder)
-    settings = read_config(folder)
-    config = GPTConfig(**settings["model"])
-    weights_file(folder)  # first: only with a file to compare to does read_config bound the sizes
-    tokenizer = tokenizers.load(settings.get("tokenizer", tokenizers.DEFAULT), folder)
-    if tokenizer.vocab_size != config.vocab_size:
+def read(folder: Path | str) -> tuple[GPTConfig, Tokenizer, Mapping[str, np.ndarray]]:
+    """What `load` makes a model of; the weights as `read_weights` gives them."""
+    folder = find(Path(folder))
+    config = read_config(folder)
+    model = GPTConfig(**config["model"])
+    wanted = shapes(model)
+    tokenizer = tokenizers.load(config.get("tokenizer", tokenizers.DEFAULT), folder)
+    if tokenizer.vocab_size != model.vocab_size:
         raise UserError(
-            f"{folder / 'config.json'}: vocab_size is {config.vocab_size}, but the tokenizer "
+            f"{folder / 'config.json'}: vocab_size is {model.vocab_size}, but the tokenizer "
             f"{tokenizer.name!r} has {tokenizer.vocab_size} tokens: they do not belong together"
         )
-    return config, tokenizer, read_weights(folder, shapes(config))
+    return model, tokenizer, read_weights(folder, wanted)
 
 
 def find_tokenizer(name: str) -> Tokenizer | None:
@@ -76,12 +76,11 @@ def find_tokenizer(name: str) -> Tokenizer | None:
 def find(folder: Path) -> Path:
     """The folder or, where there is none and its name could be one on the Hub, the folder of that
     model in the Hub's cache, to which the files that are needed are fetched."""
-    if not hub.is_name(folder):
+    if folder.exists() or not hub.is_name(folder):
         return folder
     repository = hub.Repository(folder.as_posix())
     config = parse_config(repository.fetch("config.json"))  # before the weights of what is no GPT-2
-    name = config.get("tokenizer", tokenizers.DEFAULT)
-    for file in TOKENIZERS[name].files if name in TOKENIZERS else ():
+    for file in TOKENIZERS.get(config.get("tokenizer"), Tokenizer).files:
         repository.fetch(file)
     files = ("model.safetensors", INDEX)
     if not any(map(repository.cached, files)):  # else all is there, and no one is asked
@@ -104,33 +103,25 @@ def files(folder: Path) -> set[Path]:
 def read_config(folder: Path) -> dict:
     """The folder's `config.json`, with a section `model` that makes a GPTConfig.
 
-    The sizes of the model are also held against the size of the weights' file, where there is one,
-    so that a model built from them is never much larger than the file it comes from.
+    The model's sizes are compared with the size of the weights' file, so that a model built from
+    them is never much larger than the file it comes from.
     """
     path = Path(folder) / "config.json"
     if not path.parent.is_dir():
         raise UserError(f"there is no model folder {path.parent}")
     if not path.is_file():
         raise UserError(f"{path.parent} is not a model folder: it has no config.json")
-    config = parse_config(path)
-    n_parameters = GPTConfig(**config["model"]).n_parameters
-    file = next(filter(Path.is_file, map(path.with_name, WEIGHT_FILES)), None)
-    if file and n_bytes(file) < n_parameters:
+    file, config = weights_file(path.parent), parse_config(path)
+    files = safetensors.shards(file) if file.name == INDEX else [file]
+    n_bytes = sum(file.stat().st_size for file in files)
+    if GPTConfig(**config["model"]).n_parameters > n_bytes:
         raise UserError(f"{path}: it asks for more weights than {file.name} can hold")
     return config
 
 
-def n_bytes(file: Path) -> int:
-    """The size of a file of weights, or of all that an index names."""
-    files = safetensors.shards(file) if file.name == INDEX else [file]
-    return sum(file.stat().st_size for file in files)
-
-
 def parse_config(path: Path) -> dict:
     """A config by itself: its sizes may still be any."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise UserError(f"{path} is far too large for a config")
-    config = parse_json(path.read_bytes(), path)
+    config = safetensors.read_json(path, "a config")
     try:
         if "model_type" in config:
             config = gpt2.config_to_ours(config)
@@ -158,17 +149,16 @@ def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping
     is float32. The arrays of a safetensors file are read one by one, each whenever it is asked for,
     and only then is it looked through for what is not finite.
     """
-    path = weights_file(Path(folder))
+    path = weights_file(folder)
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty")
     if path.name == "model.mpk":
         arrays = gpt_burn.read_record(path)
     else:
         arrays = (safetensors.read_sharded if path.name == INDEX else safetensors.read)(path)
-        if "wte.weight" in arrays or "transformer.wte.weight" in arrays:
+        if gpt2.is_theirs(arrays):
             n_layers = sum(name.endswith(".norm_1.gamma") for name in shapes)
-            try:
-                arrays = LazyArrays(gpt2.weights_to_ours(arrays, n_layers))
-            except ValueError as error:
-                raise UserError(f"{path}: {error}") from None
+            arrays = LazyArrays(gpt2.weights_to_ours(arrays, n_layers, path))
     for name, shape in shapes.items():
         if name not in arrays:
             raise UserError(f"{path} lacks the tensor {name} {shape} that config.json asks for")
@@ -186,7 +176,7 @@ def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping
 
 
 def take_finite(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarray:
-    """An array in at most float32; ValueError if it holds NaN or what is infinite there."""
+    """An array in at most float32; UserError if it holds NaN or what is infinite there."""
     array = arrays[name]
     if array.dtype == np.float64:
         with np.errstate(over="ignore"):
@@ -222,7 +212,7 @@ def write(
     format: str = "tiny",
 ) -> None:
     """`format` "tiny" is our layout, or Hugging Face's for a GPT-2, in the precision of `weights`;
-    "burn" is gpt-burn's, in half precision, which holds no GPT-2: ValueError."""
+    "burn" is gpt-burn's, in half precision, which holds no GPT-2: UserError."""
     is_gpt2, n_layers = config["model"].get("gpt2"), config["model"]["n_layers"]
     if format == "burn" and is_gpt2:
         raise UserError("gpt-burn's layout holds no GPT-2")
@@ -243,10 +233,7 @@ def write(
 
 
 def weights_file(folder: Path) -> Path:
-    for path in (folder / name for name in WEIGHT_FILES):
-        # Links are followed (Hugging Face's cache is made of them), pipes and devices not opened.
-        if path.is_file():
-            if path.stat().st_size == 0:
-                raise UserError(f"{path} is empty")
-            return path
+    # Links are followed (Hugging Face's cache is made of them), pipes and devices not opened.
+    for path in filter(Path.is_file, map(folder.joinpath, WEIGHT_FILES)):
+        return path
     raise UserError(f"{folder} is not a model folder: it has no {' or '.join(WEIGHT_FILES)}")

@@ -5,6 +5,7 @@ Its file holds a block's query, key and value as one tensor, and each linear's w
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -29,6 +30,7 @@ FIXED = {
     "tie_word_embeddings": (True,),
     "quantization_config": (None,),
 }
+EMBEDDINGS = ("wte.weight", "transformer.wte.weight")  # without the head, or beside one
 DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 # In older files: causal masks, and the head, where transformers takes the token embedding.
 IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.decoder.weight")
@@ -37,7 +39,7 @@ IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.decoder.weight")
 def config_to_ours(config: dict) -> dict:
     """Our config of a model, from Hugging Face's and what `config_to_theirs` put beside it.
 
-    ValueError for a model that is no GPT-2, or that has an option which ours lacks.
+    UserError for a model that is no GPT-2, or that has an option which ours lacks.
     """
     if config.get("model_type") != "gpt2":
         raise UserError(f"model_type is {config.get('model_type')!r:.60}: only 'gpt2' is known")
@@ -98,26 +100,30 @@ def names(n_layers: int) -> dict[str, list[str]]:
     return table
 
 
-def weights_to_ours(
-    tensors: Mapping[str, np.ndarray], n_layers: int
-) -> dict[str, Callable[[], np.ndarray]]:
-    """By our names, functions that take the parameters out of the tensors of a file.
+def is_theirs(tensors: Mapping[str, np.ndarray]) -> bool:
+    return not tensors.keys().isdisjoint(EMBEDDINGS)
 
-    ValueError for a tensor that no GPT-2 has, and for a head that is not the token embedding.
+
+def weights_to_ours(
+    tensors: Mapping[str, np.ndarray], n_layers: int, path: Path
+) -> dict[str, Callable[[], np.ndarray]]:
+    """By our names, functions that take the parameters out of the tensors of the file `path`.
+
+    UserError for a tensor that no GPT-2 has, and for a head that is not the token embedding.
     """
     table, parameters = names(n_layers), {}
     for name in tensors:
         short = name.removeprefix("transformer.")
         if short == "lm_head.weight":
-            embedding = "wte.weight" if "wte.weight" in tensors else "transformer.wte.weight"
+            embedding = next(filter(tensors.__contains__, EMBEDDINGS))
             if not np.array_equal(tensors[name], tensors[embedding]):
-                raise UserError("its head lm_head.weight is not the token embedding")
+                raise UserError(f"{path}: its head lm_head.weight is not the token embedding")
         elif short in table:
             ours = table[short]
             for part, our_name in enumerate(ours):
                 parameters[our_name] = partial(take, tensors, name, part, len(ours))
         elif not short.endswith(IGNORED):
-            raise UserError(f"a GPT-2 of {n_layers} layers has no tensor {name!r:.80}")
+            raise UserError(f"{path}: a GPT-2 of {n_layers} layers has no tensor {name!r:.80}")
     return parameters
 
 
