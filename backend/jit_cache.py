@@ -13,7 +13,6 @@ import platform
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import tinygrad
@@ -27,6 +26,7 @@ from backend import caches
 from backend.cpu import native
 from backend.cpu.blas import blas
 from backend.cpu.compiler import processor
+from backend.locks import locked
 from backend.machine import cache_folder
 
 KEPT_BYTES = 128 << 20  # of files of up to a few MB each
@@ -90,9 +90,14 @@ class CachedJit:
             self.jit(*tensors, **variables)
 
 
-def alone(path: Path) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
     """For one process at a time, where files can be locked."""
-    return caches.file_lock(path.with_suffix(LOCK))
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            stack.enter_context(locked(path.with_suffix(LOCK), wait=True))
+        yield
 
 
 def placeholders(buffers: Sequence[UOp]) -> dict[UOp, UOp]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import CONFIG, ROOT, SHAPES, assert_equal, not_on_windows
 
+import tokenizers
 from backend import files
 from models import checkpoint, folders, safetensors
 
@@ -175,7 +176,7 @@ def test_trainings_of_the_same_second_do_not_share_a_folder(tmp_path):
 
 
 def test_a_model_of_another_tokenizer_leaves_nothing_of_the_one_before(model_folder, weights):
-    for name in folders.TOKENIZER_FILES:
+    for name in tokenizers.FILES:
         (model_folder / name).touch()
     checkpoint.save(model_folder, CONFIG, weights)
     assert sorted(os.listdir(model_folder)) == ["config.json", "model.safetensors"]
