@@ -21,7 +21,7 @@ from backend.jit_cache import sources
 from data import ids
 from data.ids import Corpus
 from gpt_tiny import GPT, GPTConfig, initial_weights, shapes
-from models import checkpoint, find_tokenizer, folders
+from models import checkpoint, find_tokenizer
 from tokenizers import TOKENIZERS, Tokenizer
 from training.config import TrainingConfig
 from training.optimizers import OPTIMIZERS, AdamW, Muon
@@ -92,8 +92,8 @@ class Training:
         config = self.config
         picture, format = config.picture(), config.files.format
         weights, tokenizer = self.weights(), self.corpus.tokenizer
-        with folders.replacing(folder, STATE_FILES, MARKS) as new:
-            checkpoint.write(new, picture, weights, tokenizer, format)
+        model = (picture, weights, tokenizer, format)
+        checkpoint.save(folder, *model, owned=STATE_FILES, marks=MARKS)
 
 
 def read_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, world: World) -> Corpus:
