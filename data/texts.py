@@ -47,10 +47,10 @@ N_PARTS = 16  # of a file, whose checksum tells it from others of its size and t
 class Text:
     name: str
     open: Callable[[], BinaryIO]  # its bytes, as they are stored
-    is_stream: bool = False  # which comes once
+    is_stream: bool = False  # which can't be read again by another training
 
     def facts(self) -> list:
-        """What tells it from another text, without reading all of it."""
+        """Name, size, time and a checksum of parts, which tell a text from another unread."""
         with self.open() as file:
             size, checksum = file.seek(0, io.SEEK_END), 0
             for start in (*range(0, size, max(CHUNK, size // N_PARTS)), max(0, size - CHUNK)):
@@ -61,7 +61,7 @@ class Text:
         return [os.path.abspath(self.name), size, time, checksum]
 
     def check(self) -> None:
-        """ValueError for a file of another kind, also where that is compressed."""
+        """UserError for a file of another kind, also a compressed one."""
         with uncompressed(self) as (file, _):
             first = file.read(512)
         for pattern, kind in OTHER_KINDS.items():
@@ -70,11 +70,11 @@ class Text:
 
 
 class Texts:
-    """Several texts, one after the other, as one file that can be read again from its start.
+    """Texts, one after the other, as one file that can be read again from its start.
 
-    Each path is a file, plain or compressed as its suffix says; a folder, for all `.txt` below it
-    that are not hidden, in sorted order; a pipe; or `-`, standard input. ValueError for others. A
-    line says what of a folder is left out, and that several texts are joined.
+    A path is a file, plain or compressed as its suffix says; a folder, for all `.txt` below it that
+    are not hidden, in sorted order; a pipe; or `-`, standard input. UserError for other paths. A
+    line says what of a folder is left out, and that texts are joined.
     """
 
     def __init__(self, paths: Sequence[Path], flag: str = "--text-corpus"):
@@ -92,7 +92,7 @@ class Texts:
         self.rewind()
 
     def rewind(self, bar: tqdm | None = None) -> None:
-        """To the start; the bar is told how many bytes, as they are stored, have been read."""
+        """Goes to the start; `bar` shows the bytes read from then on, as they are stored."""
         self.bar, self.starts, self.n_read = bar, [], 0
         self.chunks, self.chunk = self._chunks(), b""
 
@@ -102,7 +102,7 @@ class Texts:
         return sum(size for _, size, *_ in self.facts)
 
     def read(self, size: int) -> bytes:
-        """At most so many bytes; no more than none only at the end of the last text."""
+        """Up to `size` bytes, none only at the end of the last text."""
         if size and not self.chunk:
             self.chunk = next(self.chunks, b"")
         data, self.chunk = self.chunk[:size], self.chunk[size:]
@@ -124,7 +124,7 @@ class Texts:
 
     @contextmanager
     def naming_errors(self) -> Iterator[None]:
-        """NotUTF8 of what was read has the name of the text, and the offset in that."""
+        """Has NotUTF8 name the text that is not, and the offset in it."""
         try:
             yield
         except NotUTF8 as error:
@@ -186,14 +186,14 @@ def python_help() -> BinaryIO:
 
 
 def spooled(stream: BinaryIO) -> Callable[[], BinaryIO]:
-    """What comes once, in a file without a name, for it may be read twice."""
+    """Copies a stream to a file without a name, which can be read again and again."""
     whole = tempfile.TemporaryFile()  # noqa: SIM115 - as long as there is the function
     shutil.copyfileobj(stream, whole)
     whole.flush()
 
     def opened() -> BinaryIO:
         file = open(whole.fileno(), "rb", closefd=False)  # noqa: SIM115 - for who opens it
-        file.seek(0)
+        file.seek(0)  # where the one before has left it
         return file
 
     return opened
@@ -201,7 +201,7 @@ def spooled(stream: BinaryIO) -> Callable[[], BinaryIO]:
 
 @contextmanager
 def uncompressed(text: Text) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file to read, and the one that is stored; ValueError for one that is damaged."""
+    """The file to read, and the file as it is stored; UserError for a damaged one."""
     module = COMPRESSED.get(Path(text.name).suffix.lower())
     with text.open() as stored:
         if module is None:

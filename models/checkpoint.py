@@ -192,23 +192,17 @@ def is_finite(array: np.ndarray) -> bool:
         return bool(np.isfinite(array.sum(dtype=np.float32)) or np.isfinite(array).all())
 
 
-def save(
-    folder: Path,
-    config: dict,
-    weights: Mapping[str, np.ndarray],
-    tokenizer: Tokenizer | None = None,
-    format: str = "tiny",
-) -> None:
-    """Writes a model folder as `replacing` does."""
-    with replacing(folder) as new:
-        write(new, config, weights, tokenizer, format)
+def save(folder: Path, *model, owned=(), marks=(), **options) -> None:
+    """Writes a model, as `write` takes it, to a folder, as `replacing` takes that."""
+    with replacing(folder, owned, marks) as new:
+        write(new, *model, **options)
 
 
 def write(
     folder: Path,
     config: dict,
     weights: Mapping[str, np.ndarray],
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | None = None,
     format: str = "tiny",
 ) -> None:
     """`format` "tiny" is our layout, or Hugging Face's for a GPT-2, in the precision of `weights`;

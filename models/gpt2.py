@@ -32,6 +32,12 @@ FIXED = {
 }
 EMBEDDINGS = ("wte.weight", "transformer.wte.weight")  # without the head, or beside one
 DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+LINEARS = {
+    "attn.c_attn": ("multi_head.query", "multi_head.key", "multi_head.value"),
+    "attn.c_proj": ("multi_head.out",),
+    "mlp.c_fc": ("pwff.linear_1",),
+    "mlp.c_proj": ("pwff.linear_2",),
+}
 # In older files: causal masks, and the head, where transformers takes the token embedding.
 IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.decoder.weight")
 
@@ -91,12 +97,8 @@ def names(n_layers: int) -> dict[str, list[str]]:
             table[f"{theirs}.ln_{norm}.weight"] = [f"{ours}.norm_{norm}.gamma"]
             table[f"{theirs}.ln_{norm}.bias"] = [f"{ours}.norm_{norm}.beta"]
         for part in ("weight", "bias"):
-            table[f"{theirs}.attn.c_attn.{part}"] = [
-                f"{ours}.multi_head.{name}.{part}" for name in ("query", "key", "value")
-            ]
-            table[f"{theirs}.attn.c_proj.{part}"] = [f"{ours}.multi_head.out.{part}"]
-            table[f"{theirs}.mlp.c_fc.{part}"] = [f"{ours}.pwff.linear_1.{part}"]
-            table[f"{theirs}.mlp.c_proj.{part}"] = [f"{ours}.pwff.linear_2.{part}"]
+            for linear, parameters in LINEARS.items():
+                table[f"{theirs}.{linear}.{part}"] = [f"{ours}.{p}.{part}" for p in parameters]
     return table
 
 

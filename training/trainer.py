@@ -138,8 +138,8 @@ class Trainer:
 
     def save_model(self, folder: Path) -> None:
         content, tokenizer = self.config.to_json(), self.corpus.tokenizer
-        with folders.replacing(folder, checkpoint.STATE_FILES, checkpoint.MARKS) as new:
-            models.write(new, content, self.weights(), tokenizer, self.config.files.format)
+        model = content, self.weights(), tokenizer, self.config.files.format
+        models.save(folder, *model, owned=checkpoint.STATE_FILES, marks=checkpoint.MARKS)
 
     def keep_checkpoint(self, step: int, announce: Callable[[str], None] | None = None) -> None:
         if not self.folder:
