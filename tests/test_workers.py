@@ -201,7 +201,7 @@ from tinygrad import Device
 def note(config, tokenizer, world):
     Path(str(world.rank)).write_text(" ".join(Device._opened_devices))
     sys.exit()
-train.ids.read = note
+train.read_corpus = note
 train.main()
 """
     command = [MPIEXEC, "-n", "2", sys.executable, "-c", code, "-x", "--workers", "auto"]
