@@ -19,6 +19,7 @@ if (
 
 import argparse
 import errno
+import functools
 import gc
 import traceback
 from collections.abc import Callable
@@ -63,6 +64,16 @@ class ArgumentParser(argparse.ArgumentParser):
         self.register("type", Path, path)
         self.add_argument("-h", "--help", action="help", help="show this help")
 
+    def parse_given(self, argv: list[str]) -> dict[str, object]:
+        """Only what a command line gives, by destination; of a repeated option a tuple."""
+        absent = argparse.Namespace(**dict.fromkeys(vars(super().parse_args([]))))
+        given = vars(self.parse_args(argv, absent))
+        return {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()
+            if value is not None
+        }
+
     def format_help(self) -> str:
         usable = devices.usable()
         others = [name for name in devices.BACKENDS if name not in usable]
@@ -74,6 +85,35 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"error: {message}; see python {self.prog} --help\n")
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """The options of run.py that exported programs have as well."""
+    count, add = number(int, 1, 2**31), parser.add_argument_group("text").add_argument
+    prompt_help = "text to continue, - for standard input (default: a line break)"
+    add("-p", "--prompt", default="\n", help=prompt_help)
+    add("-n", "--n-new-tokens", type=count, default=1000, help="tokens to generate")
+    add("--stop", metavar="TEXT", help="end a continuation where this text would come")
+    add("-i", "--interactive", action="store_true", help="continue each line of standard input")
+    add = parser.add_argument_group("sampling").add_argument
+    add("-s", "--seed", type=number(int, 0), default=0, help="of the random numbers")
+    add("--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token")
+    add("--top-k", type=count, help="draw from the K likeliest tokens only")
+    add("--top-p", type=number(float, 0), help="draw from the likeliest tokens that sum up to P")
+    add("--stride", type=count, default=1, help="tokens dropped when the context is full")
+
+
+def program_help() -> str:
+    """What an exported program shows for --help, below its usage."""
+    parser = argparse.ArgumentParser(
+        description="Continue a text with a trained GPT.",
+        usage=argparse.SUPPRESS,
+        add_help=False,
+        formatter_class=functools.partial(HelpFormatter, width=80),
+    )
+    parser.add_argument("-h", "--help", action="help", help="show this help")
+    add_text_options(parser)
+    return parser.format_help()
 
 
 def path(text: str) -> Path:

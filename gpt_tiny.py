@@ -1,4 +1,4 @@
-"""A GPT, whole: the model, its loss, and what it remembers while it generates text.
+"""A GPT, whole: the model, its loss, and its cache of keys and values.
 
 Read it from the top: the GPT first, its parts after.
 """
@@ -11,15 +11,15 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from backend import einsum, filled, look_up, positions, zeros
+from backend import einsum, from_numpy, look_up, positions, zeros
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of a GPT, and which one it is: gpt-burn's or, with `gpt2`, OpenAI's GPT-2.
+    """The sizes of a GPT, gpt-burn's or, with `gpt2`, OpenAI's GPT-2.
 
-    GPT-2 has biases in its attention, the tanh form of GELU, a standard layer norm, and for its
-    head the token embedding. Raises ValueError for sizes that no model can have.
+    GPT-2 has biases in its attention, the tanh form of GELU, a standard layer norm, and the token
+    embedding as its head. ValueError for sizes that no model can have.
     """
 
     context_length: int = 64
@@ -58,7 +58,7 @@ def no_dropout(x: Tensor) -> Tensor:
 
 
 class Layers:
-    """What a GPT is made of, before it has weights: its tensors have shapes, and no memory."""
+    """The layers of a GPT, whose parameters have shapes, but no memory yet."""
 
     def __init__(self, config: GPTConfig):
         self.token_embedding = Embedding(config.vocab_size, config.d_model)
@@ -68,15 +68,15 @@ class Layers:
         self.linear = None if config.gpt2 else Linear(config.d_model, config.vocab_size)
 
     def parameters(self) -> dict[str, Tensor]:
-        """Name -> parameter. The names are gpt-burn's; a linear's weight is (out, in)."""
+        """Name -> parameter. The names are gpt-burn's; a linear layer's weight is (out, in)."""
         return get_state_dict(self)
 
 
 class GPT(Layers):
     """GPT-2 (Radford et al., 2019), to the letter or as gpt-burn builds it.
 
-    Of each of the `shapes(config)` it is given an array, which it copies, or a tensor to share.
-    ValueError where one is missing, too much, or of another shape.
+    `weights` has an array, which is copied, or a tensor, which is shared, for each of the names in
+    `shapes(config)`. ValueError for a missing or an additional name, or for another shape.
     """
 
     def __init__(self, config: GPTConfig, weights: Mapping[str, np.ndarray | Tensor]):
@@ -88,14 +88,16 @@ class GPT(Layers):
             given = weights[name]
             if given.shape != parameter.shape:
                 raise ValueError(f"{name} is {given.shape}, and must be {parameter.shape}")
-            parameter.replace(given if isinstance(given, Tensor) else filled(given))
+            parameter.replace(given if isinstance(given, Tensor) else from_numpy(given))
 
     def __call__(self, ids: Tensor, dropout: Callable = no_dropout) -> Tensor:
         """ids (batch, time) -> logits (batch, time, vocab_size)"""
-        return self.head(self.trunk(ids, dropout))
+        return self.head(self.hidden_states(ids, dropout))
 
-    def trunk(self, ids: Tensor, dropout: Callable = no_dropout, cache=None, start=0) -> Tensor:
-        """ids (batch, time) at the positions from `start` on -> (batch, time, d_model)"""
+    def hidden_states(
+        self, ids: Tensor, dropout: Callable = no_dropout, cache=None, start=0
+    ) -> Tensor:
+        """ids (batch, time), the first at position `start` -> (batch, time, d_model)"""
         positions = self.positional_embedding.weight[start : start + ids.shape[1]]
         x = dropout(self.token_embedding(ids) + positions)
         for block, block_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
@@ -103,6 +105,7 @@ class GPT(Layers):
         return x
 
     def head(self, x: Tensor) -> Tensor:
+        """x (batch, time, d_model) -> logits (batch, time, vocab_size)"""
         x, table = self.norm(x), self.token_embedding.weight
         return self.linear(x) if self.linear else einsum("btd,vd->btv", x, table)
 
@@ -140,13 +143,13 @@ class MultiHeadAttention:
             project(x).reshape(batch, time, self.n_heads, d_k)
             for project in (self.query, self.key, self.value)
         )
-        if cache is not None:
+        if cache is not None:  # of all positions: (b, k, h, d)
             key, value = cache.store(key, value, start)
-        scores = einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(d_k)
-        is_past = positions(key.shape[1]) <= (positions(time) + start).unsqueeze(-1)
-        weights = dropout(softmax(is_past.where(scores, -math.inf)))
-        mixed = einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, time, d_model)
-        return self.out(dropout(mixed))
+        scores = einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(d_k)  # (b, h, q, k)
+        is_past = positions(key.shape[1]) <= (positions(time) + start).unsqueeze(-1)  # (q, k)
+        weights = dropout(softmax(is_past.where(scores, -math.inf)))  # (b, h, q, k)
+        mixed = einsum("bhqk,bkhd->bqhd", weights, value)  # (b, q, h, d)
+        return self.out(dropout(mixed.reshape(batch, time, d_model)))
 
 
 class PositionWiseFeedForward:
@@ -156,13 +159,13 @@ class PositionWiseFeedForward:
         self.gelu = gelu_tanh if config.gpt2 else gelu
 
     def __call__(self, x: Tensor, dropout: Callable) -> Tensor:
-        # the boundary keeps the sum that is the bias's gradient from computing GELU's anew
+        # the gradient is stored: the bias's, a sum of it, would else compute GELU's anew
         return dropout(self.linear_2(self.gelu(self.linear_1(x).contiguous_backward())))
 
 
 class LayerNorm:
-    """Layer norm (Ba et al., 2016): GPT-2 adds epsilon to the variance, Burn to its root, which has
-    no gradient where the variance is 0, as in a row that dropout has emptied: hence 1e-30."""
+    """Layer norm (Ba et al., 2016). GPT-2 adds epsilon to the variance, Burn to the deviation; the
+    1e-30 gives the square root a gradient where dropout has zeroed a row."""
 
     def __init__(self, config: GPTConfig):
         self.epsilons = (1e-5, 0) if config.gpt2 else (1e-30, 1e-5)
@@ -187,8 +190,11 @@ class Linear:
 
 
 class Embedding:
-    """A row of the table for each id; from a small table by a product with one-hot rows, which with
-    its gradient, another such product, is fast."""
+    """ids (batch, time) -> their rows of the table (batch, time, d_model).
+
+    A small table is multiplied by one-hot rows: this product and its gradient are faster than a
+    lookup and its gradient.
+    """
 
     def __init__(self, n_rows: int, d_model: int):
         self.weight = Tensor.empty(n_rows, d_model)
@@ -201,7 +207,7 @@ class Embedding:
 
 
 def softmax(x: Tensor) -> Tensor:
-    # stored, so that no sum over a row, here and in the gradient, computes exponentials anew
+    # stored: sums over a row, here and in the gradient, would else compute the exponentials anew
     exponentials = (x - x.max(-1, keepdim=True).detach()).exp().contiguous()
     return exponentials / exponentials.sum(-1, keepdim=True)
 
@@ -217,10 +223,10 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 class Dropout:
-    """Zeroes a share `rate` of what it is called with, and scales the rest to keep the mean.
+    """Zeroes a share `rate` of a tensor's elements, and scales the rest to keep the mean.
 
-    Its random numbers are a hash of `key` (a uint32 tensor, new for each batch), of the number of
-    the call and of the element's index: the same on every backend, and there is no state to save.
+    An element is kept or not by a hash of `key` (a uint32 tensor, new for each batch), the number
+    of the call and the element's index: the same on every backend, without a state to save.
     """
 
     def __init__(self, rate: float, key: Tensor):
@@ -229,7 +235,7 @@ class Dropout:
     def __call__(self, x: Tensor) -> Tensor:
         if self.rate == 0:
             return x
-        # stored, so that the kernels of all blocks are the same, and compiled once
+        # stored: the kernels of all blocks are then the same, and compiled once
         self.key = hash_32(self.key + 0x9E3779B9).contiguous()
         bits = hash_32(Tensor.arange(x.numel(), dtype=dtypes.uint32) + self.key).reshape(x.shape)
         return (bits >= int(self.rate * 2**32)).where(x / (1 - self.rate), 0)
@@ -243,12 +249,13 @@ def hash_32(x: Tensor) -> Tensor:
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Of a GPT's parameters, by name."""
+    """Name -> shape of each parameter."""
     return {name: parameter.shape for name, parameter in Layers(config).parameters().items()}
 
 
 def initial_weights(config: GPTConfig, seed: int) -> dict[str, np.ndarray]:
-    """Normal(0, 0.02), also for biases; what ends a residual branch by sqrt(2 n_layers) less."""
+    """Draws all from Normal(0, 0.02), biases, too, but for the layers that end a residual branch,
+    with a deviation less by sqrt(2 n_layers), and for norms, which are 1 and 0."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in shapes(config).items():
@@ -263,14 +270,15 @@ def initial_weights(config: GPTConfig, seed: int) -> dict[str, np.ndarray]:
 
 
 class KeyValueCache:
-    """The keys and values of one block for the tokens so far."""
+    """The keys and values of one block for all tokens up to the last."""
 
     def __init__(self, config: GPTConfig, batch: int):
         shape = (batch, config.context_length, config.n_heads, config.d_model // config.n_heads)
         self.keys, self.values = zeros(*shape), zeros(*shape)
 
     def store(self, key: Tensor, value: Tensor, start) -> tuple[Tensor, Tensor]:
-        """Puts (batch, time, n_heads, d_k) at position `start`; returns all up to their end."""
+        """Writes (batch, time, n_heads, d_k) to the positions from `start` on; returns the keys and
+        values of all positions up to there: (batch, start + time, n_heads, d_k)."""
         return self._put(self.keys, key, start), self._put(self.values, value, start)
 
     @staticmethod

@@ -6,38 +6,38 @@ With --score it says instead how well the model predicts a text.
 import command_line  # isort: skip - first, for the time of the imports
 
 import argparse
-import codecs
 import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+import tokenizers
 from backend import devices
 from backend.errors import UserError
-from backend.rounded import GREATEST
-from command_line import bold, number
-from generation import Generator, round_matrices, sample
+from backend.quantized import QMAX
+from command_line import add_text_options, bold, number
 from gpt_tiny import GPT
+from inference.decoder import quantize
+from inference.generator import Generator
+from inference.sampling import sample
+from inference.stream import TextStream, added_texts
 from models import checkpoint, folders
-from scoring import Score, known_ids, losses
-from tokenizers import NotUTF8, Tokenizer
-from training.texts import Texts
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.ArgumentParser("Continue a text with a trained GPT.")
     parser.usage = "python %(prog)s [MODEL_PATH] [OPTION]..."
     model_help = "folder of a model, or its name on the Hub, as gpt2 (default: the newest in .data)"
-    add, count = parser.add_argument, number(int, 1, 2**31)
+    add = parser.add_argument
     add("model_path", type=Path, nargs="?", help=model_help)
     score_help = "say how well the model predicts a text, as train.py -t takes it, in bits per byte"
     add("--score", type=Path, metavar="TEXT_FILE", help=score_help)
-    add("--n-samples", type=count, default=1, help="continuations, generated side by side")
+    samples_help = "continuations, generated side by side"
+    add("--n-samples", type=number(int, 1, 2**31), default=1, help=samples_help)
     weights_help = "round the weights: less memory, more speed (default: as they are stored)"
-    add("--weights", choices=GREATEST, help=weights_help)
+    add("--weights", choices=QMAX, help=weights_help)
     add_text_options(parser)
     arguments = parser.parse_args()
     if arguments.stop == "":
@@ -52,23 +52,6 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """The options that exported programs have as well."""
-    count = number(int, 1, 2**31)
-    add = parser.add_argument_group("text").add_argument
-    prompt_help = "text to continue, - for standard input (default: a line break)"
-    add("-p", "--prompt", default="\n", help=prompt_help)
-    add("-n", "--n-new-tokens", type=count, default=1000, help="tokens to generate")
-    add("--stop", metavar="TEXT", help="end a continuation where this text would come")
-    add("-i", "--interactive", action="store_true", help="continue each line of standard input")
-    add = parser.add_argument_group("sampling").add_argument
-    add("-s", "--seed", type=number(int, 0), default=0, help="of the random numbers")
-    add("--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token")
-    add("--top-k", type=count, help="draw from the K likeliest tokens only")
-    add("--top-p", type=number(float, 0), help="draw from the likeliest tokens that sum up to P")
-    add("--stride", type=count, default=1, help="tokens dropped when the context is full")
-
-
 def main() -> None:
     arguments = parse_arguments()
     devices.check()
@@ -79,44 +62,37 @@ def main() -> None:
         path = folders.newest(Path(".data"))
         print(f"model: {path}", file=sys.stderr)
     model, tokenizer = checkpoint.load(path)
+    if arguments.weights:
+        quantize(model, arguments.weights)
     if arguments.score:
-        if arguments.weights:
-            round_matrices(model, arguments.weights)
         score(model, tokenizer, arguments.score)
     else:
-        generate(model, tokenizer, arguments)
+        generator = Generator(model, arguments.n_samples, arguments.stride)
+        generate(generator, tokenizer, arguments)
 
 
-def generate(model: GPT, tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
-    generator = Generator(model, arguments.n_samples, arguments.stride, arguments.weights)
-    rng = np.random.default_rng(arguments.seed)
-
-    def choose(logits: np.ndarray) -> np.ndarray:
-        if tokenizer.unknown is not None:
-            logits[:, tokenizer.unknown] = -np.inf  # it stands for no text
-        return sample(logits, arguments.temperature, rng, arguments.top_k, arguments.top_p)
-
+def generate(
+    generator: Generator, tokenizer: tokenizers.Tokenizer, arguments: argparse.Namespace
+) -> None:
+    n_samples, rng = arguments.n_samples, np.random.default_rng(arguments.seed)
+    sampling = arguments.temperature, rng, arguments.top_k, arguments.top_p
     for prompt in prompts(arguments.prompt, arguments.interactive):
-        if not prompt:
-            raise UserError("the prompt is empty: give at least one character")
-        ids = tokenizer.encode(prompt)
+        ids = tokenizer.encode(prompt).astype(np.int32)
         warn_of_unknown(int((ids == tokenizer.unknown).sum()), "the prompt")
-        batch = np.tile(ids.astype(np.int32), (arguments.n_samples, 1))
-        tokens = (new.tolist() for new in generator(batch, arguments.n_new_tokens, choose))
-        continuations = [Continuation(tokenizer, arguments.stop) for _ in batch]
+        tokens = generator(
+            np.tile(ids, (n_samples, 1)),
+            arguments.n_new_tokens,
+            lambda logits: sample(logits, *sampling, excluded=tokenizer.unknown),
+        )
+        streams = (TextStream(tokenizer, arguments.stop, tokenizer.ends) for _ in range(n_samples))
         shown = "" if arguments.interactive else bold(prompt)
-        texts, is_one = [shown] * len(batch), len(batch) == 1
-        if is_one:
-            print(shown, end="", flush=True)
-        for new in chain(tokens, [[None] * len(batch)]):
-            added = [one.add(token) for one, token in zip(continuations, new, strict=True)]
-            if is_one:
-                print(added[0], end="", flush=True)
-            else:
-                texts = [text + more for text, more in zip(texts, added, strict=True)]
-            if all(one.has_ended for one in continuations):
-                break
-        print("" if is_one else "\n".join(texts), flush=True)
+        added = chain([[shown] * n_samples], added_texts(tokens, streams))
+        if n_samples == 1:
+            for [text] in added:
+                print(text, end="", flush=True)
+            print(flush=True)
+        else:
+            print("\n".join(map("".join, zip(*added, strict=True))), flush=True)
 
 
 def warn_of_unknown(n_tokens: int, source: str, what_happens: str = "") -> None:
@@ -129,13 +105,14 @@ def prompts(prompt: str, is_interactive: bool) -> Iterator[str]:
     if hasattr(sys.stdin, "reconfigure"):  # UTF-8 and any system's line breaks, on every system
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline=None)
     if not is_interactive:
-        yield in_utf8(sys.stdin.read() if prompt == "-" else prompt, "the prompt")
+        if not (prompt := sys.stdin.read() if prompt == "-" else prompt):
+            raise UserError("the prompt is empty: give at least one character")
+        yield in_utf8(prompt, "the prompt")
         return
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
+        if not (line := sys.stdin.readline()):
             return
         if line := line.rstrip("\n"):
             yield in_utf8(line, "the prompt")
@@ -149,37 +126,18 @@ def in_utf8(text: str, name: str) -> str:
     try:
         return text.encode("utf-8", "surrogateescape").decode()
     except UnicodeDecodeError as error:
-        raise NotUTF8(error.object[error.start], error.start, name) from None
+        raise tokenizers.NotUTF8(error.object[error.start], error.start, name) from None
     except UnicodeEncodeError:  # Windows has such words
         raise UserError(f"{name} holds half a surrogate pair, which is no character") from None
 
 
-class Continuation:
-    """The text of new tokens, as far as it is certain: whole characters, and not the stop text."""
+def score(model: GPT, tokenizer: tokenizers.Tokenizer, path: Path) -> None:
+    # what generation does without, and takes long to import
+    from tqdm import tqdm
 
-    def __init__(self, tokenizer, stop: str | None):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.held, self.has_ended = "", False
+    from data.texts import Texts
+    from inference.scoring import Score, known_ids, losses
 
-    def add(self, token: int | None) -> str:
-        """What is certain now that this token has come, or that none (None) will."""
-        if self.has_ended:
-            return ""
-        self.has_ended = token is None or token in self.tokenizer.ends
-        data = b"" if self.has_ended else self.tokenizer.token_bytes(token)
-        text, n_held = self.held + self.decoder.decode(data, final=self.has_ended), 0
-        if self.stop and self.stop in text:
-            text, self.has_ended = text.partition(self.stop)[0], True
-        elif self.stop and not self.has_ended:  # its beginning may be at the end of the text
-            lengths = range(len(self.stop) - 1, 0, -1)
-            n_held = next((n for n in lengths if text.endswith(self.stop[:n])), 0)
-        cut = len(text) - n_held
-        self.held = text[cut:]
-        return text[:cut]
-
-
-def score(model: GPT, tokenizer: Tokenizer, path: Path) -> None:
     texts = Texts([path], "--score")
     with texts.naming_errors():
         ids, n_unknown = known_ids(tokenizer, texts)

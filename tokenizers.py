@@ -22,9 +22,9 @@ import numpy as np
 from backend.errors import UserError
 from backend.machine import n_threads
 
-# Bytes read from a file at a time. With larger pieces numpy asks the system for fresh memory at
+# Bytes read from a file at a time. With larger chunks numpy asks the system for fresh memory at
 # every step, which takes up to half of the time.
-PIECE_SIZE = 1 << 16
+CHUNK_SIZE = 1 << 16
 MAX_VOCABULARY_BYTES = 16 << 20  # GPT-2's has 1 MB
 CHARACTERS = "\n " + string.ascii_letters + string.punctuation + string.digits + "äüöÄÖÜß"
 VOWELS = "aeiouäöü"
@@ -62,29 +62,44 @@ class NotUTF8(UserError):
         self.byte, self.offset = byte, offset
 
 
-def load(config_name: str, folder: Path) -> "Tokenizer":
-    """The tokenizer that the config in a model's folder names; ValueError if there is none."""
-    if config_name == CharTokenizer.name:
-        return CharTokenizer()
-    if config_name == SimpleVowelTokenizer.name:
-        return SimpleVowelTokenizer.load(folder / "tokenizer.json")
-    if config_name == BytePairTokenizer.name:
-        tokenizer = BytePairTokenizer.load(folder)
-        tokenizer.ends = ends_in(folder, tokenizer)
-        return tokenizer
-    raise UserError(f"unknown tokenizer {config_name!r}: there are 'char', 'vowel' and 'bpe'")
+def load(name: str, folder: Path) -> "Tokenizer":
+    """The tokenizer of a model's folder, by the name in its config; UserError if there is none."""
+    if name not in TOKENIZERS:
+        *others, last = map(repr, TOKENIZERS)
+        raise UserError(f"unknown tokenizer {name!r}: there are {', '.join(others)} and {last}")
+    return TOKENIZERS[name].load(folder)
 
 
 class Tokenizer:
     """What all tokenizers share: files, and the way back from ids to text.
 
-    A subclass sets `tokens`, the UTF-8 of each id, and says how to `encode` and where to `cut`.
+    A subclass, which TOKENIZERS lists, sets `tokens`, the UTF-8 of each id, and defines `encode`
+    and `boundary`; with `files`, also `load` and `save`; one that `learns`, also `train`.
     """
 
-    name: str
+    name: str  # in a model's config
+    files: tuple[str, ...] = ()  # in a model's folder
+    learns = False  # its tokens from a text
     tokens: list[bytes]
+    merges: list[tuple[str, str]] | None = None  # of byte pairs: which are joined, in order
     end: int | None = None  # the id that ends a text
     ends: tuple[int, ...] = ()  # the ids that end what a model writes
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """The tokenizer of a model's folder; UserError for files that are missing or damaged."""
+        return cls()
+
+    def save(self, folder: Path) -> None:
+        """Writes `files` to a model's folder."""
+
+    @classmethod
+    def train(cls, file: BinaryIO, size: int, vocab_size: int) -> "Tokenizer":
+        """Learns at most `vocab_size` tokens from a file's first `size` bytes.
+
+        NotUTF8 if the file is not UTF-8.
+        """
+        raise NotImplementedError
 
     @property
     def vocab_size(self) -> int:
@@ -103,7 +118,7 @@ class Tokenizer:
         raise NotImplementedError
 
     @staticmethod
-    def cut(text: str) -> int:
+    def boundary(text: str) -> int:
         """The last place found where a token starts whatever follows the text; 0 if none is."""
         raise NotImplementedError
 
@@ -112,26 +127,26 @@ class Tokenizer:
         return hashlib.sha256(repr((self.name, self.tokens)).encode()).hexdigest()
 
     def encode_file(self, file: BinaryIO, size: int) -> Iterator[np.ndarray]:
-        """The ids of a file's first `size` bytes, piece by piece, without the unknown ones.
+        """The ids of a file's first `size` bytes, chunk by chunk, without the unknown ones.
 
         NotUTF8 if the file is not UTF-8.
         """
-        for ids in self.encode_all(self.pieces(file, size)):
+        for ids in self.encode_all(self.chunks(file, size)):
             yield ids if self.unknown is None else ids[ids != self.unknown]
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         return map(self.encode, texts)
 
     @classmethod
-    def pieces(cls, file: BinaryIO, size: int) -> Iterator[str]:
-        """The text of a file's first `size` bytes, in pieces that no token straddles."""
+    def chunks(cls, file: BinaryIO, size: int) -> Iterator[str]:
+        """The text of a file's first `size` bytes, in chunks that no token straddles."""
         parts = []
         for text in read_text(file, size):
-            cut = cls.cut(text)
-            if cut:
-                yield "".join([*parts, text[:cut]])
+            boundary = cls.boundary(text)
+            if boundary:
+                yield "".join([*parts, text[:boundary]])
                 parts = []
-            parts.append(text[cut:])
+            parts.append(text[boundary:])
         yield "".join(parts)
 
     def token_bytes(self, id: int) -> bytes:
@@ -141,9 +156,6 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; unknown ones are skipped."""
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
-
-    def save(self, folder: Path) -> None:
-        """Writes what `load` needs beside the name; nothing if the name says it all."""
 
 
 class CharTokenizer(Tokenizer):
@@ -159,7 +171,7 @@ class CharTokenizer(Tokenizer):
         return self.ids[np.minimum(code_points(text), 256)]
 
     @staticmethod
-    def cut(text: str) -> int:
+    def boundary(text: str) -> int:
         return len(text)
 
 
@@ -170,7 +182,7 @@ class SimpleVowelTokenizer(Tokenizer):
     in sorted order. Of equally frequent tokens it prefers the first in that order.
     """
 
-    name = "vowel"
+    name, files, learns = "vowel", ("tokenizer.json",), True
     catch_all = "<?>"  # what a file lists for `unknown`; no text has it: `<` is a token by itself
 
     def __init__(self, tokens: Iterable[str], vocab_size: int):
@@ -194,12 +206,8 @@ class SimpleVowelTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, file: BinaryIO, size: int, vocab_size: int) -> "SimpleVowelTokenizer":
-        """The tokenizer with the most frequent tokens of a file's first `size` bytes.
-
-        NotUTF8 if the file is not UTF-8.
-        """
         counts: Counter[bytes] = Counter()
-        for text in cls.pieces(file, size):
+        for text in cls.chunks(file, size):
             data = text.encode()
             offsets = token_offsets(text, data)
             keys, repeats = np.unique(token_keys(data, offsets), return_counts=True)
@@ -245,7 +253,7 @@ class SimpleVowelTokenizer(Tokenizer):
         return (hashes >> np.uint64(64 - self.slot_bits)).astype(np.int64)
 
     @staticmethod
-    def cut(text: str) -> int:
+    def boundary(text: str) -> int:
         separators = (i for i in range(len(text) - 1, 0, -1) if text[i] in SEPARATORS)
         return next(separators, 0)
 
@@ -255,11 +263,15 @@ class SimpleVowelTokenizer(Tokenizer):
         (folder / "tokenizer.json").write_text(content, encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> "SimpleVowelTokenizer":
+    def load(cls, folder: Path) -> "SimpleVowelTokenizer":
+        return cls.read(folder / "tokenizer.json")
+
+    @classmethod
+    def read(cls, path: Path) -> "SimpleVowelTokenizer":
         """Reads what `save` writes, or the bincode that gpt-burn writes.
 
         They are told apart by the zero bytes of bincode's first number: JSON has none.
-        ValueError if the file cannot be read or is neither.
+        UserError if the file cannot be read or is neither.
         """
         with loading(path):
             data = path.read_bytes()
@@ -279,7 +291,7 @@ class BytePairTokenizer(Tokenizer):
     not fit together, and without tiktoken.
     """
 
-    name = "bpe"
+    name, files = "bpe", ("vocab.json", "merges.txt")
     unknown = None
     end_of_text = "<|endoftext|>"
     # GPT-2's own: contractions, words, numbers and punctuation with the space before them
@@ -322,7 +334,7 @@ class BytePairTokenizer(Tokenizer):
         return self.ids[self.encoding.encode_to_numpy(text)]
 
     @staticmethod
-    def cut(text: str) -> int:
+    def boundary(text: str) -> int:
         """Where white space begins, no token runs on."""
         for i in range(len(text) - 1, 0, -1):
             if text[i] in WHITE_SPACE and text[i - 1] not in WHITE_SPACE:
@@ -337,7 +349,13 @@ class BytePairTokenizer(Tokenizer):
 
     @classmethod
     def load(cls, folder: Path) -> "BytePairTokenizer":
-        """Reads the `vocab.json` and `merges.txt` of a folder; ValueError if it cannot."""
+        tokenizer = cls.read(folder)
+        tokenizer.ends = ends_in(folder, tokenizer)
+        return tokenizer
+
+    @classmethod
+    def read(cls, folder: Path) -> "BytePairTokenizer":
+        """Reads `files` of any folder, a model's or not; UserError if it cannot."""
         with loading(folder / "merges.txt") as path:
             lines = read_vocabulary(path).split("\n")
             pairs = [tuple(line.split(" ")) for line in lines if line[:8] not in ("", "#version")]
@@ -348,6 +366,12 @@ class BytePairTokenizer(Tokenizer):
             if not isinstance(vocab, dict) or any(type(id) is not int for id in vocab.values()):
                 raise UserError("it is no map of tokens to ids")
             return cls(vocab, pairs)
+
+
+TOKENIZERS = {each.name: each for each in (CharTokenizer, SimpleVowelTokenizer, BytePairTokenizer)}
+FILES = [file for each in TOKENIZERS.values() for file in each.files]
+DEFAULT = CharTokenizer.name  # of a config that names none, as gpt-burn's
+OF_FOLDERS = BytePairTokenizer  # that folders, also without a model, and names on the Hub stand for
 
 
 def ends_in(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -388,14 +412,14 @@ def most_frequent(counts: Counter, n: int) -> list:
 
 
 def read_text(file: BinaryIO, size: int) -> Iterator[str]:
-    """The first `size` bytes of a file, in pieces; a character that `size` cuts is left out.
+    """The first `size` bytes of a file, in chunks; a character that `size` cuts is left out.
 
     NotUTF8 for the first byte that is none.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
     while True:
-        data = file.read(min(PIECE_SIZE, size - position))
+        data = file.read(min(CHUNK_SIZE, size - position))
         is_end_of_file = not data and (position < size or not file.read(1))
         n_waiting = len(decoder.getstate()[0])  # bytes of a character whose end comes now
         try:

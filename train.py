@@ -2,39 +2,59 @@
 
 import command_line  # isort: skip - first, for the time of the imports
 
-import argparse
-import codecs
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from backend import bfloat16, devices
-from backend.blas import blas
+from backend import devices
+from backend.cpu import native
 from backend.errors import UserError
 from command_line import bold, number
-from generation import Generator, sample
-from models import checkpoint, folders
-from training import corpus, distributed, loop, resume
-from training.metrics import plot
-from training.settings import TrainingConfig, changed, flat
-from training.state import Start, Training, begin
+from inference.generator import Generator
+from inference.sampling import sample
+from inference.stream import TextStream
+from models import find_tokenizer, folders
+from training import checkpoint, metrics
+from training.checkpoint import Checkpoint
+from training.checks import check
+from training.config import TRAINING, TrainingConfig, as_option, flat, merge
+from training.launch import count_workers, launch
+from training.trainer import Trainer, read_corpus
+from training.workers import World
 
 DEFAULTS = TrainingConfig()
 ROUNDED_ONLY = (
     "warning: --dtype bfloat16: there are no fast products of it here, so operands are rounded and "
     "multiplied in float32"
 )
-# what may change when a training goes on; a corpus that has moved is known by its checksum
-MAY_CHANGE = {"n_steps", "text_corpus", "output_path", "no_save", "format", "checkpoint_every"}
 
 
-def make_parser(defaults: TrainingConfig) -> command_line.ArgumentParser:
+def main() -> int:
+    parser = make_parser()
+    given = parser.parse_given(sys.argv[1:])
+    n_workers = given.pop("workers", 1)
+    with World(command_line.explain) as world:
+        start = begin(given, world)
+        config = resolve(start, given, parser)
+        if not world.is_under_mpi and (n := count_workers(n_workers)) > 1:
+            return launch(n, sys.argv)
+        world.take_device()
+        if config.files.output_path and not config.files.no_save and world.rank == 0:
+            folders.check_destination(config.files.output_path, checkpoint.MARKS)
+        corpus = read_corpus(config, start.tokenizer, world)
+        config = config.with_tokenizer(corpus.tokenizer)
+        check(config, corpus, world)
+        with checkpoint.output_folder(config, world.rank) as folder:
+            trainer = Trainer(config, corpus, start, folder, world)
+            print_start(config)
+            signal_number = trainer.train(announce)
+            return finish(trainer, signal_number)
+
+
+def make_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser("Train a GPT on a text.")
     size, rate = number(int, 1, 2**31), number(float, 0)
     add = parser.add_argument_group("model").add_argument
@@ -46,7 +66,7 @@ def make_parser(defaults: TrainingConfig) -> command_line.ArgumentParser:
     add("--vocab-size", dest="max_vocab_size", type=size, help="tokens of the vowel tokenizer")
     add("--init-from", type=Path, metavar="PATH", help="model to start from: its folder, or gpt2")
     add = parser.add_argument_group("training").add_argument
-    add("-n", "--n-steps", type=size, help=f"steps of {defaults.batches_per_step} batches")
+    add("-n", "--n-steps", type=size, help=f"steps of {DEFAULTS.batches_per_step} batches")
     add("-b", "--batch-size", type=size, help="windows in a batch")
     add("--accumulate", type=size, help="parts to compute a batch in, to save memory")
     optimizer_help = "muon: Muon for the blocks' matrices, AdamW for all else"
@@ -58,184 +78,112 @@ def make_parser(defaults: TrainingConfig) -> command_line.ArgumentParser:
     muon_help = "of Muon; it rises, and decays to the same share of itself, as AdamW's"
     add("--muon-learning-rate", type=rate, help=muon_help)
     add("--weight-decay", type=rate, help="of AdamW and Muon")
-    clip_help = "the longest that a gradient may be (default: any length)"
+    clip_help = "the largest norm of a gradient (default: any)"
     add("--grad-clip", dest="grad_clipping", type=rate, help=clip_help)
     add("--dropout", type=number(float, 0, 1), help="share of values dropped")
     add("--dtype", choices=["float32", "bfloat16"], help="of matrix products")
     add("--validation-size", type=size, help="windows for the validation loss")
     add("-s", "--seed", type=number(int, 0, 2**63), help="of all random numbers")
-    add("--workers", type=workers, metavar="N", help="processes that share a batch, or auto")
+    add("--workers", type=worker_count, metavar="N", help="processes that share a batch, or auto")
     add = parser.add_argument_group("files").add_argument
     text_help = "text in UTF-8: a file, also .gz, .bz2 or .xz, a folder of .txt, or - for standard "
     text_help += "input; several are joined (default: .data/corpus.txt)"
-    add("-t", "--text-corpus", type=Path, action=Texts, help=text_help)
+    add("-t", "--text-corpus", type=Path, action="append", help=text_help)
     add("-m", "--n-mega-bytes", type=size, help="use the first N MiB (default: 999)")
     add("-o", "--output-path", type=Path, help="folder for the model (default: a new one in .data)")
     add("-x", "--no-save", action="store_true", help="keep neither the model nor checkpoints")
     add("--format", choices=["tiny", "burn"], help="burn: a model for gpt-burn")
     add("--checkpoint-every", type=size, help="steps from one checkpoint to the next")
     add("--resume", type=Path, metavar="PATH", help="checkpoint to go on from, or a folder of them")
-    parser.set_defaults(**flat(defaults))
+    parser.set_defaults(**flat(DEFAULTS))
     return parser
 
 
-class Texts(argparse.Action):
-    """Gathers the texts of a command line in the place of the default."""
-
-    def __call__(self, parser, namespace, value, flag=None):
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, (*(() if before is self.default else before), value))
-
-
-def workers(text: str) -> int | str:
+def worker_count(text: str) -> int | str:
     return text if text == "auto" else number(int, 1, 2**16)(text)
 
 
-def configure(words: list[str], began: TrainingConfig | None = None) -> TrainingConfig:
-    """The settings that the words give, and for others those of `began` or the defaults."""
-    began = began or DEFAULTS
-    parser = make_parser(began)
-    settings = vars(parser.parse_args(words))
+def begin(given: dict[str, object], world: World) -> Checkpoint:
+    """What the training starts from: a checkpoint, a model, or nothing."""
+    if path := given.pop("resume", None):
+        saved = checkpoint.load(path, config_of) if world.rank == 0 else None
+        # but for the arrays, which rank 0 hands on when there is a place for them
+        without_arrays = world.broadcast(saved and replace(saved, weights={}, moments={}))
+        return saved or without_arrays
+    if path := given.get("init_from"):
+        return checkpoint.from_model(path, given.get("context_length"))
+    return Checkpoint(DEFAULTS)
+
+
+def config_of(argv: list[str]) -> TrainingConfig:
+    """The settings of a command line, which earlier versions kept in a checkpoint."""
+    return merge(DEFAULTS, make_parser().parse_given(argv))
+
+
+def resolve(
+    start: Checkpoint, given: dict[str, object], parser: command_line.ArgumentParser
+) -> TrainingConfig:
+    """The settings of the start, with the given ones in their places."""
+    name, before = given.get("tokenizer"), start.config
+    if start.tokenizer and name not in (None, before.tokenizer):
+        found = find_tokenizer(name)
+        if found and found.digest() == start.tokenizer.digest():
+            given["tokenizer"] = before.tokenizer  # by another name
+    settings = flat(before) | given
     for whole, part in (("d_model", "n_heads"), ("batch_size", "accumulate")):
         if settings[whole] % settings[part]:
-            given, divisor = (flag(name, settings[name]) for name in (whole, part))
-            parser.error(f"{given} is not divisible by {divisor}")
-    if settings["d_model"] != began.model.d_model:
-        settings["d_hidden"] = 4 * settings["d_model"]
-    return changed(began, settings)
+            options = [as_option(name, settings[name]) for name in (whole, part)]
+            parser.error(" is not divisible by ".join(options))
+    config = merge(before, given, start.kind)
+    if start.kind == TRAINING and config.n_steps < before.n_steps:
+        option = as_option("n_steps", config.n_steps)
+        raise UserError(f"{option} is less than the {before.n_steps} of before")
+    if config.model.gpt2 and config.files.format == "burn":
+        raise UserError("--format burn: gpt-burn has no GPT-2")
+    return config
 
 
-def flag(name: str, value: object) -> str:
-    """A setting as one writes it, or says that it is not set."""
-    given = {"grad_clipping": "grad_clip", "max_vocab_size": "vocab_size", "algorithm": "optimizer"}
-    option = f"--{given.get(name, name).replace('_', '-')}"
-    return f"no {option}" if value is None else f"{option} {value}"
-
-
-def refuse_contradictions(
-    config: TrainingConfig, began: TrainingConfig, names: Iterable[str], source: str
-) -> None:
-    """ValueError if one of these settings is not the one that `source` has."""
-    now, before = flat(config), flat(began)
-    for name in names:
-        if now[name] != before[name]:
-            raise UserError(
-                f"{flag(name, now[name])} contradicts {source}: it has {flag(name, before[name])}"
-            )
-
-
-def main() -> int:
-    words = sys.argv[1:]
-    options = make_parser(DEFAULTS).parse_args(words)
-    start = Start()
-    if not (options.resume or options.init_from):
-        config = configure(words)  # first: what is wrong ends here, and not on each of the workers
-    world = distributed.World(command_line.explain)
-    if not world.is_under_mpi and (n := distributed.count_workers(options.workers)) > 1:
-        return distributed.launch(n, sys.argv)
-    with world:
-        world.take_device()
-        if options.resume:
-            config, start = from_checkpoint(options.resume, words, world)
-        elif options.init_from:
-            config, start = from_model(options.init_from, words)
-        start.position.arguments += words
-        if config.model.gpt2 and config.files.format == "burn":
-            raise UserError("--format burn: gpt-burn has no GPT-2")
-        if config.files.output_path and not config.files.no_save and world.rank == 0:
-            folders.check_destination(config.files.output_path)
-        text = corpus.read(config, start.tokenizer, world)
-        start.position.texts = list(map(str, config.files.text_corpus))
-        start.position.directory = os.getcwd()
-        training = begin(config.with_tokenizer(text.tokenizer), text, start, world)
-        with folders.reserved(training.folder) if training.is_kept else contextlib.nullcontext():
-            return run(training, world)
-
-
-def from_checkpoint(
-    path: Path, words: list[str], world: distributed.World
-) -> tuple[TrainingConfig, Start]:
-    """The settings that a training began with, which the words may only prolong or move."""
-    saved = resume.load(path) if world.rank == 0 else None
-    # but for the tensors, which rank 0 hands on when there is a place for them
-    light = world.from_first(saved and replace(saved, weights={}, moments={}))
-    start = saved or light
-    # The model's sizes stand in its config: those in the words may be defaults, beside --init-from.
-    model = start.config["model"]
-    position = start.position
-    began = changed(configure(position.arguments, changed(DEFAULTS, model)), model)
-    output_path = position.path(position.output_path)
-    position.output_path = str(output_path)
-    began = changed(began, {"output_path": output_path})
-    if position.texts:
-        began = changed(began, {"text_corpus": tuple(map(position.path, position.texts))})
-    config = configure(words, began)
-    names = [name for name in flat(began) if name not in MAY_CHANGE]
-    refuse_contradictions(config, began, names, "the training to go on with")
-    if config.n_steps < began.n_steps:
-        steps = flag("n_steps", config.n_steps)
-        raise UserError(f"{steps} is less than the {began.n_steps} of before")
-    return config, start
-
-
-def from_model(path: Path, words: list[str]) -> tuple[TrainingConfig, Start]:
-    """The model's own sizes and tokenizer, but for a shorter context; its weights in float32."""
-    model, tokenizer = checkpoint.load(path)
-    own = {"tokenizer": tokenizer.name, "max_vocab_size": tokenizer.vocab_size}
-    began = changed(DEFAULTS, flat(model.config) | own)
-    config = configure(words, began)
-    if tokenizer.name == "bpe" and config.tokenizer not in ("bpe", "char", "vowel"):
-        given = corpus.byte_pairs(config.tokenizer)
-        if given.tokens == tokenizer.tokens:
-            config = replace(config, tokenizer=tokenizer.name)
-    names = ("d_model", "n_layers", "n_heads", *own)
-    refuse_contradictions(config, began, names, "the model to start from")
-    longest, context_length = model.config.context_length, config.model.context_length
-    if context_length > longest:
-        given = flag("context_length", context_length)
-        raise UserError(f"{given} is beyond the model's {longest}")
-    weights = {name: p.numpy().astype(np.float32) for name, p in model.parameters().items()}
-    positions = "positional_embedding.weight"
-    weights[positions] = weights[positions][:context_length]
-    return config, Start(tokenizer, weights)
-
-
-def run(training: Training, world: distributed.World) -> int:
-    config, folder = training.config, training.folder
-    is_on_cpu = devices.in_use().startswith("CPU")
-    if config.dtype == "bfloat16" and is_on_cpu and not (blas() and bfloat16.sbgemm()):
+def print_start(config: TrainingConfig) -> None:
+    device = devices.in_use()
+    if config.dtype == "bfloat16" and device.startswith("CPU") and not has_fast_bfloat16():
         print(ROUNDED_ONLY, file=sys.stderr)
-    parameters = f"parameters: {config.model.n_parameters}, device: {devices.in_use()}"
-    print(bold("start training"), "-", parameters)
-    print(json.dumps(config.picture(), indent=2), flush=True)
-    signal_number = loop.train(training, world, announce)
+    print(bold("start training"), f"- parameters: {config.model.n_parameters}, device: {device}")
+    print(json.dumps(config.to_json(), indent=2), flush=True)
+
+
+def finish(trainer: Trainer, signal_number: int) -> int:
+    """Keeps and shows what the training has learned, or says how an interrupted one goes on; the
+    exit status."""
     if signal_number:
-        if training.is_kept:
-            command = f"python train.py --resume {training.latest}"
+        if trainer.folder:
+            command = f"python train.py --resume {trainer.latest}"
             print(bold("interrupted; to go on:"), command, flush=True)
         return 128 + signal_number
-    if training.is_kept:
-        announce(f"store trained model to: {folder}")
-        training.save_model(folder)
-        plot(training)
+    if trainer.folder:
+        announce(f"store trained model to: {trainer.folder}")
+        trainer.save_model(trainer.folder)
+        metrics.plot(trainer.folder)
     announce("generate example text")
-    if world.rank == 0:
-        print_example(training)
+    if trainer.world.rank == 0:
+        print_example(trainer)
     return 0
+
+
+def has_fast_bfloat16() -> bool:
+    return bool(native.address("sgemm") and native.address("sbgemm"))
 
 
 def announce(text: str) -> None:
     print(bold(text), flush=True)
 
 
-def print_example(training: Training) -> None:
-    tokenizer, rng = training.corpus.tokenizer, np.random.default_rng(training.config.seed)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+def print_example(trainer: Trainer) -> None:
+    tokenizer, rng = trainer.corpus.tokenizer, np.random.default_rng(trainer.config.seed)
     prompt = tokenizer.encode("\n")[None].astype(np.int32)
-    generator = Generator(training.model)
-    for new in generator(prompt, 200, lambda logits: sample(logits, 1.0, rng)):
-        print(decoder.decode(tokenizer.token_bytes(int(new[0]))), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+    stream = TextStream(tokenizer)
+    for new in Generator(trainer.model)(prompt, 200, lambda logits: sample(logits, 1.0, rng)):
+        print(stream.add(int(new[0])), end="", flush=True)
+    print(stream.add(None))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
 """What tinygrad lacks, for any program: importing this package is enough to have it.
 
-Read `errors`, `machine` (what differs from one to another), `blas` (matrix products), `bfloat16`
-(those of CPUs that are fast at it), `products` and `rounded` (those of generation), `sizes` (that
-vary), `imports`, `cores`, `compiler`, `processes` and `cpu` (the CPU as a device), then `devices`
-(which backend), `locks`, `caches` and `capture` (what is kept for the next start), `rendered`
-(kernels as C), `memory` and `lookup`.
-Nothing here knows of a GPT.
+Read `errors`, `machine` (what differs from one to another), `arrays` (memory), `matmul` (einsum),
+`lookup`, `quantized` (matrices in 8 or 16 bits), `sizes` (that vary), `devices` (which backend),
+`files` (written whole or not at all), `locks`, `caches` and `jit_cache` (what is kept for the next
+start), `rendered` (kernels as C), and `cpu`, the CPU as a device. Nothing here knows of a GPT.
 """
 
 import backend.machine  # noqa: F401 - before tinygrad
-from backend import cpu, devices
-from backend.blas import einsum
+from backend import devices
+from backend.arrays import from_numpy, zeros
+from backend.cpu import patches  # noqa: F401 - what tinygrad lacks on the CPU
 from backend.lookup import look_up
-from backend.memory import filled, zeros
+from backend.matmul import einsum
 from backend.sizes import positions
 
-__all__ = ["cpu", "devices", "einsum", "filled", "look_up", "positions", "zeros"]
+__all__ = ["devices", "einsum", "from_numpy", "look_up", "positions", "zeros"]
 
-devices.choose()
+devices.set_default()

@@ -1,52 +1,11 @@
-"""What is kept for the next start: by one process at a time, whole, and no more than a size."""
+"""What is kept for the next start: whole, and no more than a size."""
 
 import contextlib
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 N_DIGEST = hashlib.sha256().digest_size
-
-
-@contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """For one process at a time, where files can be locked; nothing is left of the file."""
-    lock = locked(path) if fcntl else None
-    try:
-        yield
-    finally:
-        if lock:
-            with contextlib.suppress(OSError):
-                if is_at(path, lock):
-                    path.unlink()  # while it is locked: who waits for it then sees that it is gone
-            fcntl.flock(lock, fcntl.LOCK_UN)  # closing it is not enough: forks may have it, too
-            lock.close()
-
-
-def locked(path: Path) -> IO | None:
-    """The file at `path`, locked; None where that can't be."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        while True:
-            lock = path.open("a")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if is_at(path, lock):
-                return lock
-            lock.close()  # the one who had it has removed it
-    return None
-
-
-def is_at(path: Path, file: IO) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    return False
 
 
 def sealed(data: bytes) -> bytes:

@@ -11,11 +11,11 @@ from backend.errors import UserError
 BACKENDS = ("CPU", "CUDA", "NV", "METAL", "AMD", "CL", "WEBGPU")
 
 
-def choose() -> None:
-    """Leaves DEV to the user, and the choice without it to tinygrad where there may be a GPU.
+def set_default() -> None:
+    """Sets DEV=CPU where the user names no backend and there is no driver of a GPU.
 
-    Else tinygrad would take an OpenCL that runs on the CPU (pocl) before its own, faster, backend,
-    and spend half a second on looking for GPUs.
+    tinygrad 0.14.0 would take an OpenCL on the CPU (pocl) before its own, faster, backend, and
+    look for GPUs for half a second. With a driver of a GPU, or DEV, the choice is tinygrad's.
     """
     gpu_drivers = ("/dev/kfd", "/dev/nvidiactl", "/dev/dxg")
     has_gpu = sys.platform == "darwin" or any(map(os.path.exists, gpu_drivers))
@@ -24,13 +24,13 @@ def choose() -> None:
         DEV.value = os.environ["DEV"] = "CPU"
 
 
-def on_cpu() -> Context:
-    """Within it, what names no device is on the CPU."""
+def default_to_cpu() -> Context:
+    """A context in which tensors are on the CPU, unless they name another device."""
     return Context(DEV="CPU")
 
 
 def in_use() -> str:
-    """The device's name, as CPU or CUDA:1; ValueError for an older way to choose one, as CUDA=1."""
+    """The name of the device, CPU or CUDA:1, say; UserError for a deprecated variable, CUDA=1."""
     try:
         return Device.canonicalize(None)
     except AssertionError as error:  # tinygrad's: CUDA=1 is deprecated, use DEV=CUDA instead
@@ -38,10 +38,10 @@ def in_use() -> str:
 
 
 def open_error(backend: str) -> str | None:
-    """Why the backend does not open, or has no compiler; None if it can be used."""
+    """The reason why the backend, or its compiler, does not open; None if both do."""
     try:
-        Device[backend].renderer  # noqa: B018 - which finds the compiler
-    except Exception as error:  # whatever the driver's loader raises
+        Device[backend].renderer  # noqa: B018 - finds the compiler
+    except Exception as error:  # a driver's loader may raise anything
         return " ".join(str(error).split())[:100] or type(error).__name__
     return None
 
@@ -51,7 +51,7 @@ def usable() -> list[str]:
 
 
 def check() -> None:
-    """ValueError if the backend that DEV names does not open."""
+    """Raises UserError if the backend that DEV names does not open."""
     if reason := open_error(name := in_use()):
         others = f"; these do: {', '.join(names)}" if (names := usable()) else ""
         raise UserError(f"DEV={os.environ.get('DEV', name)} does not open here ({reason}){others}")

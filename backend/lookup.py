@@ -1,16 +1,16 @@
-"""Rows of a large table by their numbers, on every backend."""
+"""Rows of a large table by their ids, on every backend."""
 
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.uop.ops import AxisType, KernelInfo
 
 
 def look_up(table: Tensor, ids: Tensor) -> Tensor:
-    """table (n_rows, d), ids (n,) -> float32 (n, d): the rows of these numbers.
+    """table (n_rows, d), ids (n,) -> float32 (n, d)
 
-    The gradient adds one row after the other to a table of zeros. tinygrad's own compares all rows
-    with all ids, and so does a product with one-hot rows, which is faster for small tables alone.
+    The gradient adds row after row to a table of zeros. tinygrad's own compares all ids with all
+    rows, and so does a product with one-hot rows, which is faster for small tables alone.
     """
-    if not isinstance(table, Tensor):
+    if not isinstance(table, Tensor):  # a QuantizedMatrix
         return table.rows(ids)
     rows = Tensor.empty(ids.shape[0], table.shape[1], device=table.device)
     ids = ids.cast(dtypes.int32).contiguous()
@@ -19,30 +19,28 @@ def look_up(table: Tensor, ids: Tensor) -> Tensor:
 
 
 def gradient(of_rows: UOp, call: UOp) -> tuple:
+    """of_rows (n, d) -> the gradients of the kernel's buffers: of the table (n_rows, d) alone"""
     _, _, table, ids = call.src
     zeros = Tensor.zeros(*table.shape, device=table.device).contiguous().uop
-    if table.shape[1] == 1:  # behind a norm over one value it is a constant, which has no memory
-        of_rows = of_rows.contiguous()
+    if table.shape[1] == 1:  # tinygrad folds the gradient of a norm over one value to a constant,
+        of_rows = of_rows.contiguous()  # and a kernel takes buffers
     return None, UOp.custom_kernel(zeros, of_rows, ids, fxn=add_rows)[0], None
 
 
 def copy_rows(rows: UOp, table: UOp, ids: UOp) -> UOp:
     i, j = UOp.range(rows.shape[0], 0), UOp.range(rows.shape[1], 1)
-    value = row(table, ids[i])[j].cast(rows.dtype)
-    return rows[i, j].store(value).end(i, j).sink(arg=KernelInfo("copy_rows", opts_to_apply=()))
+    copy = rows[i, j].store(row(table, ids[i])[j].cast(rows.dtype))
+    return copy.end(i, j).sink(arg=KernelInfo("copy_rows", opts_to_apply=()))
 
 
 def add_rows(table: UOp, rows: UOp, ids: UOp) -> UOp:
-    # in turn, for a row may occur twice; what runs in parallel are its columns
+    # one row at a time, since an id may occur twice; the columns may run in parallel
     i, j = UOp.range(rows.shape[0], 0, AxisType.LOOP), UOp.range(rows.shape[1], 1)
-    place = row(table, ids[i])[j]
-    return (
-        place.store(place.load() + rows[i, j])
-        .end(i, j)
-        .sink(arg=KernelInfo("add_rows", opts_to_apply=()))
-    )
+    element = row(table, ids[i])[j]
+    add = element.store(element.load() + rows[i, j])
+    return add.end(i, j).sink(arg=KernelInfo("add_rows", opts_to_apply=()))
 
 
-def row(table: UOp, number: UOp) -> UOp:
-    # within its bounds, for which tinygrad would take 64 bits to be sure
-    return table[number.clip(0, table.shape[0] - 1).cast(dtypes.weakint)]
+def row(table: UOp, id: UOp) -> UOp:
+    # clipped, or else tinygrad would compute the index in 64 bits
+    return table[id.clip(0, table.shape[0] - 1).cast(dtypes.weakint)]

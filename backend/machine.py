@@ -95,7 +95,7 @@ def physical_memory() -> int:
 
 
 def wait_call() -> Callable:
-    """What a core calls that has waited long: on Linux any of its system calls, and elsewhere one
+    """What a thread calls that has waited long: on Linux libc's `syscall`, elsewhere a function
     that lets another thread have the core."""
     if sys.platform == "win32":
         return ctypes.windll.kernel32.SwitchToThread

@@ -1,7 +1,8 @@
-"""The kernels of a function as C, which a compiler for any processor can make a program of."""
+"""The kernels of a function as C, of which a compiler makes a program for any processor."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest.mock import patch
 
 from tinygrad import Context, Device, Tensor, UOp, Variable
@@ -11,55 +12,52 @@ from tinygrad.engine.realize import capturing, get_call_arg_uops
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.uop.ops import Ops, buffers
 
-from backend.capture import kernels_of
+from backend.cpu import native
+from backend.jit_cache import kernels_of
 
-N_SHARES = 24  # for 2, 3, 4, 6, 8, 12 or 24 cores they are equal
+N_CHUNKS = 24  # of which 2, 3, 4, 6, 8, 12 or 24 cores have equal numbers
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a kernel: C of one function, its name there, and what it is called with.
+    """A call of a kernel: its C, one function, the function's name, and the arguments.
 
-    That is buffers, each with the place in it, in bytes, and then variables by name. `core_id` is
-    one of these if the kernel comes in shares: it counts them.
+    The arguments are buffers, each with an offset in bytes, and then variables by name. Of a kernel
+    in chunks `core_id` is one of the variables: the number of the chunk.
     """
 
     source: str
     name: str
-    n_shares: int
+    n_chunks: int
     buffers: list[tuple[Buffer, int]]
     variables: list[str]
 
 
-class Recorder:
-    def __init__(self):
-        self.kernels: list[UOp] = []
+def rendered(function: Callable, *tensors: Tensor, **variables: range) -> list[Call]:
+    """The kernels that `function` runs on the CPU, in chunks for up to N_CHUNKS cores.
 
-    def add_linear(self, linear: UOp, _) -> None:
-        self.kernels += linear.src
-
-
-def rendered(function: Callable, *tensors: Tensor, **values: range) -> list[Call]:
-    """What `function` would run on the CPU, in shares for up to N_SHARES cores.
-
-    It takes realised tensors, and by name numbers, each of its `values`. All that products.c can
-    multiply it does. Nothing is compiled, and nothing is run.
+    It takes realised tensors, and by name integers, each from the range in `variables`. gemv.c
+    multiplies all that it can. Nothing is compiled, and nothing is run.
     """
-    variables = {
+    bound = {
         name: Variable(name, numbers[0], numbers[-1]).bind(numbers[0])
-        for name, numbers in values.items()
+        for name, numbers in variables.items()
     }
-    recorder, compiler = Recorder(), Device["CPU"].renderer.compiler
-    shares = {"NUM_CPU_THREADS": N_SHARES, "SHARES_EACH": 1}
-    context = Context(SPEC=0, PARALLEL=0, FEW_VECTORS=2**31 - 1, **shares)
-    with context, patch.object(compiler, "compile_cached", lambda source: b""):
+    compiler, kernels = Device["CPU"].renderer.compiler, []
+    # what tinygrad gives kernels to in place of running them, as it does to capture a jit
+    recorder = SimpleNamespace(add_linear=lambda linear, _: kernels.extend(linear.src))
+    chunks = {"NUM_CPU_THREADS": N_CHUNKS, "CHUNKS_PER_CORE": 1}
+    with (
+        Context(SPEC=0, PARALLEL=0, FEW_VECTORS=2**31 - 1, **chunks),
+        patch.object(compiler, "compile_cached", lambda source: b""),
+        patch.object(native, "address", lambda name: 0),
+    ):
         capturing.append(recorder)
         try:
-            function(*tensors, **variables)
+            function(*tensors, **bound)
         finally:
             capturing.clear()
-        held = set(buffers)
-        linear = jit_lower(UOp(Ops.LINEAR, src=tuple(recorder.kernels)), held, [])
+        linear = jit_lower(UOp(Ops.LINEAR, src=tuple(kernels)), set(buffers), [])
     return [call_of(kernel) for kernel in kernels_of(linear)]
 
 
@@ -68,7 +66,7 @@ def call_of(kernel: UOp) -> Call:
     source = next(part.arg for part in program.src if part.op is Ops.SOURCE)
     arguments = [argument.buffer for argument in get_call_arg_uops(kernel)]
     return Call(
-        source.replace(ClangRenderer.abi, ""),  # this system's way to call is not every target's
+        source.replace(ClangRenderer.abi, ""),  # this system's calling convention
         info.function_name,
         info.global_size[0],
         [(buffer.base, buffer.offset) for buffer in arguments],

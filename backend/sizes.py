@@ -1,4 +1,4 @@
-"""Sizes that vary with a variable of a captured jit, as tinygrad's symbolic shapes have them."""
+"""Sizes that vary with a Variable of a jit, which tinygrad calls symbolic: `sint`."""
 
 from tinygrad import Tensor
 from tinygrad.uop.ops import Ops, sint
@@ -9,7 +9,7 @@ def at_most(size: sint) -> int:
 
 
 def in_kernel(size: sint) -> sint:
-    """A size as kernels have it, to which the variables that it depends on are parameters."""
+    """The size as an expression of a kernel's parameters, which the Variables are there."""
     if isinstance(size, int):
         return size
     size, values = size.unbind_all()
@@ -17,17 +17,17 @@ def in_kernel(size: sint) -> sint:
 
 
 def positions(n: sint) -> Tensor:
-    """The numbers from 0 to before n; `Tensor.arange` adds up ones where n varies."""
+    """The integers (n,) from 0; `Tensor.arange` computes them as sums of ones where n varies."""
     return Tensor.arange(at_most(n))[:n]
 
 
 def stored(x: Tensor) -> Tensor:
-    """x in memory; if a size varies, at the beginning of a tensor that is as large as x can be."""
+    """x in memory; if a size varies, at the start of a buffer of the largest shape of x."""
     shape = tuple(at_most(size) for size in x.shape)
     if x.shape == shape:
         return x.contiguous()
     if x.uop.op is Ops.SHRINK and x.uop.src[0].shape == shape:
-        return Tensor(x.uop.src[0])  # a cache, as far as it is full
+        return Tensor(x.uop.src[0])  # a KV cache, which x is the filled part of
     whole = Tensor.empty(*shape, device=x.device, dtype=x.dtype)
-    place = whole.shrink(tuple((0, size) for size in x.shape))
-    return Tensor(whole.uop.after(place.uop.store(x.uop)))
+    filled = whole.shrink(tuple((0, size) for size in x.shape))
+    return Tensor(whole.uop.after(filled.uop.store(x.uop)))

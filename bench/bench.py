@@ -73,7 +73,7 @@ class Worker:
         command = [python, str(HERE / script), json.dumps(job)]
         if workers := job.get("workers"):
             sys.path.append(str(ROOT))
-            from training.distributed import mpiexec  # as --workers starts them
+            from training.workers import mpiexec  # as --workers starts them
 
             command = [*mpiexec(workers), *command]
         self.process = subprocess.Popen(

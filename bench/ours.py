@@ -10,15 +10,17 @@ from tinygrad import Device
 from tinygrad.helpers import GlobalCounters
 from worker import peak_memory, serve
 
-from backend.memory import get
-from generation import Generator
+from backend.arrays import copy_out
+from data.ids import Corpus
 from gpt_tiny import GPT, GPTConfig, initial_weights
+from inference.decoder import quantize
+from inference.generator import Generator
 from tokenizers import CharTokenizer
 from training.batches import capture_training, make_plan
-from training.corpus import Corpus
-from training.distributed import World
-from training.settings import Files, TrainingConfig, changed
-from training.state import Start, begin
+from training.checkpoint import Checkpoint
+from training.config import Files, TrainingConfig, changed
+from training.trainer import Trainer
+from training.workers import World
 
 WORLD = World()
 WORLD.take_device()
@@ -29,13 +31,16 @@ def train(config: GPTConfig, n: int, **settings):
     config = changed(TrainingConfig(model=config, files=Files(no_save=True)), settings)
     rng = np.random.default_rng(0)
     ids = rng.integers(config.model.vocab_size, size=500_000).astype(np.uint16)
-    training = begin(config, Corpus("made up", CharTokenizer(), 0, ids), Start(), WORLD)
-    train_batch, plan = capture_training(training, WORLD), make_plan(training, rng, WORLD)
+    corpus = Corpus("made up", CharTokenizer(), 0, ids)
+    trainer = Trainer(config, corpus, Checkpoint(config), None, WORLD)
+    learned = trainer.model, trainer.parameters, trainer.optimizer, trainer.losses
+    train_batch = capture_training(config, *learned, WORLD)
+    plan = make_plan(config, corpus, trainer.optimizer, 0, rng, WORLD)
 
     def work() -> None:
         for number in range(n):
             train_batch(*plan, batch=number % config.batches_per_step)
-        get(training.losses)  # waits for the last one
+        copy_out(trainer.losses)  # waits for the last one
 
     return work
 
@@ -48,10 +53,13 @@ def generate(
     weights: str | None = None,
     stored: str = "float32",
 ):
-    """`weights` is what the generator rounds them to, `stored` what it finds them in."""
+    """`weights` is what they are rounded to, `stored` what they are before."""
     arrays = initial_weights(config, 0)
     arrays = {name: values.astype(stored, copy=False) for name, values in arrays.items()}
-    generator = Generator(GPT(config, arrays), stride=stride, weights=weights)
+    model = GPT(config, arrays)
+    if weights:
+        quantize(model, weights)
+    generator = Generator(model, stride=stride)
     prompt = np.zeros((1, n_prompt), np.int32)
 
     def work() -> None:

@@ -4,3 +4,7 @@
 `folders` writes them whole or not at all, `hub` fetches them by name. Nothing here knows of
 training.
 """
+
+from models.checkpoint import find_tokenizer, load
+
+__all__ = ["find_tokenizer", "load"]

@@ -5,7 +5,7 @@ GPT-2, in which a GPT-2 is always saved, and whose weights may be in several fil
 weights are numpy arrays by name, a linear's as (out, in).
 
 Nothing here trusts a file: each length and shape is compared with the file's size before memory is
-taken for it, nothing is unpickled, and what is wrong is a ValueError that says so in one line.
+taken for it, nothing is unpickled, and what is wrong is a UserError of one line.
 """
 
 import json
@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,38 +22,65 @@ from backend.errors import UserError
 from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt2, gpt_burn, hub, safetensors
 from models.folders import INDEX, MODEL_FILES, WEIGHT_FILES, replacing
-from models.safetensors import MAX_JSON_BYTES, LazyArrays, parse_json
+from models.safetensors import LazyArrays
+from tokenizers import TOKENIZERS, Tokenizer
 
-TOKENIZER_FILES = {"char": (), "vowel": ("tokenizer.json",), "bpe": hub.BYTE_PAIR_FILES}
 
-
-def load(folder: Path | str) -> tuple[GPT, tokenizers.Tokenizer]:
+def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
     """The model and the tokenizer of a folder in any of the three layouts, or of a name on the
     Hugging Face Hub.
 
-    ValueError or OSError, with one line that names the file and what is wrong with it.
+    UserError or OSError, with one line that names the file and what is wrong with it.
     """
+    config, tokenizer, weights = read(folder)
+    return GPT(config, weights), tokenizer
+
+
+def read(folder: Path | str) -> tuple[GPTConfig, Tokenizer, Mapping[str, np.ndarray]]:
+    """What `load` makes a model of; the weights as `read_weights` gives them."""
     folder = find(Path(folder))
     config = read_config(folder)
-    model_config = GPTConfig(**config["model"])
-    weights_file(folder)  # first: only with a file to compare to does read_config bound the sizes
-    tokenizer = tokenizers.load(config.get("tokenizer", "char"), folder)
-    if tokenizer.vocab_size != model_config.vocab_size:
+    model = GPTConfig(**config["model"])
+    wanted = shapes(model)
+    tokenizer = tokenizers.load(config.get("tokenizer", tokenizers.DEFAULT), folder)
+    if tokenizer.vocab_size != model.vocab_size:
         raise UserError(
-            f"{folder / 'config.json'}: vocab_size is {model_config.vocab_size}, but the tokenizer "
+            f"{folder / 'config.json'}: vocab_size is {model.vocab_size}, but the tokenizer "
             f"{tokenizer.name!r} has {tokenizer.vocab_size} tokens: they do not belong together"
         )
-    return GPT(model_config, read_weights(folder, shapes(model_config))), tokenizer
+    return model, tokenizer, read_weights(folder, wanted)
+
+
+def find_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer that a user names: one that needs no files, or that of a folder or of a name on
+    the Hugging Face Hub; None for one that learns from a text."""
+    kind = TOKENIZERS.get(name, tokenizers.OF_FOLDERS)
+    if kind.learns or not kind.files:
+        return None if kind.learns else kind()
+    folder, reason = Path(name), "there is no such folder"
+    try:
+        if hub.is_name(folder):
+            repository = hub.Repository(folder.as_posix())
+            folder = [repository.fetch(file) for file in kind.files][-1].parent
+    except UserError as error:
+        reason = str(error)
+    if not folder.is_dir():
+        names = [each.name for each in TOKENIZERS.values() if each.learns or not each.files]
+        raise UserError(
+            f"--tokenizer {name} is not known: name {', '.join(names)}, or a folder or a model of "
+            f"the Hugging Face Hub with GPT-2's {' and '.join(kind.files)} ({reason})"
+        )
+    return kind.read(folder)
 
 
 def find(folder: Path) -> Path:
     """The folder or, where there is none and its name could be one on the Hub, the folder of that
     model in the Hub's cache, to which the files that are needed are fetched."""
-    if not hub.is_name(folder):
+    if folder.exists() or not hub.is_name(folder):
         return folder
     repository = hub.Repository(folder.as_posix())
     config = parse_config(repository.fetch("config.json"))  # before the weights of what is no GPT-2
-    for file in TOKENIZER_FILES.get(config.get("tokenizer", "char"), ()):
+    for file in TOKENIZERS.get(config.get("tokenizer"), Tokenizer).files:
         repository.fetch(file)
     files = ("model.safetensors", INDEX)
     if not any(map(repository.cached, files)):  # else all is there, and no one is asked
@@ -68,41 +94,34 @@ def find(folder: Path) -> Path:
 
 def files(folder: Path) -> set[Path]:
     """Where the links of a model's folder lead: its files, and those that it could have as well."""
-    names = {*MODEL_FILES, *chain(*TOKENIZER_FILES.values())}
-    paths = [*map(folder.joinpath, names), *folder.glob("*.safetensors")]
+    names = {*MODEL_FILES, *tokenizers.FILES}
+    found = (path for kind in ("json", "safetensors") for path in folder.glob(f"*.{kind}"))
+    paths = [*map(folder.joinpath, names), *found]
     return set(map(Path, map(os.path.realpath, paths)))
 
 
 def read_config(folder: Path) -> dict:
     """The folder's `config.json`, with a section `model` that makes a GPTConfig.
 
-    The sizes of the model are also held against the size of the weights' file, where there is one,
-    so that a model built from them is never much larger than the file it comes from.
+    The model's sizes are compared with the size of the weights' file, so that a model built from
+    them is never much larger than the file it comes from.
     """
     path = Path(folder) / "config.json"
     if not path.parent.is_dir():
         raise UserError(f"there is no model folder {path.parent}")
     if not path.is_file():
         raise UserError(f"{path.parent} is not a model folder: it has no config.json")
-    config = parse_config(path)
-    n_parameters = GPTConfig(**config["model"]).n_parameters
-    file = next(filter(Path.is_file, map(path.with_name, WEIGHT_FILES)), None)
-    if file and n_bytes(file) < n_parameters:
+    file, config = weights_file(path.parent), parse_config(path)
+    files = safetensors.shards(file) if file.name == INDEX else [file]
+    n_bytes = sum(file.stat().st_size for file in files)
+    if GPTConfig(**config["model"]).n_parameters > n_bytes:
         raise UserError(f"{path}: it asks for more weights than {file.name} can hold")
     return config
 
 
-def n_bytes(file: Path) -> int:
-    """The size of a file of weights, or of all that an index names."""
-    files = safetensors.shards(file) if file.name == INDEX else [file]
-    return sum(file.stat().st_size for file in files)
-
-
 def parse_config(path: Path) -> dict:
     """A config by itself: its sizes may still be any."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise UserError(f"{path} is far too large for a config")
-    config = parse_json(path.read_bytes(), path)
+    config = safetensors.read_json(path, "a config")
     try:
         if "model_type" in config:
             config = gpt2.config_to_ours(config)
@@ -114,7 +133,7 @@ def parse_config(path: Path) -> dict:
             raise UserError(f"a model has no setting {min(wrong)!r:.60}")
         if wrong := known - model.keys() - {"gpt2"}:
             raise UserError(f"it lacks the setting {min(wrong)}")
-        tokenizer = config.get("tokenizer", "char")
+        tokenizer = config.get("tokenizer", tokenizers.DEFAULT)
         if not isinstance(tokenizer, str) or not tokenizer.isidentifier():
             raise UserError(f"tokenizer is {tokenizer!r:.60}, not the name of a tokenizer")
         GPTConfig(**model)
@@ -130,17 +149,16 @@ def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping
     is float32. The arrays of a safetensors file are read one by one, each whenever it is asked for,
     and only then is it looked through for what is not finite.
     """
-    path = weights_file(Path(folder))
+    path = weights_file(folder)
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty")
     if path.name == "model.mpk":
         arrays = gpt_burn.read_record(path)
     else:
         arrays = (safetensors.read_sharded if path.name == INDEX else safetensors.read)(path)
-        if "wte.weight" in arrays or "transformer.wte.weight" in arrays:
+        if gpt2.is_theirs(arrays):
             n_layers = sum(name.endswith(".norm_1.gamma") for name in shapes)
-            try:
-                arrays = LazyArrays(gpt2.weights_to_ours(arrays, n_layers))
-            except ValueError as error:
-                raise UserError(f"{path}: {error}") from None
+            arrays = LazyArrays(gpt2.weights_to_ours(arrays, n_layers, path))
     for name, shape in shapes.items():
         if name not in arrays:
             raise UserError(f"{path} lacks the tensor {name} {shape} that config.json asks for")
@@ -158,7 +176,7 @@ def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping
 
 
 def take_finite(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarray:
-    """An array in at most float32; ValueError if it holds NaN or what is infinite there."""
+    """An array in at most float32; UserError if it holds NaN or what is infinite there."""
     array = arrays[name]
     if array.dtype == np.float64:
         with np.errstate(over="ignore"):
@@ -174,27 +192,21 @@ def is_finite(array: np.ndarray) -> bool:
         return bool(np.isfinite(array.sum(dtype=np.float32)) or np.isfinite(array).all())
 
 
-def save(
-    folder: Path,
-    config: dict,
-    weights: Mapping[str, np.ndarray],
-    tokenizer: tokenizers.Tokenizer | None = None,
-    format: str = "tiny",
-) -> None:
-    """Writes a model folder as `replacing` does."""
-    with replacing(folder) as new:
-        write(new, config, weights, tokenizer, format)
+def save(folder: Path, *model, owned=(), marks=(), **options) -> None:
+    """Writes a model, as `write` takes it, to a folder, as `replacing` takes that."""
+    with replacing(folder, owned, marks) as new:
+        write(new, *model, **options)
 
 
 def write(
     folder: Path,
     config: dict,
     weights: Mapping[str, np.ndarray],
-    tokenizer: tokenizers.Tokenizer | None,
+    tokenizer: Tokenizer | None = None,
     format: str = "tiny",
 ) -> None:
     """`format` "tiny" is our layout, or Hugging Face's for a GPT-2, in the precision of `weights`;
-    "burn" is gpt-burn's, in half precision, which holds no GPT-2: ValueError."""
+    "burn" is gpt-burn's, in half precision, which holds no GPT-2: UserError."""
     is_gpt2, n_layers = config["model"].get("gpt2"), config["model"]["n_layers"]
     if format == "burn" and is_gpt2:
         raise UserError("gpt-burn's layout holds no GPT-2")
@@ -215,10 +227,7 @@ def write(
 
 
 def weights_file(folder: Path) -> Path:
-    for path in (folder / name for name in WEIGHT_FILES):
-        # Links are followed (Hugging Face's cache is made of them), pipes and devices not opened.
-        if path.is_file():
-            if path.stat().st_size == 0:
-                raise UserError(f"{path} is empty")
-            return path
+    # Links are followed (Hugging Face's cache is made of them), pipes and devices not opened.
+    for path in filter(Path.is_file, map(folder.joinpath, WEIGHT_FILES)):
+        return path
     raise UserError(f"{folder} is not a model folder: it has no {' or '.join(WEIGHT_FILES)}")

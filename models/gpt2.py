@@ -5,10 +5,12 @@ Its file holds a block's query, key and value as one tensor, and each linear's w
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from backend.errors import UserError
+from tokenizers import BytePairTokenizer
 
 SIZES = {
     "context_length": "n_positions",
@@ -28,7 +30,14 @@ FIXED = {
     "tie_word_embeddings": (True,),
     "quantization_config": (None,),
 }
+EMBEDDINGS = ("wte.weight", "transformer.wte.weight")  # without the head, or beside one
 DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+LINEARS = {
+    "attn.c_attn": ("multi_head.query", "multi_head.key", "multi_head.value"),
+    "attn.c_proj": ("multi_head.out",),
+    "mlp.c_fc": ("pwff.linear_1",),
+    "mlp.c_proj": ("pwff.linear_2",),
+}
 # In older files: causal masks, and the head, where transformers takes the token embedding.
 IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.decoder.weight")
 
@@ -36,7 +45,7 @@ IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.decoder.weight")
 def config_to_ours(config: dict) -> dict:
     """Our config of a model, from Hugging Face's and what `config_to_theirs` put beside it.
 
-    ValueError for a model that is no GPT-2, or that has an option which ours lacks.
+    UserError for a model that is no GPT-2, or that has an option which ours lacks.
     """
     if config.get("model_type") != "gpt2":
         raise UserError(f"model_type is {config.get('model_type')!r:.60}: only 'gpt2' is known")
@@ -54,7 +63,7 @@ def config_to_ours(config: dict) -> dict:
     if d_hidden is None and type(model["d_model"]) is int:
         d_hidden = 4 * model["d_model"]
     model |= {"d_hidden": d_hidden, "dropout": config.get("resid_pdrop", 0.1), "gpt2": True}
-    return {**training, "model": model, "tokenizer": "bpe"}
+    return {**training, "model": model, "tokenizer": BytePairTokenizer.name}
 
 
 def config_to_theirs(config: dict, end: int | None, ends: Sequence[int]) -> dict:
@@ -88,35 +97,35 @@ def names(n_layers: int) -> dict[str, list[str]]:
             table[f"{theirs}.ln_{norm}.weight"] = [f"{ours}.norm_{norm}.gamma"]
             table[f"{theirs}.ln_{norm}.bias"] = [f"{ours}.norm_{norm}.beta"]
         for part in ("weight", "bias"):
-            table[f"{theirs}.attn.c_attn.{part}"] = [
-                f"{ours}.multi_head.{name}.{part}" for name in ("query", "key", "value")
-            ]
-            table[f"{theirs}.attn.c_proj.{part}"] = [f"{ours}.multi_head.out.{part}"]
-            table[f"{theirs}.mlp.c_fc.{part}"] = [f"{ours}.pwff.linear_1.{part}"]
-            table[f"{theirs}.mlp.c_proj.{part}"] = [f"{ours}.pwff.linear_2.{part}"]
+            for linear, parameters in LINEARS.items():
+                table[f"{theirs}.{linear}.{part}"] = [f"{ours}.{p}.{part}" for p in parameters]
     return table
 
 
-def weights_to_ours(
-    tensors: Mapping[str, np.ndarray], n_layers: int
-) -> dict[str, Callable[[], np.ndarray]]:
-    """By our names, functions that take the parameters out of the tensors of a file.
+def is_theirs(tensors: Mapping[str, np.ndarray]) -> bool:
+    return not tensors.keys().isdisjoint(EMBEDDINGS)
 
-    ValueError for a tensor that no GPT-2 has, and for a head that is not the token embedding.
+
+def weights_to_ours(
+    tensors: Mapping[str, np.ndarray], n_layers: int, path: Path
+) -> dict[str, Callable[[], np.ndarray]]:
+    """By our names, functions that take the parameters out of the tensors of the file `path`.
+
+    UserError for a tensor that no GPT-2 has, and for a head that is not the token embedding.
     """
     table, parameters = names(n_layers), {}
     for name in tensors:
         short = name.removeprefix("transformer.")
         if short == "lm_head.weight":
-            embedding = "wte.weight" if "wte.weight" in tensors else "transformer.wte.weight"
+            embedding = next(filter(tensors.__contains__, EMBEDDINGS))
             if not np.array_equal(tensors[name], tensors[embedding]):
-                raise UserError("its head lm_head.weight is not the token embedding")
+                raise UserError(f"{path}: its head lm_head.weight is not the token embedding")
         elif short in table:
             ours = table[short]
             for part, our_name in enumerate(ours):
                 parameters[our_name] = partial(take, tensors, name, part, len(ours))
         elif not short.endswith(IGNORED):
-            raise UserError(f"a GPT-2 of {n_layers} layers has no tensor {name!r:.80}")
+            raise UserError(f"{path}: a GPT-2 of {n_layers} layers has no tensor {name!r:.80}")
     return parameters
 
 

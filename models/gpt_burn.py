@@ -13,6 +13,7 @@ from pathlib import Path
 import msgpack
 import numpy as np
 
+import tokenizers
 from backend.errors import UserError
 
 BROKEN = (ValueError, LookupError, TypeError, OverflowError, msgpack.UnpackException)
@@ -193,10 +194,10 @@ def write_record(path: Path, weights: dict[str, np.ndarray], n_layers: int) -> N
 
 
 def config_to_theirs(config: dict) -> dict:
-    """Our config without what gpt-burn has no word for; the character tokenizer is all it knows."""
+    """Our config without what gpt-burn has no word for: it knows one tokenizer alone."""
     model = {name: value for name, value in config["model"].items() if name != "gpt2"}
     config = {**config, "model": model}
-    if config.get("tokenizer") == "char":
+    if config.get("tokenizer") == tokenizers.DEFAULT:
         del config["tokenizer"]
     return config
 

@@ -5,16 +5,13 @@ as they do everywhere. It is imported for a name alone: folders do not wait for 
 knows of tensors.
 """
 
-import contextlib
 import os
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from backend.errors import UserError
 
-BYTE_PAIR_FILES = ("vocab.json", "merges.txt")
 PART = r"\w(?:[\w.-]{0,94}\w)?"
 NAME = re.compile(rf"(?!.*(?:--|\.\.))(?:{PART}/)?{PART}(?<!\.git)", re.ASCII)
 
@@ -24,21 +21,15 @@ def is_name(path: Path) -> bool:
     return NAME.fullmatch(path.as_posix()) is not None and not path.exists()
 
 
-def byte_pairs(path: Path) -> Path:
-    """The folder or, by name, the one in the cache with a tokenizer's two files."""
-    if not is_name(path):
-        return path
-    repository = Repository(path.as_posix())
-    return [repository.fetch(file).parent for file in BYTE_PAIR_FILES][-1]
-
-
 class Repository:
     """A repository of the Hub, at one commit: all that is fetched from it belongs together.
 
-    ValueError, of one line, for what is not there and cannot be fetched.
+    UserError, of one line, for what is not there and cannot be fetched.
     """
 
     def __init__(self, name: str):
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # errors are told in a line of ours
+        warnings.filterwarnings("ignore", module="huggingface_hub")
         try:
             import huggingface_hub
         except ImportError:
@@ -70,21 +61,17 @@ class Repository:
     def download(self, file: str) -> Path | None:
         """None if the repository lacks the file."""
         try:
-            with quiet(self.client):
-                if not self.is_reached:  # the download would try for half a minute to get there
-                    url = self.client.hf_hub_url(self.name, file, revision=self.revision)
-                    self.client.get_hf_file_metadata(url)
-                    self.is_reached = True
-                return Path(self.client.hf_hub_download(self.name, file, revision=self.revision))
+            if not self.is_reached:  # the download would try for half a minute to get there
+                url = self.client.hf_hub_url(self.name, file, revision=self.revision)
+                self.client.get_hf_file_metadata(url)
+                self.is_reached = True
+            return Path(self.client.hf_hub_download(self.name, file, revision=self.revision))
         except Exception as error:  # of many kinds, which change with the client's version
-            if self.lacks(error):
+            errors = self.client.errors
+            is_missing = isinstance(error, errors.EntryNotFoundError)
+            if is_missing and not isinstance(error, errors.LocalEntryNotFoundError):
                 return None
             raise UserError(self.explain(error, file)) from error
-
-    def lacks(self, error: Exception) -> bool:
-        errors = self.client.errors
-        is_missing = isinstance(error, errors.EntryNotFoundError)
-        return is_missing and not isinstance(error, errors.LocalEntryNotFoundError)
 
     def explain(self, error: Exception, file: str) -> str:
         errors, constants = self.client.errors, self.client.constants
@@ -104,18 +91,3 @@ class Repository:
             return f"cannot store {file} in {constants.HF_HUB_CACHE}: {error.strerror}"
         reason = f"HTTP status {status}" if status else " ".join(str(cause).split())
         return f"{nowhere} {constants.ENDPOINT} does not give its {file}: {reason:.200}"
-
-
-@contextlib.contextmanager
-def quiet(client) -> Iterator[None]:
-    """Keeps the client's warnings to itself, unless HF_HUB_VERBOSITY asks for them."""
-    logging = client.utils.logging
-    verbosity = logging.get_verbosity()
-    if "HF_HUB_VERBOSITY" not in os.environ:
-        logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)

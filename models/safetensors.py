@@ -108,9 +108,7 @@ def shards(index: Path) -> list[Path]:
 
 def weight_map(index: Path) -> dict[str, str]:
     """The name of the file that holds each tensor."""
-    if index.stat().st_size > MAX_JSON_BYTES:
-        raise UserError(f"{index} is far too large for an index")
-    files = parse_json(index.read_bytes(), index).get("weight_map")
+    files = read_json(index, "an index").get("weight_map")
     if type(files) is not dict or not files:
         raise UserError(f"{index} is corrupt: it has no weight_map")
     for file in files.values():
@@ -145,6 +143,12 @@ def write(path: Path, weights: Mapping[str, np.ndarray]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for values in weights.values():
             file.write(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data)
+
+
+def read_json(path: Path, kind: str) -> dict:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise UserError(f"{path} is far too large for {kind}")
+    return parse_json(path.read_bytes(), path)
 
 
 def parse_json(text: bytes, path: Path) -> dict:

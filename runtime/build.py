@@ -16,13 +16,13 @@ import numpy as np
 import ziglang
 from tinygrad.helpers import NUM_CPU_THREADS
 
-from backend.blas import blas
-from backend.compiler import FLAGS
+from backend.cpu.blas import blas
+from backend.cpu.compiler import FLAGS
 from backend.errors import UserError
 
 ZIG = Path(ziglang.__file__).parent / "zig"
 RUNTIME = Path(__file__).parent
-PRODUCTS = RUNTIME.parent / "backend"  # where products.c is
+PRODUCTS = RUNTIME.parent / "backend" / "cpu"  # where gemv.c is
 SHARED = [RUNTIME / name for name in ("generation.c", "tokenizer.c", "sampling.c")]
 OF_PROGRAMS = [RUNTIME / name for name in ("program.c", "system.c", "whole.c")]
 X86 = {"sse2": "x86_64", "avx2": "x86_64_v3", "avx512": "x86_64_v4+avx512vnni"}

@@ -1,5 +1,5 @@
 // Continues a text: the window of tokens that the model sees, and the text of the new ones, as
-// generation.py and run.py have them.
+// inference/generator.py and stream.py have them.
 #include "runtime.h"
 
 int has_ended, is_finite;

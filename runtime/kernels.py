@@ -7,9 +7,8 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.device import Buffer
 
-from backend.blas import blas
-from backend.memory import address_of, on_cpu
-from backend.products import program
+from backend.arrays import as_numpy
+from backend.cpu import native
 from backend.rendered import Call
 
 ALIGNMENT = 64  # bytes
@@ -27,12 +26,9 @@ class Kernels:
         self.n_file_bytes = self.n_halves = self.n_memory_bytes = 0
         self.names: dict[str, str] = {}  # of functions, by their source
         self.places: dict[Buffer, int] = {}  # in memory
-        functions = {program().addr: "FUNCTION(multiply)"}
-        if blas():
-            functions[blas().sgemm] = "FUNCTION(sgemm)"
-        self.arguments = {address_of(f, "CPU").uop.base.buffer: functions[f] for f in functions}
+        self.arguments: dict[Buffer, str] = {}  # in C, of what is not in memory
         for weight in sorted(weights, key=lambda weight: weight.dtype != dtypes.half):
-            place, is_half = self.add(on_cpu(weight)), weight.dtype == dtypes.half
+            place, is_half = self.add(as_numpy(weight)), weight.dtype == dtypes.half
             argument = f"HALF({place // 2})" if is_half else f"WEIGHT({place})"
             self.arguments[weight.uop.base.buffer] = argument
             self.n_halves = self.n_file_bytes // 2 if is_half else self.n_halves
@@ -59,10 +55,12 @@ class Kernels:
     def calls(self, calls: Iterable[Call]) -> str:
         """These calls in C, of macros that steps.c defines."""
         lines = []
+        for function, name in native.names.items():
+            self.arguments[function.buffer] = f"FUNCTION({name})"
         for call in calls:
             name = self.names.setdefault(call.source, f"k{len(self.names)}_{call.name}")
             buffers = (self.argument(*buffer) for buffer in call.buffers)
-            lines.append(f"RUN({call.n_shares}, {name}({', '.join([*buffers, *call.variables])}))")
+            lines.append(f"RUN({call.n_chunks}, {name}({', '.join([*buffers, *call.variables])}))")
         return "\n".join(lines)
 
     def source(self) -> str:

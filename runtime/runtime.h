@@ -8,9 +8,9 @@ extern const byte *model;   // weights and tokens, at places that model.h has na
 extern const void *halves;  // its weights in half precision, or, where there is only that, in single
 extern byte memory[MEMORY_BYTES];  // what the kernels write: caches, logits, and all between
 
-// The cores that run a step: each runs all kernels, of those in shares every n_cores-th share.
+// The cores that run a step: each runs all kernels, of those in chunks every n_cores-th chunk.
 typedef struct {
-  int n, end, last;  // as in generation.py
+  int n, end, last;  // as in inference/decoder.py
   int n_cores;
   long n_run;  // kernels, by all cores together
 } Team;

@@ -1,5 +1,5 @@
 // BLAS's product of matrices as the kernels call it: c (m, n) = a (m, k) b, all row by row, where b
-// is (k, n) or, if `flag_b` says 112, (n, k) transposed. It follows products.c, whose vectors it uses.
+// is (k, n) or, if `flag_b` says 112, (n, k) transposed. It follows gemv.c, whose vectors it uses.
 #if __AVX2__ || __ARM_NEON
 enum { N_VECTORS = 2 };
 #else

@@ -6,8 +6,8 @@
 #endif
 #include "runtime.h"
 
-static void multiply(float *, void *, void *, int, int, int, int, int, int, int);
-#include "products.c"
+static void gemv(float *, void *, void *, int, int, int, int, int, int, int);
+#include "gemv.c"
 #include "sgemm.c"
 
 #define KERNEL static __attribute__((noinline)) void  // many times called, once compiled
@@ -15,8 +15,8 @@ static void multiply(float *, void *, void *, int, int, int, int, int, int, int)
 #define WEIGHT(place) ((void *)(model + place))
 #define MEMORY(place) ((void *)(memory + place))
 #define FUNCTION(name) (&(unsigned long long){(unsigned long long)(__SIZE_TYPE__)name})
-#define RUN(n_shares, call)                                             \
-  for (int core_id = core; core_id < n_shares; core_id += team->n_cores) \
+#define RUN(n_chunks, call)                                             \
+  for (int core_id = core; core_id < n_chunks; core_id += team->n_cores) \
     call;                                                               \
   meet(team, ++n_run * team->n_cores);
 

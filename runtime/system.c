@@ -55,7 +55,7 @@ static int n_cores(void) {
   int n = sysconf(_SC_NPROCESSORS_ONLN);
 #endif
   if (limit && atoi(limit) < n) n = atoi(limit);
-  return n < 1 || !IS_LARGE ? 1 : n < N_SHARES ? n : N_SHARES;
+  return n < 1 || !IS_LARGE ? 1 : n < N_CHUNKS ? n : N_CHUNKS;
 }
 
 static Team *running;
@@ -67,7 +67,7 @@ static void *run_core(void *core) {
 
 void run(Team *team) {
   static int n;
-  pthread_t threads[N_SHARES];
+  pthread_t threads[N_CHUNKS];
   if (!n) n = n_cores();
   running = team;
   team->n_cores = n;

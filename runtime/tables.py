@@ -4,7 +4,7 @@ import unicodedata
 
 import numpy as np
 
-from tokenizers import SEPARATORS, VOWELS, WHITE_SPACE, BytePairTokenizer, Tokenizer
+from tokenizers import SEPARATORS, VOWELS, WHITE_SPACE, Tokenizer
 
 N_CODE_POINTS = 0x110000
 OTHER, VOWEL, SEPARATOR, LETTER, NUMBER, SPACE = range(6)
@@ -21,7 +21,7 @@ def tables(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     tokens = tokenizer.tokens
     known, ranks = [id for id, token in enumerate(tokens) if token], np.zeros(len(tokens))
     kinds = np.full(N_CODE_POINTS, OTHER)
-    if isinstance(tokenizer, BytePairTokenizer):
+    if tokenizer.merges is not None:
         known = tokenizer.ids.tolist()
         ranks[known] = np.arange(len(known))
         letters = {"L": LETTER, "N": NUMBER}

@@ -16,8 +16,8 @@ import pytest
 from tinygrad import TinyJit
 
 import command_line
-from backend import bfloat16
-from backend.compiler import compiled
+from backend.cpu import native
+from backend.cpu.compiler import load_c
 from models import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -66,9 +66,10 @@ def reference():
 
 @pytest.fixture
 def sbgemm(monkeypatch):
-    """bfloat16.c, with float32 in place of it on a processor that has no fast products of it."""
-    program = bfloat16.sbgemm() or compiled(f"#define PLAIN 1\n{bfloat16.SOURCE}")
-    monkeypatch.setattr(bfloat16, "sbgemm", lambda: program)
+    """gemm.c, with float32 in place of it on a processor that has no fast products of it."""
+    load = native.load
+    program = load("sbgemm") or load_c("gemm.c", EMULATED=1)
+    monkeypatch.setattr(native, "load", lambda name: program if name == "sbgemm" else load(name))
     return program
 
 

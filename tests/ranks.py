@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import command_line
 import train
-from training import distributed, loop
+from training import trainer, workers
 
 N_NOTED = 50  # a step's first batches: by its end, rounding has grown
 record = {"losses": []}
@@ -24,21 +24,21 @@ def sum_and_note(world, array):
     return total
 
 
-def train_and_note(training, *arguments):
-    status = train_of_loop(training, *arguments)
-    parameters = b"".join(part.tobytes() for part in training.parameters.read())
-    record.update(checksum=zlib.crc32(parameters), device=training.losses.device)
+def train_and_note(self, *arguments):
+    status = train_of_trainer(self, *arguments)
+    parameters = b"".join(part.tobytes() for part in self.parameters.read().values())
+    record.update(checksum=zlib.crc32(parameters), device=self.losses.device)
     return status
 
 
-distributed_sum, distributed.World.sum = distributed.World.sum, sum_and_note
-train_of_loop, loop.train = loop.train, train_and_note
+distributed_sum, workers.World.sum = workers.World.sum, sum_and_note
+train_of_trainer, trainer.Trainer.train = trainer.Trainer.train, train_and_note
 train.print_example = lambda *_: None
 
 
 def main() -> int:
     status = train.main()
-    rank = next((os.environ[name] for name in distributed.UNDER_MPI if name in os.environ), "0")
+    rank = next((os.environ[name] for name in workers.UNDER_MPI if name in os.environ), "0")
     Path(f"rank_{rank}.json").write_text(json.dumps(record))
     return status
 

@@ -11,8 +11,8 @@ from conftest import DATA, greedy
 from tinygrad import Device, Tensor, TinyJit
 
 import train
-from generation import Generator
-from training.settings import TrainingConfig
+from inference.generator import Generator
+from training.config import TrainingConfig
 
 BACKEND = Device.DEFAULT
 OPTIONS = ["-c", "32", "-d", "32", "-h", "2", "-l", "1", "-b", "8", "-n", "10", "-x"]

@@ -9,9 +9,9 @@ from conftest import TINY
 from tinygrad import Device
 
 import train
-from backend import bfloat16
+from backend.cpu import native
 from models import checkpoint
-from training import loop
+from training import trainer
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_accumulation_gives_the_model_of_whole_batches(call, folder):
         np.testing.assert_allclose(in_parts[name], values, atol=1e-4, err_msg=name)
 
 
-on_the_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="bfloat16.c is the CPU's")
+on_the_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="gemm.c is the CPU's")
 
 
 @pytest.mark.parametrize("kernel", [None, pytest.param("sbgemm", marks=on_the_cpu)])
@@ -52,11 +52,11 @@ def test_products_of_bfloat16_train_almost_as_those_of_float32(call, folder, req
 @on_the_cpu
 def test_without_fast_products_of_bfloat16_a_line_says_so(call, sbgemm, monkeypatch):
     words = *TINY, "-n", "1", "-x", "--dtype"
-    monkeypatch.setattr(loop, "train", lambda *_: signal.SIGTERM)  # it is printed before
+    monkeypatch.setattr(trainer.Trainer, "train", lambda *_: signal.SIGTERM)  # it is printed before
     assert train.ROUNDED_ONLY not in call(train.main, *words, "bfloat16").err
     with monkeypatch.context() as patches:
-        patches.setattr(train, "blas", lambda: None)  # as with BLAS=0
+        patches.setattr(native, "blas", lambda: None)  # as with BLAS=0
         assert train.ROUNDED_ONLY in call(train.main, *words, "bfloat16").err
-    monkeypatch.setattr(bfloat16, "sbgemm", lambda: None)
+    monkeypatch.setattr(native, "load", lambda _: None)
     assert train.ROUNDED_ONLY not in call(train.main, *words, "float32").err
     assert train.ROUNDED_ONLY in call(train.main, *words, "bfloat16").err

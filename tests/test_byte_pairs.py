@@ -47,11 +47,11 @@ def test_byte_pairs_are_those_of_the_plain_rule_and_survive_the_round_trip(byte_
     assert byte_pairs.decode(ids) == text
 
 
-@pytest.mark.parametrize("piece_size", [1, 3, 64, 1 << 20])
-def test_pieces_of_a_file_are_encoded_into_byte_pairs_as_the_whole(
-    monkeypatch, piece_size, byte_pairs
+@pytest.mark.parametrize("chunk_size", [1, 3, 64, 1 << 20])
+def test_chunks_of_a_file_are_encoded_into_byte_pairs_as_the_whole(
+    monkeypatch, chunk_size, byte_pairs
 ):
-    monkeypatch.setattr(tokenizers, "PIECE_SIZE", piece_size)
+    monkeypatch.setattr(tokenizers, "CHUNK_SIZE", chunk_size)
     for text in [*TEXTS, CHARACTERS * 2, "it's  the\n\n end \x1c 's\u3000\u3000x\n"]:
         assert encode_file(byte_pairs, text.encode()) == byte_pairs.encode(text).tolist()
 

@@ -106,6 +106,14 @@ def test_a_tokenizer_is_a_name_and_not_a_path(model_folder):
         checkpoint.read_config(model_folder)
 
 
+def test_the_files_of_a_model_are_those_beside_it_and_those_it_could_have(model_folder):
+    for name in ("training.json", "other.safetensors", "notes.txt"):
+        (model_folder / name).touch()
+    names = {path.name for path in checkpoint.files(model_folder)}
+    assert names >= {"config.json", "model.mpk", "merges.txt", "training.json", "other.safetensors"}
+    assert "notes.txt" not in names
+
+
 class Vowel:
     name = "vowel"
 

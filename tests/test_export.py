@@ -22,7 +22,7 @@ import export
 import run
 from gpt_tiny import GPTConfig, initial_weights
 from models import checkpoint
-from runtime import build
+from runtime import build, sources
 from tokenizers import SimpleVowelTokenizer
 
 PROMPTS = json.loads((REFERENCE / "expected.json").read_text())
@@ -73,7 +73,7 @@ def output(*words, **options) -> str:
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory) -> Path:
     """A model of two shares of one piece each, with the tokenizer for pieces of words."""
-    tokenizer = SimpleVowelTokenizer.load(DATA / "tokenizers" / "vowel.bin")
+    tokenizer = SimpleVowelTokenizer.read(DATA / "tokenizers" / "vowel.bin")
     config = GPTConfig(9, tokenizer.vocab_size, n_layers=1, n_heads=3, d_model=21, d_hidden=50)
     folder = tmp_path_factory.mktemp("models") / "pieces"
     weights = initial_weights(config, 1)
@@ -225,7 +225,7 @@ def test_weights_are_in_the_precision_of_their_file(program):
 
 @pytest.mark.parametrize("cores", ["1", "2", "3", "24"])
 def test_any_number_of_cores_writes_the_same(program, monkeypatch, cores):
-    monkeypatch.setattr(export, "MIN_SHARED_BYTES", 0)
+    monkeypatch.setattr(sources, "MIN_SHARED_BYTES", 0)
     story = program(REFERENCE, "--weights", "int8")
     assert output(story, *GREEDY, NUM_CPU_THREADS=cores) == output(
         program(REFERENCE, "--weights", "int8"), *GREEDY, NUM_CPU_THREADS="1"

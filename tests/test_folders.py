@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import CONFIG, ROOT, SHAPES, assert_equal, not_on_windows
 
+import tokenizers
+from backend import files
 from models import checkpoint, folders, safetensors
 
 
@@ -42,9 +44,9 @@ def test_a_failed_save_leaves_the_earlier_model_and_nothing_else(
         raise error
 
     if broken == "os.rename":  # as on systems that cannot swap two folders at once
-        monkeypatch.setattr(folders.ctypes, "CDLL", lambda name: None)
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda name: None)
     holders = {"os.rename": os, "Vowel.save": Vowel, "safetensors.write": safetensors}
-    holder = holders.get(broken, folders)
+    holder = holders.get(broken, files)
     monkeypatch.setattr(holder, broken.split(".")[-1], fail)
     doubled = {name: 2 * values for name, values in weights.items()}
     with pytest.raises(type(error)):
@@ -55,8 +57,8 @@ def test_a_failed_save_leaves_the_earlier_model_and_nothing_else(
 
 
 def test_all_is_on_disk_before_the_model_gets_its_name(tmp_path, weights, monkeypatch):
-    events, rename, sync = [], os.rename, folders.sync
-    monkeypatch.setattr(folders, "sync", lambda path: (events.append(path.name), sync(path)))
+    events, rename, sync = [], os.rename, files.sync
+    monkeypatch.setattr(files, "sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(os, "rename", lambda *args: (events.append("rename"), rename(*args)))
     checkpoint.save(tmp_path / "model", CONFIG, weights)
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
@@ -80,7 +82,7 @@ def test_a_file_is_replaced_and_a_link_to_it_is_written_through(tmp_path):
     (tmp_path / "link").symlink_to("file")
     (tmp_path / "new link").symlink_to("new")
     for name, written in (("file", "file"), ("link", "file"), ("new link", "new")):
-        folders.write_file(tmp_path / name, name.encode())
+        files.write_file(tmp_path / name, name.encode())
         assert (tmp_path / written).read_text() == name
     assert (tmp_path / "link").is_symlink() and (tmp_path / "new link").is_symlink()
     assert sorted(os.listdir(tmp_path)) == ["file", "link", "new", "new link"]
@@ -92,11 +94,31 @@ def test_what_is_no_regular_file_is_never_replaced(tmp_path):
     (tmp_path / "link").symlink_to("pipe")
     for path in (tmp_path / "pipe", tmp_path / "link"):
         with pytest.raises(ValueError, match="is a device or a pipe: name a file"):
-            folders.write_file(path, b"text")
+            files.write_file(path, b"text")
     with pytest.raises(ValueError, match="is a device or a pipe: name a file"):
-        folders.check_file(Path(os.devnull))  # which asks alone: root could replace it
+        files.check_file(Path(os.devnull))  # which asks alone: root could replace it
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
     assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+def test_what_belongs_to_a_model_goes_with_it_when_it_is_replaced(model_folder, weights):
+    for name in ("state.json", "notes.json"):
+        (model_folder / name).touch()
+    with folders.replacing(model_folder, owned=["state.json"]) as new:
+        checkpoint.write(new, CONFIG, weights, None)
+    names = ["config.json", "model.safetensors", "notes.json"]
+    assert sorted(os.listdir(model_folder)) == names
+
+
+def test_a_folder_with_a_mark_is_one_to_write_to_and_the_mark_stays(tmp_path, weights):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "mark").touch()
+    with pytest.raises(ValueError, match="model exists and is not a model folder"):
+        folders.check_destination(folder)
+    with folders.replacing(folder, marks=["mark"]) as new:
+        checkpoint.write(new, CONFIG, weights, None)
+    assert sorted(os.listdir(folder)) == ["config.json", "mark", "model.safetensors"]
 
 
 def test_missing_parents_are_made_when_the_model_is_saved(tmp_path, weights):
@@ -149,12 +171,12 @@ def test_the_newest_model_of_a_folder_is_the_one_saved_last(tmp_path, weights):
 
 
 def test_trainings_of_the_same_second_do_not_share_a_folder(tmp_path):
-    claimed = {folders.claim(tmp_path / "1795367562_4") for _ in range(3)}
+    claimed = {files.claim(tmp_path / "1795367562_4") for _ in range(3)}
     assert len(claimed) == 3 and all(folder.is_dir() for folder in claimed)
 
 
 def test_a_model_of_another_tokenizer_leaves_nothing_of_the_one_before(model_folder, weights):
-    for name in folders.TOKENIZER_FILES:
+    for name in tokenizers.FILES:
         (model_folder / name).touch()
     checkpoint.save(model_folder, CONFIG, weights)
     assert sorted(os.listdir(model_folder)) == ["config.json", "model.safetensors"]

@@ -5,9 +5,12 @@ import pytest
 from conftest import at_once, greedy
 from tinygrad import Tensor
 
-from backend.memory import get
-from generation import Generator, sample
+from backend.arrays import copy_out
 from gpt_tiny import GPT, GPTConfig, initial_weights
+from inference.generator import Generator
+from inference.sampling import sample
+from inference.stream import TextStream, added_texts
+from tokenizers import CharTokenizer
 
 TINY = GPTConfig(
     context_length=8, vocab_size=11, n_layers=2, n_heads=2, d_model=12, d_hidden=48, dropout=0
@@ -78,7 +81,9 @@ def test_prompts_of_several_pieces_are_read_as_one(batch, stride):
         padded = np.pad(ids, ((0, 0), (0, 160 - n_prompt)))
         next(generator(ids, 1, lambda logits: logits.argmax(-1)))
         expected = whole_window(Tensor(padded).realize()).numpy()[:, n_prompt - 1]
-        np.testing.assert_allclose(get(generator.logits), expected, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(
+            copy_out(generator.decoder.logits), expected, rtol=1e-3, atol=1e-3
+        )
 
 
 def test_weights_too_large_for_finite_logits_are_refused(sharp_model):
@@ -136,3 +141,41 @@ def test_temperature_flattens_and_sharpens():
         expected = probabilities ** (1 / temperature)
         expected /= expected.sum()
         assert np.abs(np.bincount(ids) / len(ids) - expected).max() < 0.02
+
+
+def test_the_excluded_id_is_never_drawn():
+    logits = np.tile(np.log([0.2, 0.5, 0.3]), (1000, 1))
+    kept = logits.copy()
+    assert set(sample(logits, 1.0, np.random.default_rng(0), excluded=1)) == {0, 2}
+    assert np.all(sample(logits, 0, None, excluded=1) == 2)
+    assert np.array_equal(logits, kept)
+
+
+def texts_of(stream: TextStream, text: str) -> list[str]:
+    return [stream.add(token) for token in (*CharTokenizer().encode(text), None)]
+
+
+def test_a_stream_holds_the_beginning_of_the_stop_text_back():
+    tokenizer = CharTokenizer()
+    assert texts_of(TextStream(tokenizer), "abé") == ["a", "b", "", ""]  # é is unknown
+    assert texts_of(TextStream(tokenizer, "bcd"), "abbcx") == ["a", "", "b", "", "bcx", ""]
+    assert texts_of(TextStream(tokenizer, "bcd"), "abc") == ["a", "", "", "bc"]
+    assert texts_of(TextStream(tokenizer, "bcd"), "abcde") == ["a", "", "", "", "", ""]
+
+
+def test_a_stream_adds_characters_whole_and_ends_at_its_ends():
+    tokenizer = CharTokenizer()
+    tokenizer.tokens = [bytes([byte]) for byte in range(256)]
+    stream = TextStream(tokenizer, ends=(0,))
+    added = [stream.add(byte) for byte in (*"aé€".encode(), 0xC3, 0, 65)]
+    assert added == ["a", "", "é", "", "", "€", "", "�", ""]
+    assert stream.has_ended
+
+
+def test_streams_are_added_to_until_all_have_ended():
+    tokenizer = CharTokenizer()
+    rows = np.array([tokenizer.encode("abcd"), tokenizer.encode("bcda")]).T
+    streams = [TextStream(tokenizer, "c"), TextStream(tokenizer, "d")]
+    assert list(added_texts(iter(rows), streams)) == [["a", "b"], ["b", "c"], ["", ""]]
+    streams = [TextStream(tokenizer), TextStream(tokenizer)]
+    assert list(added_texts(iter(rows), streams))[-2:] == [["d", "a"], ["", ""]]

@@ -18,7 +18,8 @@ pytest.importorskip("tiktoken")
 
 from tinygrad import Tensor, TinyJit, dtypes
 
-from generation import Generator, sample
+from inference.generator import Generator
+from inference.sampling import sample
 from models import checkpoint, gpt2
 
 REFERENCE = json.loads((GPT2 / "expected.json").read_text(encoding="utf-8"))

@@ -10,13 +10,12 @@ import pytest
 from conftest import DATA, at_once
 from tinygrad import Device, Tensor
 
-from backend import memory
-from backend.memory import Flat
-from gpt_tiny import GPTConfig
+from backend import arrays
+from backend.arrays import FlatBuffer
+from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt_burn
+from training.config import OptimizerConfig, TrainingConfig
 from training.optimizers import AdamW, Muon, clipped, learning_rate, learning_rates
-from training.settings import OptimizerConfig, TrainingConfig
-from training.state import flat_model
 
 FIGURES = json.loads((DATA / "options.json").read_text())
 
@@ -25,18 +24,20 @@ def test_five_training_steps_equal_gpt_burns():
     folder = DATA / "adamw_steps"
     config = GPTConfig(**json.loads((folder / "config.json").read_text())["model"])
     before = gpt_burn.read_record(folder / "before.mpk")
-    model, parameters = flat_model(config)
-    parameters.write([before[name] for name in model.parameters()])
+    parameters = FlatBuffer(AdamW.layout(shapes(config)))
+    model = GPT(config, parameters.views)
+    parameters.write(before)
     optimizer = AdamW(parameters, OptimizerConfig())
-    gradients = Flat(parameters.shapes)
+    gradients = parameters.like()
     batches = json.loads((folder / "batches.json").read_text())
 
     def train(x: Tensor, y: Tensor, rates: Tensor) -> Tensor:
         loss = model.loss(x, y)
-        for place, gradient in zip(gradients.parts, loss.gradient(*parameters.parts), strict=True):
-            place.assign(gradient)
-        Tensor.realize(loss, *gradients.parts)
-        optimizer.step(gradients.whole, rates)
+        of_loss = loss.gradient(*parameters.views.values())
+        for view, gradient in zip(gradients.views.values(), of_loss, strict=True):
+            view.assign(gradient)
+        Tensor.realize(loss, *gradients.views.values())
+        optimizer.step(gradients, rates)
         return loss
 
     train = at_once(train)
@@ -89,16 +90,16 @@ def test_gradients_are_clipped_as_by_pytorch():
 def test_weight_decay_equals_pytorchs_adamw():
     figures = FIGURES["weight_decay"]
     start = np.array(figures["start"], np.float32)
-    parameters = Flat([start.shape])
-    parameters.write([start])
-    gradients = Flat([start.shape])
+    parameters = FlatBuffer({"weight": start.shape})
+    parameters.write({"weight": start})
+    gradients = parameters.like()
     optimizer = AdamW(parameters, OptimizerConfig(weight_decay=figures["weight_decay"]))
     for number, gradient in enumerate(figures["gradients"], 1):
         rates = Tensor(optimizer.rates(figures["learning_rate"], number))
-        gradients.write([np.array(gradient)])
-        optimizer.step(gradients.whole, rates)
+        gradients.write({"weight": np.array(gradient)})
+        optimizer.step(gradients, rates)
         expected = figures["parameters"][number - 1]
-        np.testing.assert_allclose(parameters.read()[0], expected, atol=1e-6)
+        np.testing.assert_allclose(parameters.read()["weight"], expected, atol=1e-6)
 
 
 def muon_in_numpy(start: list, gradients: list, config: OptimizerConfig, rate: float) -> list:
@@ -120,17 +121,17 @@ def muon_in_numpy(start: list, gradients: list, config: OptimizerConfig, rate: f
     return matrices
 
 
-def muon_in_ours(shapes: dict, start: list, gradients: list, config: OptimizerConfig) -> list:
-    """All parameters after each of the updates, by a jit as in a training, and the optimizer."""
-    parameters = Muon.memory(shapes)
+def muon_in_ours(shapes: dict, start: dict, gradients: list, config: OptimizerConfig) -> list:
+    """All parameters after each of the updates, by a jit as in a training."""
+    parameters = FlatBuffer(Muon.layout(shapes))
     parameters.write(start)
     optimizer, of_loss = Muon(parameters, config), parameters.like()
-    step = at_once(lambda rates: optimizer.step(of_loss.whole, rates))
+    step = at_once(lambda rates: optimizer.step(of_loss, rates))
     results = []
     for number, of_update in enumerate(gradients, 1):
         of_loss.write(of_update)
         step(Tensor(optimizer.rates(0.003, 0.02, number)).realize())
-        results.append([array.copy() for array in parameters.read()])
+        results.append({name: array.copy() for name, array in parameters.read().items()})
     return results
 
 
@@ -148,35 +149,34 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("is_one", [True, False])
-def test_six_steps_of_muon_equal_those_in_numpy_beside_adamw(monkeypatch, is_one):
-    if not is_one:  # as on a GPU
+@pytest.mark.parametrize("device", ["CPU", "GPU"])
+def test_six_steps_of_muon_equal_those_in_numpy_beside_adamw(monkeypatch, device):
+    if device == "GPU":  # whose buffers have no views
         other = SimpleNamespace(DEFAULT="GPU", canonicalize=Device.canonicalize)
-        monkeypatch.setattr(memory, "Device", other)
+        monkeypatch.setattr(arrays, "Device", other)
     rng = np.random.default_rng(0)
     start, *gradients = (
-        [rng.standard_normal(shape, np.float32) for shape in SHAPES.values()] for _ in range(7)
+        {name: rng.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
+        for _ in range(7)
     )
     config = OptimizerConfig(algorithm="muon", weight_decay=0.1)
-    ours = dict(zip(SHAPES, muon_in_ours(SHAPES, start, gradients, config)[-1], strict=True))
+    ours = muon_in_ours(SHAPES, start, gradients, config)[-1]
 
-    is_matrix = [name.startswith("blocks.") and "bias" not in name for name in SHAPES]
-    names = [name for name, chosen in zip(SHAPES, is_matrix, strict=True) if chosen]
+    names = [name for name in SHAPES if name.startswith("blocks.") and "bias" not in name]
     start_of_matrices, *of_matrices = (
-        [array for array, chosen in zip(arrays, is_matrix, strict=True) if chosen]
-        for arrays in (start, *gradients)
+        [arrays[name] for name in names] for arrays in (start, *gradients)
     )
     expected = muon_in_numpy(start_of_matrices, of_matrices, config, 0.02)
     for name, array in zip(names, expected, strict=True):
         np.testing.assert_allclose(ours[name], array, atol=1e-5, err_msg=name)
 
-    parameters, of_loss = Flat(list(SHAPES.values())), Flat(list(SHAPES.values()))
+    parameters = FlatBuffer(SHAPES)
     parameters.write(start)
-    adamw = AdamW(parameters, config)
+    adamw, of_loss = AdamW(parameters, config), parameters.like()
     for number, of_update in enumerate(gradients, 1):
         of_loss.write(of_update)
-        adamw.step(of_loss.whole, Tensor(adamw.rates(0.003, number)))
-    for name, array in zip(SHAPES, parameters.read(), strict=True):
+        adamw.step(of_loss, Tensor(adamw.rates(0.003, number)))
+    for name, array in parameters.read().items():
         if name not in names:
             np.testing.assert_allclose(ours[name], array, atol=1e-6, err_msg=name)
 
@@ -184,12 +184,12 @@ def test_six_steps_of_muon_equal_those_in_numpy_beside_adamw(monkeypatch, is_one
 def test_muon_equals_pytorchs_with_its_newton_schulz_steps_in_float32():
     figures = FIGURES["muon"]
     start, *gradients = (
-        [*(np.array(matrix, np.float32) for matrix in matrices), np.zeros(1, np.float32)]
-        for matrices in (figures["start"], *figures["gradients"])
+        {f"blocks.{i}.weight": np.array(matrix, np.float32) for i, matrix in enumerate(matrices)}
+        for matrices in ([*some, [0]] for some in (figures["start"], *figures["gradients"]))
     )
-    shapes = {f"blocks.{i}.weight": array.shape for i, array in enumerate(start)}
+    shapes = {name: array.shape for name, array in start.items()}
     config = OptimizerConfig(algorithm="muon", weight_decay=figures["weight_decay"])
     results = muon_in_ours(shapes, start, gradients, config)
     for ours, expected in zip(results, figures["parameters"], strict=True):
-        for matrix, theirs in zip(ours[:-1], expected, strict=True):
-            np.testing.assert_allclose(matrix, theirs, atol=1e-5)
+        for i, theirs in enumerate(expected):
+            np.testing.assert_allclose(ours[f"blocks.{i}.weight"], theirs, atol=1e-5)

@@ -15,7 +15,7 @@ from conftest import GPT2, REFERENCE
 
 import run
 import train
-from training.settings import TrainingConfig
+from training.config import TrainingConfig
 
 N_DRAWS = int(os.environ.get("GPT_TINY_FLAGS", "4"))
 MODELS = ["model", "other", REFERENCE, GPT2, "nowhere"]

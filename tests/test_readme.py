@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import DATA, ROOT
 
 import export
@@ -12,6 +13,7 @@ import run
 import train
 
 README = (ROOT / "README.md").read_text()
+MANUALS = ("README.md", "bench/README.md")
 
 
 def test_library_example_loads_generates_and_measures(tmp_path, monkeypatch, capsys):
@@ -42,3 +44,41 @@ def test_every_flag_in_the_readme_exists(call):
     for command in commands:
         for flag in re.findall(r" (--[a-z-]+)", command):
             assert flag in known, command
+
+
+@pytest.mark.parametrize(
+    ("word", "command"),
+    [
+        ("train.py", "pip install . && python train.py"),
+        ("pytest", "pip install '.[test]' && python -m pytest"),
+    ],
+)
+def test_the_first_commands_are_those_that_ci_takes_from_the_readme(word, command):
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
+    first = next(line for line in blocks.splitlines() if word in line)
+    assert first.partition(" #")[0].rstrip() == command
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("manual", MANUALS)
+def test_no_sentence_of_a_manual_is_long(manual):
+    text = re.sub(r"^```.*?^```", "", (ROOT / manual).read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"\]\(.*?\)", "]", text)  # the address of a link
+    for paragraph in re.split(r"\n\n|\n(?=- |\|)|\|", text):
+        for sentence in re.split(r"(?<=[.!?])\s", paragraph):
+            assert len(sentence.split()) <= 25, sentence
+
+
+@pytest.mark.parametrize("manual", MANUALS)
+def test_every_link_of_a_manual_leads_somewhere(manual):
+    folder = (ROOT / manual).parent
+    for address in re.findall(r"\]\((?!https://)(.*?)\)", (ROOT / manual).read_text()):
+        path, _, heading = address.partition("#")
+        page = folder / path if path else ROOT / manual
+        assert page.is_file(), address
+        assert not heading or f"# {heading.replace('-', ' ')}\n" in page.read_text().lower(), (
+            address
+        )

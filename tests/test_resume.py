@@ -18,8 +18,9 @@ from conftest import ROOT, TINY, assert_error, not_on_windows, start
 import train
 from gpt_tiny import GPTConfig
 from models import checkpoint, safetensors
-from training import loop, resume
-from training.distributed import World
+from training import checkpoint as training_checkpoint
+from training import signals as signals_to_stop
+from training.workers import World
 
 MUON = ["--optimizer", "muon", "--grad-clip", "1", "--decay", "cosine"]
 N_KILLS = int(os.environ.get("GPT_TINY_KILLS", "3"))
@@ -47,6 +48,10 @@ def train_here(call) -> Callable[..., str]:
         return result.out
 
     return train_here
+
+
+def newest(folder: Path) -> training_checkpoint.Checkpoint:
+    return training_checkpoint.load(folder / ".data/checkpoints", train.config_of)
 
 
 def step_lines(out: str) -> list[str]:
@@ -80,7 +85,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path, whole, signals, number,
     training.send_signal(getattr(signal, number))
     out, err = training.communicate()
     assert (training.returncode, err.count("\n")) == (status, 1 + err.count("is missing: using"))
-    assert err.endswith(loop.HEARD.decode())
+    assert err.endswith(signals_to_stop.HEARD.decode())
     command = re.search(r"python train.py (--resume \S+)", out)[1].split()
     assert not (tmp_path / "model" / "config.json").exists()
 
@@ -105,22 +110,22 @@ def test_a_training_whose_terminal_goes_away_is_stored(tmp_path, signals):
         before += os.read(shown, 1 << 16)
     os.close(shown)
     assert training.wait() == 129
-    assert resume.load(tmp_path / ".data/checkpoints").position.step >= 1
+    assert newest(tmp_path).progress.step >= 1
 
 
 @not_on_windows("Windows has no such terminals")
 def test_a_terminal_that_goes_away_may_say_so_twice_while_the_training_is_stored(signals):
-    with loop.noted_signals(World()) as noted:
+    with signals_to_stop.noted_signals(World()) as noted:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
             signal.raise_signal(number)
     assert noted == [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP]
 
 
-@pytest.mark.parametrize(("rank", "says"), [(0, loop.HEARD.decode()), (1, "")])
+@pytest.mark.parametrize(("rank", "says"), [(0, signals_to_stop.HEARD.decode()), (1, "")])
 def test_a_signal_is_answered_at_once_by_the_worker_that_speaks_for_all(signals, capfd, rank, says):
     world = World()
     world.rank, world.size = rank, 2
-    with loop.noted_signals(world):
+    with signals_to_stop.noted_signals(world):
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
             assert capfd.readouterr().err == says
@@ -143,15 +148,14 @@ def test_under_nohup_a_training_outlives_its_terminal(tmp_path):
     assert training.returncode == 143
 
 
-def test_a_finished_training_goes_on_for_longer_also_one_of_an_earlier_version(
-    tmp_path, train_here, whole
-):
-    train_here(*TINY, "-n", "2", "-o", "model", "--checkpoint-every", "1")
-    [position] = tmp_path.glob(f".data/checkpoints/*/{resume.POSITION}")
-    saved = json.loads(position.read_text(encoding="utf-8"))
-    del saved["texts"], saved["directory"]
-    assert saved["output_path"] == "model"
-    position.write_text(json.dumps(saved), encoding="utf-8")
+def test_a_finished_training_of_an_earlier_version_goes_on_for_longer(tmp_path, train_here, whole):
+    words = [*TINY, "-n", "2", "-o", "model", "--checkpoint-every", "1"]
+    train_here(*words)
+    [progress] = tmp_path.glob(f".data/checkpoints/*/{training_checkpoint.PROGRESS}")
+    saved = json.loads(progress.read_text(encoding="utf-8"))
+    del saved["settings"]  # for which there were the words of the command line
+    saved |= {"arguments": words, "output_path": "model"}
+    progress.write_text(json.dumps(saved), encoding="utf-8")
     rest = train_here("--resume", ".data/checkpoints", "-n", "4")
     lines, model = whole()
     assert step_lines(rest) == lines[2:]
@@ -237,7 +241,7 @@ def test_a_checkpoint_holds_what_its_optimizer_keeps_and_is_refused_to_another(
 ):
     train_here(*TINY, *MUON, "-n", "1", "--checkpoint-every", "1")
     [folder] = (tmp_path / ".data/checkpoints").iterdir()
-    kept = set(safetensors.read(folder / resume.OPTIMIZER))
+    kept = set(safetensors.read(folder / training_checkpoint.MOMENTS))
     shapes = checkpoint.shapes(GPTConfig(**checkpoint.read_config(folder)["model"]))
     matrices = {name for name in shapes if re.search(r"blocks\..*\.weight", name)}
     expected = {f"momentum.{name}" for name in matrices}
@@ -245,8 +249,8 @@ def test_a_checkpoint_holds_what_its_optimizer_keeps_and_is_refused_to_another(
         expected |= {f"{kind}.{name}" for name in shapes if name not in matrices}
     assert kept == expected and len(matrices) == 6
 
-    words = (folder / resume.POSITION).read_text().replace('"muon"', '"adamw"')
-    (folder / resume.POSITION).write_text(words)
+    settings = (folder / training_checkpoint.PROGRESS).read_text().replace('"muon"', '"adamw"')
+    (folder / training_checkpoint.PROGRESS).write_text(settings)
     refused = call(train.main, "--resume", folder)
     assert refused.status == 1 and "does not hold what its training.json says" in refused.err
 
@@ -293,7 +297,7 @@ def test_the_same_folder_may_be_named_by_another_path(tmp_path, train_here):
 def test_only_the_newest_checkpoint_keeps_its_optimizer(tmp_path, train_here):
     train_here(*TINY, "-n", "3", "--checkpoint-every", "1")
     folders = sorted((tmp_path / ".data/checkpoints").iterdir(), key=lambda f: f.name[-1])
-    kept = [(folder / resume.OPTIMIZER).exists() for folder in folders]
+    kept = [(folder / training_checkpoint.MOMENTS).exists() for folder in folders]
     assert kept == [False, False, True]
     for folder in folders:
         checkpoint.load(folder)
@@ -309,8 +313,8 @@ def test_killed_at_any_moment_the_newest_checkpoint_resumes(tmp_path):
             training.communicate(timeout=draw.uniform(0, 0.5))
         training.kill()
         training.communicate()
-        newest = resume.load(tmp_path / ".data/checkpoints")
-        assert newest.position.step >= 1
+        step = newest(tmp_path).progress.step
+        assert step >= 1
         if (best := tmp_path / "model" / "best").exists():
             checkpoint.load(best)
         resumed = start(tmp_path, "--resume", ".data/checkpoints")
@@ -318,7 +322,7 @@ def test_killed_at_any_moment_the_newest_checkpoint_resumes(tmp_path):
             assert resumed.poll() is None
         resumed.kill()
         resumed.communicate()
-        assert line.startswith(f"step {newest.position.step + 1:>3}/1000: ")
+        assert line.startswith(f"step {step + 1:>3}/1000: ")
         shutil.rmtree(tmp_path / ".data")
 
 
@@ -335,7 +339,7 @@ def test_a_full_disk_is_an_error_and_loses_no_checkpoint(tmp_path):
         _, err = training.communicate()
         assert training.returncode == 1
         assert "error: " in err and "No space left on device" in err and "Traceback" not in err
-        assert resume.load(disk / ".data/checkpoints").position.step >= 1
+        assert newest(disk).progress.step >= 1
     finally:
         subprocess.run(["umount", disk], check=True)
 

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import TEXTS, few_examples, mixed_text
 
-import export
 import tokenizers
-from generation import Generator, sample
 from gpt_tiny import GPT, GPTConfig, initial_weights
+from inference.decoder import Decoder
+from inference.sampling import sample
 from runtime import build
+from runtime.sources import write_sources
 
 # a digit, a fraction and letters that are not ASCII's, a mark that joins, a space of no width
 MARKS = "the ing's 've\n\r \u0661\xbd\xb2x \u017f\u0308 \u200b\U0001f525"
@@ -25,7 +26,7 @@ def tokenizer_of(name: str) -> tokenizers.Tokenizer:
         pytest.importorskip("tiktoken")
         return tokenizers.load("bpe", GPT2)
     if name == "vowel":
-        return tokenizers.SimpleVowelTokenizer.load(DATA / "tokenizers" / "vowel.bin")
+        return tokenizers.SimpleVowelTokenizer.read(DATA / "tokenizers" / "vowel.bin")
     return tokenizers.CharTokenizer()
 
 
@@ -39,8 +40,7 @@ def both(request, tmp_path_factory):
     """A tokenizer, and the C for a model with it, in this process."""
     tokenizer, folder = tokenizer_of(request.param), tmp_path_factory.mktemp(request.param)
     config = GPTConfig(4, tokenizer.vocab_size, n_layers=1, n_heads=1, d_model=4, d_hidden=4)
-    generator = Generator(GPT(config, initial_weights(config, 0)))
-    export.write_sources(generator, tokenizer, folder)
+    write_sources(Decoder(GPT(config, initial_weights(config, 0))), tokenizer, "", folder)
     files = ["-shared", "-fPIC", "-DSTEP=step_any", "-DHALVES_ARE_SINGLE", "-Wno-everything"]
     files += [build.RUNTIME / name for name in ("page.c", "steps.c")] + build.SHARED
     library = ctypes.CDLL(str(build.compiled(folder, folder / "model.so", *files)))

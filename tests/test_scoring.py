@@ -11,11 +11,11 @@ from conftest import GPT2, REFERENCE, assert_error, at_once
 from tinygrad import Tensor
 
 import run
-import scoring
-from backend.capture import Captured
+from backend.jit_cache import CachedJit
 from gpt_tiny import GPT, GPTConfig, initial_weights
+from inference import scoring
+from inference.scoring import Score, known_ids, losses
 from models import checkpoint
-from scoring import Score, known_ids, losses
 from tokenizers import CharTokenizer, SimpleVowelTokenizer
 
 GREEDY = [each["greedy"] for each in json.loads((REFERENCE / "expected.json").read_text())]
@@ -89,10 +89,10 @@ def test_a_bar_is_shown_on_a_terminal(call, text_file, monkeypatch):
 
 
 def test_a_second_run_compiles_nothing(call, text_file, monkeypatch):
-    if not Captured(lambda: None, [Tensor([0]).realize()], None).path:
+    if not CachedJit(lambda: None, [Tensor([0]).realize()], None).path:
         pytest.skip("jits are kept on the CPU alone")
     call(run.main, GPT2, "--score", text_file)
-    monkeypatch.setattr(Captured, "capture", None)
+    monkeypatch.setattr(CachedJit, "capture", None)
     assert call(run.main, GPT2, "--score", text_file).out == LINES[GPT2]
 
 
@@ -156,7 +156,7 @@ def test_bytes_and_characters_are_those_of_the_known_tokens(name):
         "vowel": lambda: SimpleVowelTokenizer(SimpleVowelTokenizer.tokenize(TEXT), 50),
         "bpe": lambda: checkpoint.load(GPT2)[1],
     }[name]()
-    text = TEXT * 100  # more than a piece
+    text = TEXT * 100  # more than a chunk
     ids, n_unknown = known_ids(tokenizer, io.BytesIO(text.encode()))
     assert ids.dtype == tokenizer.dtype
     assert (n_unknown > 0) == (name != "bpe")

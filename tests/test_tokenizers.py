@@ -183,28 +183,28 @@ def test_a_vocabulary_of_one_knows_nothing_and_of_none_is_refused():
         SimpleVowelTokenizer(["<?>"], 10)
 
 
-@pytest.mark.parametrize("piece_size", [1, 7, 1 << 20])
-def test_a_vocabulary_trained_on_a_file_equals_one_of_its_tokens(monkeypatch, piece_size):
-    monkeypatch.setattr(tokenizers, "PIECE_SIZE", piece_size)
+@pytest.mark.parametrize("chunk_size", [1, 7, 1 << 20])
+def test_a_vocabulary_trained_on_a_file_equals_one_of_its_tokens(monkeypatch, chunk_size):
+    monkeypatch.setattr(tokenizers, "CHUNK_SIZE", chunk_size)
     text = "\n".join(TEXTS)
     for vocab_size in (1, 2, 50, 1000):
         trained = SimpleVowelTokenizer.train(io.BytesIO(text.encode()), 1 << 30, vocab_size)
         assert trained.tokens == vowel_tokenizer(text, vocab_size).tokens
 
 
-@pytest.mark.parametrize("piece_size", [1, 2, 3, 5, 64, 1 << 20])
-def test_pieces_of_a_file_encode_as_the_whole_without_unknown_tokens(monkeypatch, piece_size):
-    monkeypatch.setattr(tokenizers, "PIECE_SIZE", piece_size)
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 64, 1 << 20])
+def test_chunks_of_a_file_encode_as_the_whole_without_unknown_tokens(monkeypatch, chunk_size):
+    monkeypatch.setattr(tokenizers, "CHUNK_SIZE", chunk_size)
     for text in [*TEXTS, CHARACTERS * 2, "\n".join(TEXTS)]:
         for tokenizer in (CharTokenizer(), vowel_tokenizer(text), vowel_tokenizer(text, 9)):
-            pieces = list(tokenizer.encode_file(io.BytesIO(text.encode()), 1 << 30))
-            assert {piece.dtype for piece in pieces} == {tokenizer.dtype}
-            assert np.concatenate(pieces).tolist() == known(tokenizer, text)
+            chunks = list(tokenizer.encode_file(io.BytesIO(text.encode()), 1 << 30))
+            assert {chunk.dtype for chunk in chunks} == {tokenizer.dtype}
+            assert np.concatenate(chunks).tolist() == known(tokenizer, text)
 
 
-@pytest.mark.parametrize("piece_size", [1, 4, 1 << 20])
-def test_a_character_cut_by_the_size_is_dropped(monkeypatch, piece_size):
-    monkeypatch.setattr(tokenizers, "PIECE_SIZE", piece_size)
+@pytest.mark.parametrize("chunk_size", [1, 4, 1 << 20])
+def test_a_character_cut_by_the_size_is_dropped(monkeypatch, chunk_size):
+    monkeypatch.setattr(tokenizers, "CHUNK_SIZE", chunk_size)
     text = "aä日🔥ß. b"
     data = text.encode()
     tokenizers_of_text = (CharTokenizer(), vowel_tokenizer("aä日🔥ß a"))
@@ -214,7 +214,7 @@ def test_a_character_cut_by_the_size_is_dropped(monkeypatch, piece_size):
             assert encode_file(tokenizer, data, size) == known(tokenizer, start)
 
 
-@pytest.mark.parametrize("piece_size", [1, 10, 1 << 20])
+@pytest.mark.parametrize("chunk_size", [1, 10, 1 << 20])
 @pytest.mark.parametrize(
     ("data", "offset", "byte"),
     [
@@ -226,8 +226,8 @@ def test_a_character_cut_by_the_size_is_dropped(monkeypatch, piece_size):
         ("a truncated end: 🔥".encode()[:-1], 17, 0xF0),
     ],
 )
-def test_what_is_not_utf8_is_refused_with_its_offset(monkeypatch, piece_size, data, offset, byte):
-    monkeypatch.setattr(tokenizers, "PIECE_SIZE", piece_size)
+def test_what_is_not_utf8_is_refused_with_its_offset(monkeypatch, chunk_size, data, offset, byte):
+    monkeypatch.setattr(tokenizers, "CHUNK_SIZE", chunk_size)
     message = f"the text is not UTF-8: invalid byte 0x{byte:02x} at offset {offset};"
     for size in (len(data), len(data) + 1):
         with pytest.raises(ValueError, match=message):
@@ -268,7 +268,7 @@ def test_an_unknown_tokenizer_is_refused_with_the_known_ones(tmp_path):
 
 
 def test_a_vocabulary_saved_by_the_original_gives_its_ids():
-    tokenizer = SimpleVowelTokenizer.load(DATA / "tokenizers" / "vowel.bin")
+    tokenizer = SimpleVowelTokenizer.read(DATA / "tokenizers" / "vowel.bin")
     ids = SAVED["vowel_ids"]
     assert tokenizer.vocab_size == SAVED["vowel_vocab_size"]
     assert tokenizer.encode(SAVED["text"]).tolist()[: len(ids)] == ids
@@ -278,7 +278,7 @@ def test_a_vocabulary_saved_by_the_original_gives_its_ids():
 def test_a_vocabulary_with_the_originals_empty_token_loads(tmp_path):
     path = tmp_path / "vowel.bin"
     path.write_bytes(bincode({"so": 1, "": 0, "<?>": 2}))
-    assert SimpleVowelTokenizer.load(path).encode("so as").tolist() == [1, 2, 2]
+    assert SimpleVowelTokenizer.read(path).encode("so as").tolist() == [1, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_a_malformed_vocabulary_is_refused_with_a_reason(tmp_path, content, reas
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"tokenizer.json is not a vocabulary: .*{reason}"):
-        SimpleVowelTokenizer.load(path)
+        SimpleVowelTokenizer.read(path)
 
 
 def test_a_missing_vocabulary_is_refused_by_name(tmp_path):
@@ -321,7 +321,7 @@ def test_a_missing_vocabulary_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("name", ["vowel.bin", "tokenizer.json"])
 def test_a_damaged_vocabulary_loads_or_is_refused(tmp_path, name):
     path = tmp_path / name
-    SimpleVowelTokenizer.load(DATA / "tokenizers" / "vowel.bin").save(tmp_path)
+    SimpleVowelTokenizer.read(DATA / "tokenizers" / "vowel.bin").save(tmp_path)
     intact = path.read_bytes() if path.exists() else (DATA / "tokenizers" / name).read_bytes()
     chance = random.Random(0)
     for _ in range(int(os.environ.get("GPT_TINY_MUTATIONS", "300"))):
@@ -331,7 +331,7 @@ def test_a_damaged_vocabulary_loads_or_is_refused(tmp_path, name):
                 damaged[chance.randrange(len(damaged))] = chance.choice([0, 1, 127, 128, 255])
         path.write_bytes(damaged)
         try:
-            tokenizer = SimpleVowelTokenizer.load(path)
+            tokenizer = SimpleVowelTokenizer.read(path)
         except ValueError:
             continue
         assert max(tokenizer.encode(SAVED["text"])) < tokenizer.vocab_size

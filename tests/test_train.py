@@ -30,8 +30,8 @@ import tokenizers
 import train
 from gpt_tiny import GPTConfig
 from models import checkpoint
-from training import state
-from training.settings import TrainingConfig
+from training import checks
+from training.config import TrainingConfig
 
 STEP = re.compile(
     r"step {1,3}(\d+)/(\d+): train loss: (\d+\.\d{4}), val loss: (\d+\.\d{4}) "
@@ -315,7 +315,7 @@ def test_what_cannot_be_trained_is_one_line_that_says_why(call, bad_files, folde
 
 
 def test_what_a_container_has_no_memory_for_is_refused(call, corpus, monkeypatch):
-    monkeypatch.setattr(state.machine, "memory", lambda: 3 << 29)
+    monkeypatch.setattr(checks.machine, "memory", lambda: 3 << 29)
     result = call(train.main, *TINY, "-c", "1024", "-b", "32", "-t", corpus, "-x")
     assert_error(result, 1, ["takes about 1.8 GiB of memory, and there are 1.5", "--batch-size"])
 
@@ -326,14 +326,14 @@ def test_the_memory_that_a_training_takes_is_foretold(folder, corpus):
 import os, resource, sys
 sys.path.insert(0, os.environ["ROOT"])
 import train
-from training import state
-from training.settings import TrainingConfig
+from training import checks
+from training.config import TrainingConfig
 train.DEFAULTS = TrainingConfig(batches_per_step=1)
 train.print_example = lambda *_: None
 def note(config, n_tokens):
     print(*memory_taken(config, n_tokens), file=sys.stderr)
     return 0, 0
-memory_taken, state.memory_taken = state.memory_taken, note
+memory_taken, checks.memory_taken = checks.memory_taken, note
 train.main()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, file=sys.stderr)
 """
@@ -351,27 +351,27 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, file=sys.stderr)
 
 
 def test_a_long_context_that_takes_gigabytes_is_warned_of(monkeypatch, capsys):
-    monkeypatch.setattr(state.machine, "memory", lambda: 64 << 30)
+    monkeypatch.setattr(checks.machine, "memory", lambda: 64 << 30)
     few, many = (
         TrainingConfig(model=GPTConfig(n, 104, 1, 1, 32, 128), batch_size=4) for n in (1024, 8258)
     )
     corpus = SimpleNamespace(ids=range(100_000), n_training=90_000)
     world = SimpleNamespace(size=1, n_on_machine=1)
-    state.check_sizes(few, corpus, world)
+    checks.check_sizes(few, corpus, world)
     assert capsys.readouterr().err == ""
-    state.check_sizes(many, corpus, world)
+    checks.check_sizes(many, corpus, world)
     warning = capsys.readouterr().err
     assert "--context-length 8258 takes 7.1 of about 7.3 GiB" in warning, warning
     assert warning.count("\n") == 1 and "--accumulate" in warning
 
 
 def test_workers_on_machines_of_their_own_share_a_batchs_memory(monkeypatch):
-    monkeypatch.setattr(state.machine, "memory", lambda: 1 << 30)
+    monkeypatch.setattr(checks.machine, "memory", lambda: 1 << 30)
     config = TrainingConfig(model=GPTConfig(2048, 104, 1, 2, 8, 32), batch_size=8)
     corpus = SimpleNamespace(ids=range(100_000), n_training=90_000)
-    state.check_sizes(config, corpus, SimpleNamespace(size=2, n_on_machine=1))
+    checks.check_sizes(config, corpus, SimpleNamespace(size=2, n_on_machine=1))
     with pytest.raises(ValueError, match="choose a smaller"):
-        state.check_sizes(config, corpus, SimpleNamespace(size=2, n_on_machine=2))
+        checks.check_sizes(config, corpus, SimpleNamespace(size=2, n_on_machine=2))
 
 
 @pytest.mark.parametrize("flag", ["-c", "-d", "-l", "-h", "-n", "-b", "-m", "--vocab-size"])

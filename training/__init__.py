@@ -1,6 +1,6 @@
-"""How a model is trained. Read `settings`, `loop` and `batches` first: they are the algorithm.
+"""How a model is trained. Read `config`, `trainer` and `batches` first: they are the algorithm.
 
-`texts` and `corpus` are what it reads, `optimizers` how it learns, `state` what it starts from and
-where it stands; `metrics` shows it, `resume` keeps it on disk, `distributed` shares it out. Nothing
-here knows of a command line.
+`checkpoint` is what a training starts from and leaves on disk, `optimizers` how it learns,
+`metrics` what is to be seen of it, `checks` what is looked at before; `workers` share the batches,
+`launch` starts them, `signals` stop them. Nothing here knows of a command line.
 """

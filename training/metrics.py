@@ -4,50 +4,43 @@ import csv
 import io
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
-from backend.memory import get
-from models import folders
-from training.distributed import World
-from training.optimizers import learning_rate
-from training.state import Training
+from backend.files import write_file
 
 METRICS = "metrics.csv"
 COLUMNS = "step,batch,tokens,train_loss,validation_loss,learning_rate,tokens_per_second,seconds"
 
 
-def progress(training: Training, world: World) -> Iterator[int]:
-    """The batches that are left of a step, with a bar on a terminal."""
-    config, position = training.config, training.position
-    first = position.batch
-    bar = tqdm(
-        range(first, config.batches_per_step),
-        f"step {position.step + 1}/{config.n_steps}",
-        total=config.batches_per_step,
-        initial=first,
-        bar_format="{desc} {bar} {n_fmt}/{total_fmt}{postfix}",
-        **world.bar(),
-    )
+def bar(
+    batches: range,
+    description: str,
+    tokens_per_batch: int,
+    loss_of: Callable[[int], float],
+    options: Mapping[str, object],
+) -> Iterator[int]:
+    """The batches that are left of a step, with a bar on a terminal, whose options these are."""
+    shown_as = "{desc} {bar} {n_fmt}/{total_fmt}{postfix}"
+    first, total = batches.start, batches.stop
+    bar = tqdm(batches, description, total, initial=first, bar_format=shown_as, **options)
     started = shown = time.time()
     for batch in bar:
         yield batch
-        if not bar.disable and (now := time.time()) > shown + 0.5:  # a look at the loss waits
-            shown, n_tokens = now, (batch + 1 - first) * config.tokens_per_batch
-            loss = get(training.losses)[batch] * world.size  # of this rank's share
-            rate = n_tokens / (now - started)
-            bar.set_postfix_str(f"loss {loss:.4f} {rate:,.0f} tokens/s", refresh=False)
+        if not bar.disable and (now := time.time()) > shown + 0.5:  # to look at a loss takes time
+            shown, rate = now, (batch + 1 - first) * tokens_per_batch / (now - started)
+            bar.set_postfix_str(f"loss {loss_of(batch):.4f} {rate:,.0f} tokens/s", refresh=False)
 
 
-def step_line(training: Training, train_loss: float) -> str:
-    """What gpt-burn prints after a step."""
-    position, n_steps = training.position, training.config.n_steps
-    step, elapsed = position.step + 1, position.seconds
+def step_line(
+    step: int, n_steps: int, train_loss: float, validation_loss: float, seconds: float
+) -> str:
+    """What gpt-burn prints after a step, counted from 1."""
     return (
-        f"step {step:>3}/{n_steps}: train loss: {train_loss:.4f}, val loss: "
-        f"{position.validation_loss:.4f} ({clock(elapsed)}/{clock(elapsed / step * n_steps)})"
+        f"step {step:>3}/{n_steps}: train loss: {train_loss:.4f}, val loss: {validation_loss:.4f} "
+        f"({clock(seconds)}/{clock(seconds / step * n_steps)})"
     )
 
 
@@ -56,35 +49,29 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
 
 
-def begin_metrics(training: Training) -> None:
-    """A `metrics.csv` with the rows of the steps that were before, if there are any."""
-    n_steps, before = training.position.step, Path(training.position.output_path, METRICS)
-    text = before.read_text(encoding="utf-8") if n_steps and before.exists() else ""
+def begin(folder: Path, before: Path | None, n_steps: int) -> None:
+    """A `metrics.csv` with the rows of so many steps that the one of the folder `before` has."""
+    file = before and before / METRICS
+    text = file.read_text(encoding="utf-8") if file and n_steps and file.exists() else ""
     lines = [COLUMNS, *text.splitlines()[1 : n_steps + 1], ""]
-    folders.write_file(training.folder / METRICS, "\n".join(lines).encode())
+    write_file(folder / METRICS, "\n".join(lines).encode())
 
 
-def append_metrics(training: Training, train_loss: float, tokens_per_second: float) -> None:
-    """The row of the step that has ended."""
-    config, position = training.config, training.position
-    n_batches = (position.step + 1) * config.batches_per_step
-    row = [position.step + 1, n_batches, n_batches * config.tokens_per_batch]
-    row += [train_loss, position.validation_loss, learning_rate(config, n_batches)]
-    row += [tokens_per_second, position.seconds]
-    with (training.folder / METRICS).open("a", encoding="utf-8", newline="\n") as file:
+def append(folder: Path, row: list[float]) -> None:
+    """A row, with a number for each of COLUMNS."""
+    with (folder / METRICS).open("a", encoding="utf-8", newline="\n") as file:
         file.write(",".join(f"{number:.6g}" for number in row) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def plot(training: Training) -> None:
+def plot(folder: Path) -> None:
     """Draws `metrics.csv` as `loss.png`, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    path = training.folder / METRICS
-    with path.open(encoding="utf-8", newline="") as file:
+    with (folder / METRICS).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     axes = (figure := Figure()).add_subplot(xlabel="tokens", ylabel="loss (nats a token)")
     for column in ("train_loss", "validation_loss"):
@@ -92,4 +79,4 @@ def plot(training: Training) -> None:
     axes.legend(["training", "validation"])
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    folders.write_file(path.with_name("loss.png"), picture.getvalue())
+    write_file(folder / "loss.png", picture.getvalue())

@@ -1,36 +1,50 @@
 """How gradients change the parameters: AdamW or Muon, and the learning rate over a training."""
 
-import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 from tinygrad import Tensor
 
 from backend import einsum
-from backend.memory import Flat, Groups
-from training.settings import OptimizerConfig, TrainingConfig
-
-Shapes = Mapping[str, tuple[int, ...]]  # of parameters, by name
+from backend.arrays import FlatBuffer, Shapes
+from training.config import OptimizerConfig, TrainingConfig
 
 
-class AdamW:
+class Optimizer:
+    """An optimizer with a state in one buffer, `memory`."""
+
+    memory: FlatBuffer
+
+    def read(self) -> dict[str, np.ndarray]:
+        """The state, with the names of `state_shapes` and in its order."""
+        return self.memory.read()
+
+    def write(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes the state that `read` gave."""
+        self.memory.write(arrays)
+
+
+class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2017), on every parameter alike."""
 
-    def __init__(self, parameters: Flat, config: OptimizerConfig):
+    def __init__(self, parameters: FlatBuffer, config: OptimizerConfig, memory=None):
         self.parameters, self.config = parameters, config
-        self.moments_1, self.moments_2 = (Flat(parameters.shapes) for _ in range(2))
+        self.memory = memory or FlatBuffer(self.state_shapes(parameters.shapes))
+        names, n = list(self.memory.shapes), len(parameters.shapes)
+        self.moments_1, self.moments_2 = (self.memory.part(x) for x in (names[:n], names[n:]))
         self.state = [*self.moments_1.whole, *self.moments_2.whole]
 
     @staticmethod
-    def memory(shapes: Shapes) -> Flat:
-        """Memory for the parameters, laid out as `step` goes through it."""
-        return Flat(list(shapes.values()))
+    def layout(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters in the order in which `step` goes through them."""
+        return dict(shapes)
 
     @staticmethod
     def state_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of what `read` gives, in its order, for parameters of these."""
+        """The names and shapes of the state, for parameters of these names and shapes."""
         kinds = ("moments_1", "moments_2")
         return {f"{kind}.{name}": shape for kind in kinds for name, shape in shapes.items()}
 
@@ -42,55 +56,46 @@ class AdamW:
             1 / (1 - self.config.beta_2**number),
         ]
 
-    def step(self, gradients: list[Tensor], rates: Tensor) -> None:
-        """Updates the parameters in place; `gradients` are laid out as `Flat.whole`, and `rates`
-        (3,) holds the numbers of the method above."""
-        config = self.config
+    def step(self, gradients: FlatBuffer, rates: Tensor) -> None:
+        """Updates the parameters in place by gradients that are laid out alike; `rates` (3,) are
+        those of the method above."""
+        self.update(clipped(gradients.whole, self.config.grad_clipping), rates)
+
+    def update(self, gradients: list[Tensor], rates: Tensor) -> None:
+        config, parameters = self.config, self.parameters.whole
         learning_rate, unbias_1, unbias_2 = rates.split(1)
-        for p, m, v, g in zip(
-            self.parameters.whole,
-            self.moments_1.whole,
-            self.moments_2.whole,
-            gradients,
-            strict=True,
-        ):
+        wholes = parameters, self.moments_1.whole, self.moments_2.whole, gradients
+        for p, m, v, g in zip(*wholes, strict=True):
             m.assign(config.beta_1 * m + (1 - config.beta_1) * g)
             v.assign(config.beta_2 * v + (1 - config.beta_2) * g.square())
             update = m * unbias_1 / ((v * unbias_2).sqrt() + config.epsilon)
             p.assign(p - learning_rate * (update + config.weight_decay * p))
-        Tensor.realize(*self.parameters.whole, *self.state)
-
-    def read(self) -> list[np.ndarray]:
-        """The moments of all parameters, as `state_shapes` has them."""
-        return [*self.moments_1.read(), *self.moments_2.read()]
-
-    def write(self, moments: Iterable[np.ndarray]) -> None:
-        """What `read` gave."""
-        moments = list(moments)
-        self.moments_1.write(moments[: len(moments) // 2])
-        self.moments_2.write(moments[len(moments) // 2 :])
+        Tensor.realize(*parameters, *self.state)
 
 
-class Muon:
+class Muon(Optimizer):
     """Muon (Jordan et al., 2024), with decoupled weight decay, on the matrices of the blocks; AdamW
-    on all other parameters, which are the last group."""
+    on all other parameters."""
 
-    def __init__(self, parameters: Groups, config: OptimizerConfig):
-        *self.matrices, others = parameters.groups
-        self.config, self.adamw = config, AdamW(others, config)
-        self.momenta = [Flat(group.shapes) for group in self.matrices]
-        of_matrices = [tensor for momentum in self.momenta for tensor in momentum.whole]
-        self.state = [*of_matrices, *self.adamw.state]
+    def __init__(self, parameters: FlatBuffer, config: OptimizerConfig):
+        self.config, self.groups = config, grouped(parameters.shapes)
+        *self.matrices, others = (parameters.part(names) for names in self.groups)
+        self.memory = FlatBuffer(self.state_shapes(parameters.shapes))
+        *of_groups, _ = self.groups
+        self.momenta = [self.memory.part(f"momentum.{x}" for x in names) for names in of_groups]
+        self.adamw = AdamW(others, config, self.memory.part(AdamW.state_shapes(others.shapes)))
+        self.state = [tensor for momentum in self.momenta for tensor in momentum.whole]
+        self.state += self.adamw.state
 
     @staticmethod
-    def memory(shapes: Shapes) -> Groups:
-        """Memory for the parameters, with the matrices of a shape side by side, as one batch."""
-        names = list(shapes)
-        return Groups(list(shapes.values()), [[names.index(n) for n in g] for g in grouped(shapes)])
+    def layout(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters in the order in which `step` goes through them: matrices of
+        one shape side by side, as one batch, and all else last."""
+        return {name: shapes[name] for names in grouped(shapes) for name in names}
 
     @staticmethod
     def state_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of what `read` gives, in its order, for parameters of these."""
+        """The names and shapes of the state, for parameters of these names and shapes."""
         *matrices, others = grouped(shapes)
         momenta = {f"momentum.{name}": shapes[name] for group in matrices for name in group}
         return momenta | AdamW.state_shapes({name: shapes[name] for name in others})
@@ -99,34 +104,25 @@ class Muon:
         """What `step` needs for the update with this number, counted from 1."""
         return [muon_learning_rate, *self.adamw.rates(learning_rate, number)]
 
-    def step(self, gradients: list[Tensor], rates: Tensor) -> None:
-        """Updates the parameters in place; `gradients` are laid out as `Groups.whole`, and `rates`
-        (4,) holds the numbers of the method above."""
-        learning_rate, decay, rest = rates[:1], self.config.weight_decay, iter(gradients)
+    def step(self, gradients: FlatBuffer, rates: Tensor) -> None:
+        """Updates the parameters in place by gradients that are laid out alike; `rates` (4,) are
+        those of the method above."""
+        wholes = (tensor for names in self.groups for tensor in gradients.part(names).whole)
+        rest, decay = (
+            iter(clipped(list(wholes), self.config.grad_clipping)),
+            self.config.weight_decay,
+        )
         for matrices, momentum in zip(self.matrices, self.momenta, strict=True):
             updates = []
-            of_matrices = itertools.islice(rest, len(momentum.whole))
-            for m, g in zip(momentum.whole, of_matrices, strict=True):
+            for m, g in zip(momentum.whole, islice(rest, len(momentum.whole)), strict=True):
                 m.assign(m + (1 - self.config.momentum) * (g - m))
                 updates.append(g + self.config.momentum * (m - g))  # Nesterov's
-            update = orthogonalised(matrices.stack(updates))
+            update = orthogonalised(matrices.stack(updates))  # (n, rows, columns)
             update = update * math.sqrt(max(1, update.shape[1] / update.shape[2]))
             for p, u in zip(matrices.whole, matrices.unstack(update), strict=True):
-                p.assign(p - learning_rate * (u + decay * p))
+                p.assign(p - rates[:1] * (u + decay * p))
             Tensor.realize(*matrices.whole, *momentum.whole)
-        self.adamw.step(list(rest), rates[1:])
-
-    def read(self) -> list[np.ndarray]:
-        """The momenta of the matrices and the moments of all else, as `state_shapes` has them."""
-        momenta = [array for momentum in self.momenta for array in momentum.read()]
-        return [*momenta, *self.adamw.read()]
-
-    def write(self, arrays: Iterable[np.ndarray]) -> None:
-        """What `read` gave."""
-        arrays = iter(arrays)
-        for momentum in self.momenta:
-            momentum.write(itertools.islice(arrays, len(momentum.shapes)))
-        self.adamw.write(arrays)
+        self.adamw.update(list(rest), rates[1:])
 
 
 OPTIMIZERS = {"adamw": AdamW, "muon": Muon}
@@ -155,8 +151,10 @@ def orthogonalised(x: Tensor) -> Tensor:
     return x
 
 
-def clipped(gradients: list[Tensor], longest: float) -> list[Tensor]:
+def clipped(gradients: list[Tensor], longest: float | None) -> list[Tensor]:
     """The gradients, shortened as one vector to `longest`, as torch.nn.utils.clip_grad_norm_."""
+    if longest is None:
+        return gradients
     length = sum(gradient.square().sum() for gradient in gradients).sqrt()
     scale = (longest / (length + 1e-6)).minimum(1).contiguous()
     return [gradient * scale for gradient in gradients]

@@ -1,0 +1,207 @@
+"""Memory: zeros, copies between numpy and tensors, and many tensors in one buffer."""
+
+import contextlib
+import functools
+import math
+import mmap
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, takewhile
+
+import numpy as np
+from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad.dtype import _to_np_dtype
+from tinygrad.helpers import NUM_CPU_THREADS
+
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
+MIN_SHARED_BYTES, MIN_HUGE_BYTES = 1 << 20, 1 << 18
+ALIGNMENT = 16  # floats: a cache line, and the longest vector of a processor
+
+
+def zeros(*shape: int) -> Tensor:
+    """A buffer of float32 zeros; on the CPU of memory that is not touched before it is used."""
+    if Device.DEFAULT.startswith("CPU"):
+        return tensor_over(aligned_zeros(math.prod(shape)).reshape(shape))
+    return from_numpy(np.zeros(shape, np.float32))
+
+
+def from_numpy(array: np.ndarray, device: str | None = None) -> Tensor:
+    """A realised tensor with a copy of the array, made without tinygrad's scheduler, whose start
+    alone takes a tenth of a second."""
+    device, memory = Device.canonicalize(device), None
+    if device.startswith("CPU") and array.nbytes >= MIN_HUGE_BYTES and sys.platform == "linux":
+        memory = huge_pages.take(array.nbytes)
+    tensor = allocated(array, device, memory)
+    copy_in(tensor, array)
+    return tensor
+
+
+def tensor_over(array: np.ndarray) -> Tensor:
+    """A realised tensor on the CPU whose memory is the array's."""
+    return allocated(array, "CPU", array)
+
+
+def allocated(array: np.ndarray, device: str, memory: np.ndarray | None) -> Tensor:
+    """A tensor of the array's shape and type, in the given memory or its own."""
+    uop = UOp.new_buffer(device, array.size, getattr(dtypes, array.dtype.name))
+    uop.buffer.memory = memory  # as long as there is the buffer
+    uop.buffer.allocate(external_ptr=None if memory is None else memory.ctypes.data)
+    return Tensor(uop.reshape(array.shape))
+
+
+class HugePages:
+    """Memory for many arrays in pages of 2 MB: read up to twice as fast as in those of 4 kB, at
+    whose ends a processor stops to read ahead. It is freed when the last of its arrays is."""
+
+    SIZE, PAGE = 32 << 20, 2 << 20
+
+    def __init__(self):
+        self.left = np.empty(0, np.uint8)
+
+    def take(self, n_bytes: int) -> np.ndarray:
+        n_aligned = -(-n_bytes // 64) * 64
+        if n_aligned > len(self.left):
+            memory = mmap.mmap(
+                -1, max(n_aligned, self.SIZE) + self.PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
+            with contextlib.suppress(OSError):  # a Linux without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self.left = np.frombuffer(memory, np.uint8)
+            self.left = self.left[-self.left.ctypes.data % self.PAGE :]
+        taken, self.left = self.left[:n_bytes], self.left[n_aligned:]
+        return taken
+
+
+huge_pages = HugePages()
+
+
+def aligned_zeros(n: int) -> np.ndarray:
+    padded = np.zeros(n + ALIGNMENT, np.float32)
+    offset = -padded.ctypes.data // padded.itemsize % ALIGNMENT
+    return padded[offset : offset + n]
+
+
+def copy_in(tensor: Tensor, array: np.ndarray) -> None:
+    """Copies an array into a realised tensor of its size, without tinygrad's scheduler, which takes
+    longer than a token of a small model."""
+    buffer = tensor.uop.base.buffer
+    if not buffer.device.startswith("CPU"):
+        array = np.ascontiguousarray(array)
+        return buffer.allocator._copyin(buffer._buf, memoryview(array).cast("B"))
+    memory, n_cores = as_numpy(tensor).reshape(array.shape), NUM_CPU_THREADS.value
+    if array.nbytes < MIN_SHARED_BYTES:
+        memory[...] = array
+        return None
+    parts = (np.array_split(x, n_cores) for x in (memory, array))
+    with ThreadPoolExecutor(n_cores) as threads:
+        list(threads.map(np.copyto, *parts))
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """The numbers of a realised tensor; on the CPU they are the tensor's own memory."""
+    buffer = tensor.uop.base.buffer
+    if not buffer.device.startswith("CPU"):
+        return copy_out(tensor)
+    memory = buffer.allocator._as_buffer(buffer._buf)
+    return np.frombuffer(memory, _to_np_dtype(tensor.dtype), tensor.numel()).reshape(tensor.shape)
+
+
+def copy_out(tensor: Tensor) -> np.ndarray:
+    """A copy of a realised tensor's numbers."""
+    array, buffer = np.empty(tensor.shape, _to_np_dtype(tensor.dtype)), tensor.uop.base.buffer
+    buffer.allocator._copyout(memoryview(array).cast("B"), buffer._buf)
+    return array
+
+
+class FlatBuffer:
+    """Float32 tensors by name, side by side in memory in the order of `shapes`, and 0 at first.
+
+    `views` holds each tensor, `whole` all of them: on the CPU one tensor (n,) over the memory of
+    the views, elsewhere the views, since not every backend has views of a buffer. tinygrad does
+    not know that they share memory: realise a write to one before the other is read.
+    """
+
+    def __init__(self, shapes: Shapes):
+        self.shapes, self.parent, self.parts = dict(shapes), None, {}
+        size = sum(map(padded_size, self.shapes.values()))
+        self.memory = aligned_zeros(size) if Device.DEFAULT.startswith("CPU") else None
+
+    @functools.cached_property
+    def views(self) -> dict[str, Tensor]:
+        if self.parent:
+            return {name: self.parent.views[name] for name in self.shapes}
+        if self.memory is None:
+            return {name: zeros(*shape) for name, shape in self.shapes.items()}
+        ends = list(accumulate(map(padded_size, self.shapes.values())))
+        pieces = zip(np.split(self.memory, ends[:-1]), self.shapes.values(), strict=True)
+        views = (tensor_over(piece[: math.prod(shape)].reshape(shape)) for piece, shape in pieces)
+        return dict(zip(self.shapes, views, strict=True))
+
+    @functools.cached_property
+    def whole(self) -> list[Tensor]:
+        return list(self.views.values()) if self.memory is None else [tensor_over(self.memory)]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors over this memory: the buffers of a jit that reads or writes some of them."""
+        if self.memory is None:
+            return self.whole
+        of_parts = (tensor for part in self.parts.values() for tensor in part.whole)
+        return [*self.whole, *self.views.values(), *of_parts]
+
+    def like(self) -> "FlatBuffer":
+        """Another one, of the same shapes and with the same parts."""
+        other = FlatBuffer(self.shapes)
+        for names in self.parts:
+            other.part(names)
+        return other
+
+    def part(self, names: Iterable[str]) -> "FlatBuffer":
+        """The tensors of consecutive names, which share the memory of this buffer."""
+        names = tuple(names)
+        if names not in self.parts:
+            part = self.parts[names] = FlatBuffer({name: self.shapes[name] for name in names})
+            part.parent, before = self, takewhile(lambda name: name != names[0], self.shapes)
+            start = sum(padded_size(self.shapes[name]) for name in before)
+            if self.memory is not None:
+                part.memory = self.memory[start : start + len(part.memory)]
+        return self.parts[names]
+
+    def read(self) -> dict[str, np.ndarray]:
+        """The numbers of the views by name; on the CPU their own memory, elsewhere a copy."""
+        return {name: as_numpy(view) for name, view in self.views.items()}
+
+    def write(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Copies the arrays of these names into the views."""
+        for name, view in self.views.items():
+            copy_in(view, arrays[name].astype(np.float32, copy=False))
+
+    def apply_in_place(self, function: Callable[[np.ndarray], object]) -> None:
+        """Calls a function, which changes an array in place, with all numbers as one array (n,)."""
+        if self.memory is not None:
+            function(self.memory)
+            return
+        message = np.concatenate([array.ravel() for array in self.read().values()])
+        function(message)
+        ends = np.cumsum([view.numel() for view in self.whole])
+        self.write(dict(zip(self.shapes, np.split(message, ends[:-1]), strict=True)))
+
+    def stack(self, whole: list[Tensor]) -> Tensor:
+        """Tensors laid out as `whole`, where all views have one shape -> (n, *shape)"""
+        n, shape = len(self.shapes), next(iter(self.shapes.values()))
+        if self.memory is None:
+            return Tensor.stack(*whole)
+        return whole[0].reshape(n, -1)[:, : math.prod(shape)].reshape(n, *shape)
+
+    def unstack(self, stacked: Tensor) -> list[Tensor]:
+        """The inverse of `stack`: (n, *shape) -> tensors laid out as `whole`."""
+        if self.memory is None:
+            return [stacked[i] for i in range(stacked.shape[0])]
+        rows = stacked.flatten(1)
+        padding = padded_size(stacked.shape[1:]) - rows.shape[1]
+        return [rows.pad(((0, 0), (0, padding))).flatten()]
+
+
+def padded_size(shape: tuple[int, ...]) -> int:
+    return -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,116 @@
+"""Processes beside this one that compile kernels."""
+
+import atexit
+import ctypes
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from unittest.mock import patch
+
+import tinygrad.engine.worker as worker
+from tinygrad import Device, UOp, helpers
+from tinygrad.helpers import PARALLEL
+
+from backend.cpu.compiler import ELF, CPUCompiler
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+N_TOGETHER = 4  # kernels in one call: clang takes as long to start as to compile one
+
+
+def may_start() -> bool:
+    """Processes, that is: those of a pool start none, and PARALLEL may forbid it."""
+    return not multiprocessing.current_process().daemon and PARALLEL.value > 1
+
+
+def can_fork() -> bool:
+    """No GPU that is in use survives it."""
+    return may_start() and sys.platform == "linux" and Device.DEFAULT.startswith("CPU")
+
+
+def begin_fork() -> None:
+    """A process of ours that ends with the one it was forked from, whatever ends that."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's handlers are for train.py, and
+    for number in (signal.SIGINT, signal.SIGHUP):  # so is what a terminal sends all processes
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != multiprocessing.parent_process().pid:  # it has ended before that
+        os._exit(1)
+    # a connection to tinygrad's cache must not be used on both sides, nor closed on this one
+    begin_fork.connection, helpers._db_connection = helpers._db_connection, None
+
+
+class ForkedPool:
+    """What tinygrad asks of its pool; here a process takes some kernels at once."""
+
+    def __init__(self):
+        self.pool = multiprocessing.get_context("fork").Pool(PARALLEL.value, start_worker)
+        atexit.register(self.pool.terminate)
+
+    def imap_unordered(self, compile_one: Callable, tasks: Iterable[tuple]) -> Iterator[tuple]:
+        tasks = list(tasks)
+        n = max(1, min(N_TOGETHER, len(tasks) // (2 * PARALLEL.value)))
+        some = [(compile_one, tasks[i : i + n]) for i in range(0, len(tasks), n)]
+        for results in self.pool.imap_unordered(compile_some, some):
+            yield from results
+
+
+def compile_some(work: tuple[Callable, list[tuple]]) -> list[tuple[int, UOp]]:
+    """Kernels by tinygrad's function for one, but for clang, which compiles them together."""
+    compile_one, tasks = work
+    with patch.object(CPUCompiler, "compile_cached", CPUCompiler.cached_or_source):
+        results = [compile_one(task) for task in tasks]
+    sources = [program.src[-1].arg for _, program in results]
+    sources = {lib.decode() for lib in sources if not lib.startswith(ELF)}
+    if not sources:
+        return results
+    libs = tasks[0][1][1].compiler.compile_together(sorted(sources))
+
+    def finished(program: UOp) -> UOp:
+        *rest, binary = program.src
+        return program.replace(src=(*rest, binary.replace(arg=libs.get(binary.arg, binary.arg))))
+
+    return [(number, finished(program)) for number, program in results]
+
+
+forked_pool = functools.cache(ForkedPool)
+
+
+def start_worker() -> None:
+    begin_fork()
+    worker._init_worker()
+
+
+tinygrads_pool = worker.get_worker_pool
+
+
+def compiling_processes():
+    """The pool that compiles kernels, or None. tinygrad starts processes anew, which import all
+    that this one has imported; forks have it."""
+    if can_fork():
+        return forked_pool()
+    return tinygrads_pool() if may_start() else None
+
+
+class Progress:
+    """A line on a terminal while kernels are compiled; it goes away."""
+
+    def __init__(self, total: int, **_):
+        self.n_done, self.total = 0, total
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def set_description(self, _: str) -> None:
+        pass
+
+    def update(self, n: int) -> None:
+        self.n_done += n
+        if sys.stderr.isatty():
+            print(f"\rcompiling {self.n_done}/{self.total}", end="", file=sys.stderr, flush=True)

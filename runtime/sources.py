@@ -1,0 +1,51 @@
+"""What is compiled for a model: the C of its step, and a file of its weights and tokens."""
+
+import json
+from pathlib import Path
+
+from backend.rendered import N_CHUNKS, rendered
+from runtime.kernels import Kernels
+from runtime.tables import tables
+from tokenizers import TOKENIZERS, Tokenizer
+
+MIN_SHARED_BYTES = 4 << 20  # with fewer, waking a core costs more than it gives
+
+
+def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> Kernels:
+    """Writes, of a step of inference's Decoder, kernels.c, with one.c and many.c, which call these
+    for one token and for many; model.h, sizes and help; and model.bin, the weights and tokens."""
+    steps = {"one": 1, "many": decoder.chunk}
+    calls = [rendered(decoder.step, decoder.ids[n], **decoder.ranges[n]) for n in steps.values()]
+    kernels = Kernels(decoder.weights)
+    for name, calls_of_step in zip(steps, calls, strict=True):
+        (folder / f"{name}.c").write_text(kernels.calls(calls_of_step), encoding="utf-8")
+    (folder / "kernels.c").write_text(kernels.source(), encoding="utf-8")
+
+    sizes = {
+        "CONTEXT_LENGTH": decoder.context_length,
+        "VOCAB_SIZE": tokenizer.vocab_size,
+        "CHUNK": decoder.chunk,
+        "N_CHUNKS": N_CHUNKS,
+        "ID": kernels.place_of(decoder.ids[1]),
+        "IDS": kernels.place_of(decoder.ids[decoder.chunk]),
+        "LOGITS": kernels.place_of(decoder.logits),
+        "TOKENIZER": list(TOKENIZERS).index(tokenizer.name),
+        "UNKNOWN": -1 if tokenizer.unknown is None else tokenizer.unknown,
+        "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
+    }
+    for name, array in tables(tokenizer).items():
+        sizes |= {name: kernels.add(array), f"N_{name}": len(array)}
+    sizes |= {
+        "N_HALVES": kernels.n_halves,
+        "MODEL_BYTES": kernels.n_file_bytes,
+        "MEMORY_BYTES": kernels.n_memory_bytes,
+        "IS_LARGE": int(kernels.n_file_bytes > MIN_SHARED_BYTES),
+    }
+    lines = (f"  {name} = {size},\n" for name, size in sizes.items())
+    is_end = " || ".join(f"(id) == {end}" for end in tokenizer.ends) or "0"
+    header = f"enum {{\n{''.join(lines)}}};\n#define IS_END(id) ({is_end})\n"
+    header += f"#define HELP {json.dumps(help)}\n"
+    (folder / "model.h").write_text(header, encoding="utf-8")
+    with (folder / "model.bin").open("wb") as file:
+        kernels.write(file)
+    return kernels

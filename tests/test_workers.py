@@ -1,0 +1,382 @@
+"""Training with several workers: the losses of one, the same bits in all, and one clear end."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import conftest
+import numpy as np
+import pytest
+from conftest import ROOT
+from tinygrad import Context, Device
+
+import train
+from backend.arrays import FlatBuffer
+from gpt_tiny import GPTConfig
+from models import checkpoint
+from training import checkpoint as training_checkpoint
+from training import launch, workers
+
+pytest.importorskip("mpi4py", reason="training with workers needs the extra mpi")
+
+MPIEXEC = str(Path(sys.executable).with_name("mpiexec"))
+HANGS = 120  # seconds after which something does
+# the validation is computed in twos whatever the number of workers: one jit serves them all
+TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "8", "--validation-size", "22"]
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    return conftest.start(folder, *words, env=os.environ | {"DEV": "CPU"})
+
+
+def ranks(
+    folder: Path, n_workers: int, *words: str, launcher: list[str] | None = None, stdin=None
+) -> list:
+    """What each rank of tests/ranks.py noted."""
+    launcher = launcher or [MPIEXEC, "-n", str(n_workers)]
+    command = [*launcher, sys.executable, ROOT / "tests/ranks.py", *TINY, "-x", "-n", "1", *words]
+    options = {"stdin": stdin, "cwd": folder, "timeout": HANGS}
+    run = subprocess.run(command, capture_output=True, text=True, **options)
+    assert run.returncode == 0, run.stderr + run.stdout
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(n_workers)]
+
+
+@pytest.fixture(scope="module")
+def mpi() -> None:
+    """Skips where MPI can't start processes: in some sandboxes, or with a host's name unknown."""
+    code = "from mpi4py import MPI; MPI.COMM_WORLD.Barrier()"
+    command = [MPIEXEC, "-n", "2", sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
+    if run.returncode:
+        pytest.skip(f"MPI does not work on this machine: {run.stderr}")
+
+
+@pytest.fixture(scope="module")
+def of_one(mpi, tmp_path_factory) -> list[float]:
+    """The losses of one worker's first 50 batches, without dropout."""
+    return ranks(tmp_path_factory.mktemp("one"), 1, "--dropout", "0")[0]["losses"]
+
+
+@pytest.mark.parametrize("n_workers", [2, 4])
+def test_workers_give_the_losses_of_one_and_hold_the_same_bits(tmp_path, of_one, n_workers):
+    records = ranks(tmp_path, n_workers, "--dropout", "0")
+    assert len(of_one) == 50
+    for record in records:
+        np.testing.assert_allclose(record["losses"], of_one, rtol=0, atol=1e-5)
+        assert record["device"] == "CPU"
+    assert len({record["checksum"] for record in records}) == 1
+
+
+def test_dropout_differs_between_workers(tmp_path, of_one):
+    with_dropout = ranks(tmp_path, 2, "--dropout", "0.2", "--accumulate", "2")
+    assert np.abs(np.subtract(with_dropout[0]["losses"], of_one)).max() > 1e-3
+    assert with_dropout[0]["checksum"] == with_dropout[1]["checksum"]
+
+
+def test_workers_with_muon_give_the_losses_of_one_and_hold_the_same_bits(tmp_path, mpi):
+    words = ["--dropout", "0", "--optimizer", "muon", "--accumulate", "2", "--grad-clip", "1"]
+    [alone], records = ranks(tmp_path, 1, *words), ranks(tmp_path, 2, *words)
+    for record in records:
+        np.testing.assert_allclose(record["losses"], alone["losses"], rtol=0, atol=1e-4)
+    assert records[0]["checksum"] == records[1]["checksum"]
+
+
+def in_namespaces() -> list[str] | None:
+    """Two network namespaces as hosts with a link between them; None where that is not allowed."""
+    commands = """
+        ip netns add tiny_a
+        ip netns add tiny_b
+        ip link add tiny_a netns tiny_a type veth peer name tiny_b netns tiny_b
+        ip -n tiny_a addr add 10.77.0.1/24 dev tiny_a
+        ip -n tiny_b addr add 10.77.0.2/24 dev tiny_b
+        ip -n tiny_a link set tiny_a up
+        ip -n tiny_b link set tiny_b up
+        ip -n tiny_a link set lo up
+        ip -n tiny_b link set lo up"""
+    for command in commands.strip().splitlines():
+        if subprocess.run(command.split(), capture_output=True).returncode:
+            return None
+    for name in ("tiny_a", "tiny_b"):  # a new address is not used before it is known to be unique
+        while (
+            "tentative"
+            in subprocess.run(
+                ["ip", "-n", name, "addr"], capture_output=True, text=True, check=True
+            ).stdout
+        ):
+            pass
+    return ["ip", "netns", "exec", "tiny_a"]
+
+
+@pytest.fixture
+def namespaces():
+    """The command that enters the first host."""
+    if shutil.which("ip") is None:
+        pytest.skip("network namespaces need iproute2")
+    try:
+        enter = in_namespaces()
+        if enter is None:
+            pytest.skip("network namespaces need root")
+        yield enter
+    finally:
+        for name in ("tiny_a", "tiny_b"):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def received(enter: list[str]) -> int:
+    """Bytes that came over the link so far."""
+    statistics = ["cat", "/sys/class/net/tiny_a/statistics/rx_bytes"]
+    return int(subprocess.run([*enter, *statistics], capture_output=True, check=True).stdout)
+
+
+def test_two_machines_give_the_losses_of_one(tmp_path, of_one, namespaces):
+    shell = tmp_path / "shell"  # for ssh: enters the namespace of the host
+    shell.write_text(
+        "#!/bin/sh\n"
+        'while [ "$1" != 10.77.0.1 ] && [ "$1" != 10.77.0.2 ]; do shift; done\n'
+        "case $1 in *.1) name=tiny_a;; *) name=tiny_b;; esac; shift\n"
+        'exec ip netns exec $name sh -c "$*"\n'
+    )
+    shell.chmod(0o755)
+    hosts = ["-hosts", "10.77.0.1,10.77.0.2", "-ppn", "1", "-launcher", "ssh"]
+    launcher = [*namespaces, MPIEXEC, "-n", "2", *hosts, "-launcher-exec", str(shell)]
+    launcher += ["-genv", "UCX_TLS", "tcp,self"]  # nothing else is shared by two machines
+    before = received(namespaces)
+    records = ranks(tmp_path, 2, "--dropout", "0", launcher=launcher)
+    for record in records:
+        np.testing.assert_allclose(record["losses"], of_one, rtol=0, atol=1e-5)
+    n_bytes = 100 * 4 * GPTConfig(8, 104, 1, 2, 8, 32).n_parameters
+    assert received(namespaces) - before > n_bytes / 2
+
+
+def test_gradients_outside_the_cpus_memory_are_summed_in_one_message():
+    class Ranks:
+        messages = 0
+
+        def Allreduce(self, in_place, array):
+            self.messages += 1
+            array *= 2
+
+    world, buffer = workers.World(), FlatBuffer({"ones": (2, 3), "numbers": (5,)})
+    world.size, world.ranks, world.mpi = 2, Ranks(), SimpleNamespace(IN_PLACE=None)
+    buffer.write({"ones": np.ones((2, 3)), "numbers": np.arange(5)})
+    buffer.memory = None  # as on a GPU
+    world.all_reduce(buffer)
+    ones, numbers = buffer.read().values()
+    assert np.all(ones == 2) and ones.shape == (2, 3)
+    np.testing.assert_array_equal(numbers, 2 * np.arange(5))
+    assert world.ranks.messages == 1
+
+
+def test_each_worker_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
+    numbers = {name: SimpleNamespace(value=8) for name in ("NUM_CPU_THREADS", "PARALLEL")}
+    chosen = SimpleNamespace(value=[])
+    for name, variable in (numbers | {"DEV": chosen}).items():
+        monkeypatch.setattr(workers, name, variable)
+    monkeypatch.setattr(workers.devices, "in_use", lambda: "CUDA")
+    monkeypatch.setattr(workers.devices, "check", lambda: None)
+    world = workers.World()
+    world.size = world.n_on_machine = 4
+    world.of_machine = SimpleNamespace(
+        rank=3, allgather=lambda _: [{0, 1, 2, 3}, {4, 5, 6, 7}], bcast=lambda _: "CUDA"
+    )
+    world.take_device()
+    assert chosen.value[0].device == "CUDA:3"
+    assert {variable.value for variable in numbers.values()} == {2}
+
+
+def test_a_worker_opens_no_gpu_but_its_own(tmp_path, mpi):
+    code = """
+import os, sys
+sys.path.insert(0, os.environ["ROOT"])
+import train
+from pathlib import Path
+from tinygrad import Device
+def note(config, tokenizer, world):
+    Path(str(world.rank)).write_text(" ".join(Device._opened_devices))
+    sys.exit()
+train.read_corpus = note
+train.main()
+"""
+    command = [MPIEXEC, "-n", "2", sys.executable, "-c", code, "-x", "--workers", "auto"]
+    environment = os.environ | {"ROOT": str(ROOT), "DEV": "NULL"}  # a GPU that does nothing
+    options = {"env": environment, "cwd": tmp_path, "timeout": HANGS}
+    run = subprocess.run(command, capture_output=True, text=True, **options)
+    assert run.returncode == 0, run.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["NULL", "NULL:1"]
+
+
+def test_auto_is_one_worker_where_devices_have_no_numbers(monkeypatch):
+    monkeypatch.setenv("DEV", "NULL")
+    with Context(DEV="NULL"):
+        assert launch.count_workers("auto") == 1
+    assert "NULL" not in Device._opened_devices  # which workers are to open
+
+
+def test_auto_is_a_worker_for_each_gpu(tmp_path, monkeypatch):
+    (tmp_path / "tinygrad.py").write_text(
+        "class Devices:\n"
+        "    DEFAULT = device = 'CUDA'\n"
+        "    count = lambda self: 3\n"
+        "    __getitem__ = lambda self, _: self\n"
+        "Device = Devices()\n"
+        "print('opened device CUDA from pid:1')  # with DEBUG=1\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Context(DEV="CUDA"):
+        assert launch.count_workers("auto") == 3
+
+
+def test_an_uneven_share_is_refused_with_the_sizes_that_fit(monkeypatch):
+    world = workers.World()
+    world.size = 3
+    assert world.share(12, "--batch-size", 2) == 4
+    with pytest.raises(ValueError, match="--batch-size 32 can't be shared by 3 workers: try 30 or"):
+        world.share(32, "--batch-size")
+
+
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ValueError, match=r"--workers 2 needs MPI: pip install '\.\[mpi\]'"):
+        launch.launch(2, ["train.py"])
+
+
+def test_the_banner_of_a_killed_worker_is_seen_and_not_shown_wherever_reads_part_it():
+    before, banner = b"step 1\n== a ==\n\n", launch.BANNER + b"==\n=   BAD TERMINATION\n"
+    for step in (1, 2, 3, 30, 100):
+        data = before + banner
+        chunks = iter([data[i : i + step] for i in range(0, len(data), step)] + [b""])
+        shown = b""
+        for text, is_banner in launch.parted_by_banner(chunks.__next__):
+            shown += text
+            if is_banner:
+                break
+        assert is_banner and shown.rstrip() == before.rstrip()
+
+
+def test_all_that_workers_print_is_passed_on_and_a_line_when_it_ends():
+    chunks = [b"step 1\n", b"\n", b"=", b"= 2\n===", b"\n" + 39 * b"=", b""]
+    parts = list(launch.parted_by_banner(iter(chunks).__next__))
+    assert b"".join(text for text, _ in parts) == b"".join(chunks)
+    assert parts[0] == (b"step 1\n", False) and not any(banner for _, banner in parts)
+
+
+def test_without_the_flag_mpi_is_not_imported():
+    code = "import sys, train; train.World(); print('mpi4py' in sys.modules)"
+    run = [sys.executable, "-c", code]
+    assert subprocess.run(run, cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+
+
+def newest(folder: Path) -> training_checkpoint.Checkpoint:
+    return training_checkpoint.load(folder / ".data/checkpoints", train.config_of)
+
+
+def wait_for(training: subprocess.Popen, text: str) -> str:
+    while text not in (line := training.stdout.readline()):
+        assert line, training.stderr.read()
+    return line
+
+
+def status_of(pid: int | str) -> tuple[str, int] | None:
+    """A process's state and its parent; None if there is no such process."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+        return state, int(parent)
+    except OSError:
+        return None
+
+
+def workers_of(training: subprocess.Popen) -> list[int]:
+    """What it started, and what these started: mpiexec and the ranks."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    found = [training.pid]
+    for pid in found:
+        found += [p for p in pids if (status := status_of(p)) and status[1] == pid]
+    return found[1:]
+
+
+def wait_for_end(processes: list[int]) -> None:
+    """Fails if one of them goes on; the last ones may take a moment more than their launcher."""
+    last = time.monotonic() + 10
+    while any((status := status_of(pid)) and status[0] != "Z" for pid in processes):
+        assert time.monotonic() < last, processes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_path, mpi):
+    words = [*TINY, "--dropout", "0", "-n", "1000", "--checkpoint-every", "1"]
+    training = start(tmp_path, *words, "--workers", "2")
+    wait_for(training, "step   1/")
+    processes = workers_of(training)
+    training.send_signal(signal.SIGINT)
+    out, err = training.communicate(timeout=HANGS)
+    assert training.returncode == 130 and "Traceback" not in err
+    assert out.count("interrupted; to go on") == 1
+    wait_for_end(processes)
+
+    resumed = start(tmp_path, "--resume", ".data/checkpoints", "--workers", "4")
+    first = int(re.search(r"step +(\d+)/", wait_for(resumed, "step ")).group(1))
+    wait_for(resumed, "store checkpoint")
+    processes = workers_of(resumed)
+    [launcher] = [p for p in processes if "proxy" in Path(f"/proc/{p}/cmdline").read_text()]
+    ranks = [p for p in processes if status_of(p)[1] == launcher]  # which start processes, too
+    os.kill(ranks[-1], signal.SIGKILL)
+    out, err = resumed.communicate(timeout=HANGS)
+    assert resumed.returncode == 1
+    assert err.splitlines()[-1].startswith("error: a worker was killed") and "Trace" not in err
+    wait_for_end(processes)
+
+    alone = start(tmp_path, "--resume", ".data/checkpoints")
+    assert int(re.search(r"step +(\d+)/", wait_for(alone, "step ")).group(1)) > first
+    alone.kill()
+    alone.communicate()
+    newest(tmp_path)
+
+
+@pytest.mark.parametrize(("n_steps", "number", "status"), [(3, 0, 0), (1000, signal.SIGINT, 130)])
+def test_workers_outlive_the_reader_of_their_lines(tmp_path, mpi, n_steps, number, status):
+    words = [*TINY, "-n", str(n_steps), "-o", "model", "--workers", "2"]
+    training = start(tmp_path, *words)
+    wait_for(training, "step   1/")
+    training.stdout.close()
+    training.stderr.close()
+    training.send_signal(number)
+    assert training.wait(timeout=HANGS) == status
+    if number:
+        assert newest(tmp_path).progress.step >= 1
+    else:
+        checkpoint.load(tmp_path / "model")
+
+
+def test_standard_input_reaches_all_workers(tmp_path, of_one):
+    (tmp_path / "text.txt").write_text("The context of the containers. " * 100)
+    of_file = ranks(tmp_path, 2, "--dropout", "0", "-t", "text.txt")
+    with (tmp_path / "text.txt").open() as file:
+        of_input = ranks(tmp_path, 2, "--dropout", "0", "-t", "-", stdin=file)
+    assert of_input == of_file
+
+
+def test_a_corpus_that_differs_between_machines_is_noticed(tmp_path, mpi):
+    for rank, text in enumerate(("abc ", "abd ")):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "text.txt").write_text(text * 500)
+    code = """
+import os, sys
+sys.path.insert(0, os.environ["ROOT"])
+import command_line, train
+from training import workers
+os.chdir(os.environ["PMI_RANK"])  # as on a machine of its own
+workers.World.broadcast_on_machine = lambda world, make: make()
+command_line.run(train.main)
+"""
+    command = [MPIEXEC, "-n", "2", sys.executable, "-c", code, *TINY, "-x", "-t", "text.txt"]
+    options = {"env": os.environ | {"ROOT": str(ROOT)}, "cwd": tmp_path, "timeout": HANGS}
+    run = subprocess.run(command, capture_output=True, text=True, **options)
+    assert run.returncode == 1 and not run.stdout
+    assert re.search(r"^error: rank 1 on \S+ has another corpus than rank 0$", run.stderr, re.M)

@@ -1,0 +1,138 @@
+"""Data-parallel training over MPI: the ranks of a world, which divide each batch among themselves.
+
+A rank computes the gradients of its share; one Allreduce sums them, and every rank makes the same
+update. Without MPI there is a world of one, through the same code.
+"""
+
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+import numpy as np
+from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, Target
+
+from backend import devices, machine
+from backend.arrays import FlatBuffer, copy_in, copy_out
+from backend.errors import UserError
+
+# what the launchers of MPICH, Intel MPI, Open MPI and Slurm tell a rank
+UNDER_MPI = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+COLUMNS = "GPT_TINY_COLUMNS"  # the width of the terminal that a launcher's output goes to
+
+
+class World:
+    """All ranks, and which one this is. As a context it ends them all with the one that fails."""
+
+    rank, size, n_on_machine = 0, 1, 1
+
+    def __init__(self, explain: Callable[[BaseException], str] = str):
+        """`explain` says in words what an error of this rank is."""
+        self.explain = explain
+        self.columns = int(os.environ.get(COLUMNS, 0)) or None
+        self.is_under_mpi = any(name in os.environ for name in UNDER_MPI)
+        if not self.is_under_mpi:
+            return
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise UserError("training with mpiexec needs: pip install '.[mpi]'") from error
+        self.mpi, self.ranks = MPI, MPI.COMM_WORLD
+        self.rank, self.size = self.ranks.rank, self.ranks.size
+        if self.size > 1:
+            self.of_machine = self.ranks.Split_type(MPI.COMM_TYPE_SHARED)
+            self.n_on_machine = self.of_machine.size
+
+    def take_device(self) -> None:
+        """For each rank of a machine its share of the cores, and a GPU of its own, which is the
+        only one that it opens; UserError if that does not open."""
+        if self.size > 1:
+            # without DEV, finding the backend opens the first GPU, which is the first rank's
+            backend = self.broadcast_on_machine(devices.in_use).split(":")[0]
+            cores = set().union(*self.of_machine.allgather(machine.usable_cores()))
+            n_cores = min(len(cores), machine.share_of_processor()) // self.n_on_machine
+            NUM_CPU_THREADS.value = max(1, min(NUM_CPU_THREADS.value, int(n_cores)))
+            if backend != "CPU":  # there, one compiles for all
+                DEV.value = [Target(f"{backend}:{self.of_machine.rank}"), *DEV.value]
+                PARALLEL.value = NUM_CPU_THREADS.value
+        devices.check()
+
+    def check_same(self, **facts: object) -> None:
+        """ValueError, with its name, if one of the facts is not the same on every rank."""
+        if self.size == 1:
+            return
+        gathered = self.ranks.allgather((socket.gethostname(), facts))
+        for rank, (host, others) in enumerate(gathered):
+            for name, fact in gathered[0][1].items():
+                if others[name] != fact:
+                    raise UserError(f"rank {rank} on {host} has another {name} than rank 0")
+
+    def share(self, n: int, name: str, parts: int = 1) -> int:
+        """What each rank gets of n, in so many parts; ValueError if it does not come out even."""
+        unit = self.size * parts
+        if n % unit:
+            fitting = " or ".join(str(m) for m in (n // unit * unit, (n // unit + 1) * unit) if m)
+            raise UserError(f"{name} {n} can't be shared by {self.size} workers: try {fitting}")
+        return n // self.size
+
+    def shard(self, rows: np.ndarray) -> np.ndarray:
+        """This rank's share of the columns."""
+        width = rows.shape[1] // self.size
+        return rows[:, self.rank * width : (self.rank + 1) * width]
+
+    def sum(self, array: np.ndarray) -> np.ndarray:
+        """The sum over all ranks, the same bits on each, in place of the array."""
+        if self.size > 1:
+            self.ranks.Allreduce(self.mpi.IN_PLACE, array)
+        return array
+
+    def all_reduce(self, buffer: FlatBuffer) -> None:
+        """`sum` of all numbers of a buffer, in one message."""
+        if self.size > 1:
+            buffer.apply_in_place(self.sum)
+
+    def max(self, number: int) -> int:
+        """The greatest of the ranks' numbers."""
+        return self.ranks.allreduce(number, self.mpi.MAX) if self.size > 1 else number
+
+    def broadcast(self, thing: object) -> object:
+        """Rank 0's, on every rank."""
+        return self.ranks.bcast(thing) if self.size > 1 else thing
+
+    def broadcast_on_machine(self, make: Callable[[], object]) -> object:
+        """What it makes on the first rank of each machine, on all of them."""
+        if self.size == 1:
+            return make()
+        made = make() if self.of_machine.rank == 0 else None
+        received = self.of_machine.bcast(made)
+        return received if made is None else made  # which may hold a temporary file
+
+    def bar(self) -> dict[str, object]:
+        """Options of a tqdm bar: it is shown by rank 0 on a terminal, also through mpiexec."""
+        is_shown = self.rank == 0 and (sys.stderr.isatty() or self.columns)
+        width = {"ncols": self.columns, "dynamic_ncols": not self.columns}
+        return {"disable": not is_shown, "leave": False, **width}
+
+    def broadcast_tensors(self, tensors: list) -> None:
+        """Gives every rank the bits that rank 0 has in its tensors."""
+        for tensor in tensors if self.size > 1 else ():
+            array = copy_out(tensor)
+            self.ranks.Bcast(array)
+            copy_in(tensor, array)
+
+    def __enter__(self):
+        if self.rank > 0:  # rank 0 speaks for all
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None or self.size == 1 or isinstance(error, SystemExit):
+            return
+        if self.rank > 0:  # rank 0 has most errors, too, and the first say
+            threading.Event().wait(2)
+        where = f"rank {self.rank} on {socket.gethostname()}: " if self.rank else ""
+        print(f"error: {where}{self.explain(error)}", file=sys.__stderr__, flush=True)
+        threading.Event().wait(0.5)  # mpiexec drops what it has not passed on when it is to end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would say more
+        self.ranks.Abort(1)
