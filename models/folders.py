@@ -46,7 +46,8 @@ def check_destination(folder: Path, marks: Collection[str] = ()) -> None:
     if folder.exists():
         if not folder.is_dir():
             raise UserError(f"{folder} is a file: name a folder to save the model to")
-        names = set(os.listdir(folder))
+        # but for what a training that was killed was about to write
+        names = {name for name in os.listdir(folder) if not name.startswith(".gpt-tiny-")}
         if names and not is_model(names) and names.isdisjoint(marks):
             raise UserError(
                 f"{folder} exists and is not a model folder: name another, nothing in it is touched"
