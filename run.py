@@ -82,7 +82,7 @@ def generate(
         tokens = generator(
             np.tile(ids, (n_samples, 1)),
             arguments.n_new_tokens,
-            lambda logits: sample(logits, *sampling, excluded=tokenizer.unknown),
+            lambda logits: sample(logits, *sampling, excluded=tokenizer.excluded),
         )
         streams = (TextStream(tokenizer, arguments.stop, tokenizer.ends) for _ in range(n_samples))
         shown = "" if arguments.interactive else bold(prompt)

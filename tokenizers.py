@@ -11,7 +11,7 @@ import hashlib
 import json
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
 from pathlib import Path
@@ -82,8 +82,11 @@ class Tokenizer:
     learns = False  # its tokens from a text
     tokens: list[bytes]
     merges: list[tuple[str, str]] | None = None  # of byte pairs: which are joined, in order
-    end: int | None = None  # the id that ends a text
+    end: int | None = None  # the id that ends a document, and begins a text without a prompt
     ends: tuple[int, ...] = ()  # the ids that end what a model writes
+    specials: Mapping[str, int] = {}  # the tokens that a text names by their spelling
+    padding: tuple[int, ...] = ()  # the ids that stand for no text, beside `unknown`
+    n_surplus = 0  # rows of the model beyond the tokens
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -103,16 +106,23 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return len(self.tokens)
+        """The model's: of all tokens, and of rows that no token has."""
+        return len(self.tokens) + self.n_surplus
 
     @property
     def unknown(self) -> int | None:
         return len(self.tokens) - 1
 
     @property
+    def excluded(self) -> list[int]:
+        """The ids that are never drawn, for they stand for no text and end none."""
+        unknown = [] if self.unknown is None else [self.unknown]
+        return [*unknown, *self.padding, *range(len(self.tokens), self.vocab_size)]
+
+    @property
     def dtype(self) -> np.dtype:
-        """The smallest unsigned integer that holds every id."""
-        return np.min_scalar_type(self.vocab_size - 1)
+        """The smallest unsigned integer that holds the id of every token."""
+        return np.min_scalar_type(len(self.tokens) - 1)
 
     def encode(self, text: str) -> np.ndarray:
         raise NotImplementedError

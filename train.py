@@ -181,7 +181,10 @@ def print_example(trainer: Trainer) -> None:
     tokenizer, rng = trainer.corpus.tokenizer, np.random.default_rng(trainer.config.seed)
     prompt = tokenizer.encode("\n")[None].astype(np.int32)
     stream = TextStream(tokenizer)
-    for new in Generator(trainer.model)(prompt, 200, lambda logits: sample(logits, 1.0, rng)):
+    tokens = Generator(trainer.model)(
+        prompt, 200, lambda logits: sample(logits, 1.0, rng, excluded=tokenizer.excluded)
+    )
+    for new in tokens:
         print(stream.add(int(new[0])), end="", flush=True)
     print(stream.add(None))
 

@@ -1,5 +1,7 @@
 """The choice of the next token."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -9,16 +11,17 @@ def sample(
     rng: np.random.Generator,
     top_k: int | None = None,
     top_p: float | None = None,
-    excluded: int | None = None,
+    excluded: Sequence[int] = (),
 ) -> np.ndarray:
     """logits (batch, vocab_size) -> ids (batch,), drawn from softmax(logits / temperature).
 
     Temperature 0 takes the likeliest token. `top_k` leaves as many of the likeliest in the draw,
-    `top_p` as few of them as have that share of the probability (Holtzman et al., 2019). The id
-    `excluded` is never drawn.
+    `top_p` as few of them as have that share of the probability (Holtzman et al., 2019). The ids
+    `excluded` are never drawn.
     """
-    if excluded is not None:
-        logits = np.where(np.arange(logits.shape[1]) == excluded, -np.inf, logits)
+    if len(excluded):
+        logits = logits.copy()
+        logits[:, excluded] = -np.inf
     if temperature == 0:
         return logits.argmax(-1)
     weights = np.exp((logits - logits.max(-1, keepdims=True)).astype(np.float64) / temperature)

@@ -143,11 +143,11 @@ def test_temperature_flattens_and_sharpens():
         assert np.abs(np.bincount(ids) / len(ids) - expected).max() < 0.02
 
 
-def test_the_excluded_id_is_never_drawn():
+def test_an_excluded_id_is_never_drawn():
     logits = np.tile(np.log([0.2, 0.5, 0.3]), (1000, 1))
     kept = logits.copy()
-    assert set(sample(logits, 1.0, np.random.default_rng(0), excluded=1)) == {0, 2}
-    assert np.all(sample(logits, 0, None, excluded=1) == 2)
+    assert set(sample(logits, 1.0, np.random.default_rng(0), excluded=[1])) == {0, 2}
+    assert np.all(sample(logits, 0, None, excluded=[1]) == 2)
     assert np.array_equal(logits, kept)
 
 
