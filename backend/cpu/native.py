@@ -1,4 +1,4 @@
-"""Functions in C that kernels call: gemv.c and gemm.c, and the matrix product of BLAS.
+"""Functions in C that kernels call: gemv.c, gemm.c, attention.c, and the matrix product of BLAS.
 
 A kernel reads a function's address from a buffer: kernels are kept, and an address differs from run
 to run. `names` tells these buffers from others: a kept jit holds the name of the function instead.
@@ -14,6 +14,7 @@ from backend.cpu.blas import blas
 from backend.cpu.compiler import CPUProgram, load_c
 
 FILES = {"gemv": "gemv.c", "sbgemm": "gemm.c"}  # by function
+FILES |= {"attention": "attention.c", "attention_gradients": "attention.c"}
 names: dict[UOp, str] = {}  # of functions, by the buffer with the address
 
 
@@ -41,7 +42,7 @@ def address(name: str) -> int | None:
 @functools.cache
 def load(name: str) -> CPUProgram | None:
     try:
-        return load_c(FILES[name])
+        return load_c(FILES[name], name)
     except ValueError as error:
         if "no fast products of bfloat16" not in str(error):  # as gemm.c says
             raise
