@@ -16,14 +16,19 @@ ATTENTION_BLOCKS = ContextVar("ATTENTION_BLOCKS", 1)  # 0 leaves it to the plain
 MOST_D = 128  # that attention.c has room for
 
 
+def is_in_blocks(device: str, d: int) -> bool:
+    """Whether attention.c computes the attention of heads of this size."""
+    is_on_cpu = device.startswith("CPU") and blas() is not None
+    return is_on_cpu and bool(ATTENTION_BLOCKS) and d <= MOST_D
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, dropout: Callable) -> Tensor | None:
     """query, key, value (b, t, h, d) -> dropout(softmax(query key' / sqrt(d))) value of the keys up
     to each query: (b, t, h, d), in float32; None where the plain formula has to do.
 
     `dropout` is one of gpt_tiny's: with a rate and a `next_key`, or none at all.
     """
-    is_on_cpu = query.device.startswith("CPU") and blas() is not None
-    if not (ATTENTION_BLOCKS and is_on_cpu) or query.shape[-1] > MOST_D:
+    if not is_in_blocks(query.device, query.shape[-1]):
         return None
     (b, t, h, _), device, rate = query.shape, query.device, getattr(dropout, "rate", 0)
     address = address_of("attention", device)
