@@ -52,12 +52,11 @@ def read(folder: Path | str) -> tuple[GPTConfig, Tokenizer, Mapping[str, np.ndar
 
 
 def find_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer that a user names: one that needs no files, or that of a folder or of a name on
-    the Hugging Face Hub; None for one that learns from a text."""
-    kind = TOKENIZERS.get(name, tokenizers.OF_FOLDERS)
-    if kind.learns or not kind.files:
-        return None if kind.learns else kind()
-    folder, reason = Path(name), "there is no such folder"
+    """The tokenizer of a folder or of a name on the Hugging Face Hub; None for one of TOKENIZERS,
+    which learns from a text."""
+    if name in TOKENIZERS:
+        return None
+    kind, folder, reason = tokenizers.OF_FOLDERS, Path(name), "there is no such folder"
     try:
         if hub.is_name(folder):
             repository = hub.Repository(folder.as_posix())
@@ -65,10 +64,9 @@ def find_tokenizer(name: str) -> Tokenizer | None:
     except UserError as error:
         reason = str(error)
     if not folder.is_dir():
-        names = [each.name for each in TOKENIZERS.values() if each.learns or not each.files]
         raise UserError(
-            f"--tokenizer {name} is not known: name {', '.join(names)}, or a folder or a model of "
-            f"the Hugging Face Hub with GPT-2's {' and '.join(kind.files)} ({reason})"
+            f"--tokenizer {name} is not known: name {', '.join(TOKENIZERS)}, or a folder or a "
+            f"model of the Hugging Face Hub with GPT-2's {' and '.join(kind.files)} ({reason})"
         )
     return kind.read(folder)
 
