@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, assert_error, not_on_windows, start
+from conftest import GPT2, ROOT, TINY, assert_error, not_on_windows, start
 
 import train
 from gpt_tiny import GPTConfig
 from models import checkpoint, safetensors
 from training import checkpoint as training_checkpoint
 from training import signals as signals_to_stop
+from training.config import TrainingConfig
 from training.workers import World
 
 MUON = ["--optimizer", "muon", "--grad-clip", "1", "--decay", "cosine"]
@@ -162,6 +163,35 @@ def test_a_finished_training_of_an_earlier_version_goes_on_for_longer(tmp_path, 
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
 
 
+def test_samples_along_the_way_change_no_digit(tmp_path, train_here, whole):
+    out = train_here(*TINY, "-n", "2", "-o", "model", "--sample-every", "1")
+    rest = train_here("--resume", ".data/checkpoints", "-n", "4", "--sample-every", "2")
+    line = re.compile(r"^(?:start|step|store) .*\n", re.M)
+    [[first, second], [nothing, fourth]] = (line.split(text)[2:4] for text in (out, rest))
+    assert nothing == "" and len({first, second, fourth}) == 3
+    for sample in (first, second, fourth):  # of 16 characters, 100 more
+        assert sample.startswith('The "assert" sta') and len(sample) == 117
+    lines, model = whole()
+    assert step_lines(rest) == lines[2:]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
+
+
+def test_the_texts_of_an_earlier_versions_training_have_no_special_tokens(
+    tmp_path, train_here, monkeypatch
+):
+    pytest.importorskip("tiktoken")
+    (tmp_path / "text.txt").write_text("The context.<|endoftext|>The containers. " * 50)
+    words = ["--tokenizer", str(GPT2), "-t", "text.txt", "--checkpoint-every", "1"]
+    monkeypatch.setattr(train, "DEFAULTS", TrainingConfig(batches_per_step=2))
+    train_here(*TINY, *words, "-n", "1", "--no-special")
+    [progress] = tmp_path.glob(f".data/checkpoints/*/{training_checkpoint.PROGRESS}")
+    saved = json.loads(progress.read_text(encoding="utf-8"))
+    for name in ("no_special", "sample_every"):  # which it did not have
+        del saved["settings"][name]
+    progress.write_text(json.dumps(saved), encoding="utf-8")
+    assert len(step_lines(train_here("--resume", ".data/checkpoints", "-n", "2"))) == 1
+
+
 def test_flags_that_contradict_the_checkpoint_are_refused(call, train_here):
     train_here(*TINY, "-n", "1", "--checkpoint-every", "1")
     for words, message in [
@@ -173,6 +203,10 @@ def test_flags_that_contradict_the_checkpoint_are_refused(call, train_here):
         (
             ["--grad-clip", "1"],
             "--grad-clip 1.0 contradicts the training to go on with: it has no --grad-clip",
+        ),
+        (
+            ["--no-special"],
+            "--no-special contradicts the training to go on with: it has no --no-special",
         ),
         (["-n", "0"], "'0' is not a whole number"),
         (["-t", str(ROOT / "README.md")], "--text-corpus"),
