@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from gpt_tiny import GPTConfig
 from models import checkpoint, safetensors
 from training import checkpoint as training_checkpoint
 from training import signals as signals_to_stop
+from training import trainer
 from training.config import TrainingConfig
 from training.workers import World
 
@@ -163,7 +165,9 @@ def test_a_finished_training_of_an_earlier_version_goes_on_for_longer(tmp_path, 
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
 
 
-def test_samples_along_the_way_change_no_digit(tmp_path, train_here, whole):
+def test_samples_along_the_way_change_no_digit(tmp_path, train_here, monkeypatch):
+    monkeypatch.setattr(train, "DEFAULTS", TrainingConfig(batches_per_step=3))
+    plain = train_here(*TINY, "-n", "4", "-o", "plain")
     out = train_here(*TINY, "-n", "2", "-o", "model", "--sample-every", "1")
     rest = train_here("--resume", ".data/checkpoints", "-n", "4", "--sample-every", "2")
     line = re.compile(r"^(?:start|step|store) .*\n", re.M)
@@ -171,25 +175,27 @@ def test_samples_along_the_way_change_no_digit(tmp_path, train_here, whole):
     assert nothing == "" and len({first, second, fourth}) == 3
     for sample in (first, second, fourth):  # of 16 characters, 100 more
         assert sample.startswith('The "assert" sta') and len(sample) == 117
-    lines, model = whole()
-    assert step_lines(rest) == lines[2:]
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
+    assert step_lines(rest) == step_lines(plain)[2:]
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "model")]
+    assert models[0] == models[1]
 
 
-def test_the_texts_of_an_earlier_versions_training_have_no_special_tokens(
-    tmp_path, train_here, monkeypatch
-):
+@pytest.mark.parametrize("has_settings", [True, False])
+def test_the_texts_of_an_earlier_versions_training_have_no_special_tokens(tmp_path, has_settings):
     pytest.importorskip("tiktoken")
-    (tmp_path / "text.txt").write_text("The context.<|endoftext|>The containers. " * 50)
-    words = ["--tokenizer", str(GPT2), "-t", "text.txt", "--checkpoint-every", "1"]
-    monkeypatch.setattr(train, "DEFAULTS", TrainingConfig(batches_per_step=2))
-    train_here(*TINY, *words, "-n", "1", "--no-special")
-    [progress] = tmp_path.glob(f".data/checkpoints/*/{training_checkpoint.PROGRESS}")
-    saved = json.loads(progress.read_text(encoding="utf-8"))
-    for name in ("no_special", "sample_every"):  # which it did not have
-        del saved["settings"][name]
-    progress.write_text(json.dumps(saved), encoding="utf-8")
-    assert len(step_lines(train_here("--resume", ".data/checkpoints", "-n", "2"))) == 1
+    (tmp_path / "text.txt").write_text("The context.<|endoftext|>")
+    words = ["--tokenizer", str(GPT2), "-t", str(tmp_path / "text.txt"), "-x"]
+    config = train.config_of(words)
+    settings = training_checkpoint.settings_to_json(config)
+    for name in ("no_special", "sample_every"):
+        del settings[name]
+    of_words = {"arguments": words, "output_path": "model"}
+    saved = asdict(training_checkpoint.Progress())
+    saved |= {"settings": settings} if has_settings else of_words
+    (tmp_path / "training.json").write_text(json.dumps(saved))
+    _, earlier = training_checkpoint.read_progress(tmp_path / "training.json", train.config_of)
+    assert trainer.read_corpus(config, None, World()).ids[-1] == 511
+    assert 511 not in trainer.read_corpus(earlier, None, World()).ids
 
 
 def test_flags_that_contradict_the_checkpoint_are_refused(call, train_here):
