@@ -233,7 +233,7 @@ def documents(chunks: Iterable[bytes], text: Text, end: bytes) -> Iterator[bytes
             place, name = (error.object[error.start], error.start), f"line {number} of {text.name}"
             raise UserError(str(NotUTF8(*place, name, text.conversion()))) from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            reason = f"no JSON object with a string text: {line[:60]}"
+            reason = f"no JSON object with a string named text: {line[:60]}"
             raise UserError(f"line {number} of {text.name} is {reason}") from None
         while len(ready) >= CHUNK:
             yield bytes(ready[:CHUNK])

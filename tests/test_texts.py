@@ -82,9 +82,15 @@ def test_half_a_surrogate_pair_in_a_jsonl_is_a_question_mark():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "The"', 'line 3 of NAME is no JSON object with a string text: {"text": "The"'),
-        (b'{"text": "The"} {"text": "a"}', "line 3 of NAME is no JSON object with a string text: "),
-        (b'{"content": "The"}', r'line 3 of NAME is no JSON .* text: {"content": "The"}$'),
+        (
+            b'{"text": "The"',
+            'line 3 of NAME is no JSON object with a string named text: {"text": "The"',
+        ),
+        (
+            b'{"text": "The"} {"text": "a"}',
+            "line 3 of NAME is no JSON object with a string named text: ",
+        ),
+        (b'{"content": "The"}', r'line 3 of NAME is no JSON .* named text: {"content": "The"}$'),
         (b'{"text": null}', "line 3 of NAME is no JSON object"),
         (b'{"text": ["The"]}', "line 3 of NAME is no JSON object"),
         (b'["text"]', "line 3 of NAME is no JSON object"),
