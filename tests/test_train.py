@@ -367,7 +367,9 @@ def test_workers_on_machines_of_their_own_share_a_batchs_memory(monkeypatch):
         checks.check_sizes(config, corpus, SimpleNamespace(size=2, n_on_machine=2))
 
 
-@pytest.mark.parametrize("flag", ["-c", "-d", "-l", "-h", "-n", "-b", "-m", "--vocab-size"])
+@pytest.mark.parametrize(
+    "flag", ["-c", "-d", "-l", "-h", "-n", "-b", "-m", "--vocab-size", "--sample-every"]
+)
 @pytest.mark.parametrize("value", ["0", "-3", "1.5", "many", "", "99999999999999999999"])
 def test_a_size_that_is_none_is_refused(call, flag, value):
     result = call(train.main, flag, value)
