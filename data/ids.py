@@ -91,6 +91,7 @@ def read(
     vocab_size: int | None,
     keep: bool,
     bar: dict[str, object],
+    special: bool = True,
 ) -> Corpus:
     """The ids of the first `n_bytes` bytes of texts; with None of gpt-burn's 999 MiB, and a line if
     there are more.
@@ -98,11 +99,12 @@ def read(
     A tokenizer may be given as its class, to learn `vocab_size` tokens, or with None its default. A
     line says what of the texts is not in the vocabulary. With `keep` the ids lie in a folder of
     FOLDER, where the next training on these texts finds them, else in a temporary one, and in
-    memory where neither can be written. `bar` is options of tqdm. UserError for texts that can't be
-    read.
+    memory where neither can be written. `bar` is options of tqdm. Unless `special`, the tokenizer's
+    special tokens are not looked for, nor put between documents, and go. UserError for texts that
+    can't be read.
     """
     vocab_size = vocab_size or tokenizer.default_vocab_size
-    return Encoder(Texts(paths), n_bytes, tokenizer, vocab_size, bar).corpus(keep)
+    return Encoder(Texts(paths), n_bytes, tokenizer, vocab_size, bar, special).corpus(keep)
 
 
 @dataclass
@@ -114,6 +116,17 @@ class Encoder:
     tokenizer: Tokenizer | type[Tokenizer]
     vocab_size: int | None
     bar: dict[str, object]
+    special: bool
+
+    def __post_init__(self):
+        if not isinstance(self.tokenizer, type):
+            self.prepare(self.tokenizer)
+
+    def prepare(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer, with special tokens only if the texts have them."""
+        if not self.special:
+            tokenizer.specials = {}
+        return tokenizer
 
     @functools.cached_property
     def limit(self) -> int:
@@ -140,7 +153,8 @@ class Encoder:
             return corpus
         if isinstance(self.tokenizer, type):
             with self.reading("counting tokens"):
-                self.tokenizer = self.tokenizer.train(self.texts, self.limit, self.vocab_size)
+                learned = self.tokenizer.train(self.texts, self.limit, self.vocab_size)
+            self.tokenizer = self.prepare(learned)
             if corpus := self.kept(self.folders()[-1]):
                 return corpus
         temporary = None
@@ -169,7 +183,7 @@ class Encoder:
             if kept["texts"] == self.texts.facts and is_complete:
                 tokenizer = self.tokenizer
                 if isinstance(tokenizer, type):
-                    tokenizer = tokenizer.load(folder)
+                    tokenizer = self.prepare(tokenizer.load(folder))
                 corpus = Corpus(self.texts.name, tokenizer, kept["checksum"], folder / IDS)
                 if kept["tokenizer"] == tokenizer.digest() and corpus.ids is not None:
                     if "unknown" not in kept:  # as earlier versions kept them
@@ -215,6 +229,7 @@ class Encoder:
     def encode(self, write: Callable[[bytes], object]) -> dict[str, object]:
         """Passes the ids on, chunk by chunk; what is to be known of them."""
         checksum, unknown = 0, Unknown()
+        self.texts.end = self.tokenizer.document_end.encode()
         with self.reading("encoding"):
             for ids in self.tokenizer.encode_file(self.texts, self.limit, unknown):
                 write(data := ids.tobytes())

@@ -23,7 +23,7 @@ from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt2, gpt_burn, hub, safetensors
 from models.folders import INDEX, MODEL_FILES, WEIGHT_FILES, replacing
 from models.safetensors import LazyArrays
-from tokenizers import TOKENIZERS, Tokenizer
+from tokenizers import TOKENIZERS, CharTokenizer, Tokenizer
 
 
 def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
@@ -78,11 +78,17 @@ def find(folder: Path) -> Path:
         return folder
     repository = hub.Repository(folder.as_posix())
     config = parse_config(repository.fetch("config.json"))  # before the weights of what is no GPT-2
-    for file in TOKENIZERS.get(config.get("tokenizer"), Tokenizer).files:
-        repository.fetch(file)
+    kind = TOKENIZERS.get(config.get("tokenizer"), CharTokenizer)
+    optional = ["generation_config.json"]
+    if kind is CharTokenizer:  # gpt-burn's characters are in no file
+        optional += kind.files
+    else:
+        for file in kind.files:
+            repository.fetch(file)
     files = ("model.safetensors", INDEX)
     if not any(map(repository.cached, files)):  # else all is there, and no one is asked
-        repository.download("generation_config.json")
+        for file in optional:
+            repository.download(file)
     weights = repository.fetch(*files)
     if weights.name == INDEX:
         for shard in sorted(set(safetensors.weight_map(weights).values())):

@@ -1,4 +1,3 @@
-import contextlib
 import inspect
 import io
 import json
@@ -22,6 +21,7 @@ from texts import (
     encode_file,
     few_examples,
     mixed_text,
+    needs_a_learner,
     plain_vowel_tokens,
 )
 
@@ -357,14 +357,13 @@ print(json.dumps(tokenizer.encode(json.load(sys.stdin)).ids))
 
 
 def test_byte_pairs_learned_from_a_text_are_read_by_hugging_face_with_equal_ids(tmp_path):
-    for package in ("tiktoken", "tokenizers"):
-        if not is_installed(package):
-            pytest.skip(f"{package} is not installed")
+    needs_a_learner()
     text = "\n".join(TEXTS) + "日本語のテキスト。чайник на плите поёт<|endoftext|>" * 50
     file = io.BytesIO(text.encode())
     tokenizer = BytePairTokenizer.train(file, 1 << 30, 400)
     assert (tokenizer.vocab_size, tokenizer.end) == (400, 399)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == text.replace("<|endoftext|>", "")
+    assert tokenizer.encode(text).tolist().count(399) == 50
     assert not [token for token in tokenizer.tokens if b"|" in token[1:] or b"endof" in token]
     assert len(tokenizer.encode(text)) < len(text.encode()) / 3
     tokenizer.save(tmp_path)
@@ -385,12 +384,6 @@ def test_what_learning_byte_pairs_needs_is_said(monkeypatch):
 
 def raise_not_found(name: str):
     raise tokenizers.metadata.PackageNotFoundError(name)
-
-
-def is_installed(package: str) -> bool:
-    with contextlib.suppress(tokenizers.metadata.PackageNotFoundError):
-        return bool(tokenizers.metadata.version(package))
-    return False
 
 
 def test_an_unknown_tokenizer_is_refused_with_the_known_ones(tmp_path):
