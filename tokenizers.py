@@ -279,11 +279,11 @@ class CharTokenizer(Tokenizer):
     def encode_known(self, text: str, unknown: Unknown) -> np.ndarray:
         points = code_points(text)
         ids = self.ids.take(points, mode="clip")
-        is_unknown = ids == self.unknown
-        others, counts = np.unique(points[is_unknown], return_counts=True)
+        places = np.flatnonzero(ids == self.unknown)
+        others, counts = np.unique(points[places], return_counts=True)
         counts = dict(zip(map(chr, others.tolist()), counts.tolist(), strict=True))
         unknown.add(len(text) - counts.pop("\r", 0), counts)
-        return ids[~is_unknown] if len(others) else ids
+        return np.delete(ids, places) if len(places) else ids
 
     @staticmethod
     def boundary(text: str) -> int:
@@ -625,7 +625,7 @@ def count_characters(texts: Iterable[str], common: str = "") -> tuple[np.ndarray
     for text in texts:
         n_characters += len(text)
         data = text.encode()
-        if len(data) < 1.5 * len(text):
+        if len(data) < 1.2 * len(text):
             text = data.translate(None, settled).decode()
         found = np.bincount(code_points(text))
         counts[: len(found)] += found
