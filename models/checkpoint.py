@@ -131,7 +131,7 @@ def parse_config(path: Path) -> dict:
         known = {field.name for field in fields(GPTConfig)}
         if wrong := model.keys() - known:
             raise UserError(f"a model has no setting {min(wrong)!r:.60}")
-        if wrong := known - model.keys() - {"gpt2"}:
+        if wrong := known - model.keys() - {"gpt2", "exact_gelu"}:
             raise UserError(f"it lacks the setting {min(wrong)}")
         tokenizer = config.get("tokenizer", tokenizers.DEFAULT)
         if not isinstance(tokenizer, str) or not tokenizer.isidentifier():

@@ -19,9 +19,11 @@ SIZES = {
     "n_heads": "n_head",
     "d_model": "n_embd",
 }
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
+EXACT_GELU = ("gelu", "gelu_python")
 # The options that the model has no choice of, with the values that it is made for.
 FIXED = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "activation_function": (*TANH_GELU, *EXACT_GELU),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -63,6 +65,7 @@ def config_to_ours(config: dict) -> dict:
     if d_hidden is None and type(model["d_model"]) is int:
         d_hidden = 4 * model["d_model"]
     model |= {"d_hidden": d_hidden, "dropout": config.get("resid_pdrop", 0.1), "gpt2": True}
+    model["exact_gelu"] = config.get("activation_function") in EXACT_GELU
     return {**training, "model": model, "tokenizer": BytePairTokenizer.name}
 
 
@@ -77,6 +80,7 @@ def config_to_theirs(config: dict, end: int | None, ends: Sequence[int]) -> dict
         "n_inner": model["d_hidden"],
         **dict.fromkeys(DROPOUTS, model["dropout"]),
         **{name: values[0] for name, values in FIXED.items() if values[0] is not None},
+        "activation_function": (EXACT_GELU if model.get("exact_gelu") else TANH_GELU)[0],
         "bos_token_id": end,
         "eos_token_id": ends[0] if len(ends) == 1 else [*ends] or None,
         "gpt_tiny": {k: v for k, v in config.items() if k not in ("model", "tokenizer")},

@@ -139,6 +139,7 @@ def settings_to_json(config: TrainingConfig) -> dict[str, object]:
 def settings_from_json(saved: dict[str, object]) -> TrainingConfig:
     """What `settings_to_json` wrote; TypeError for a value of the wrong kind."""
     settings = {}
+    saved = {"exact_gelu": False, **saved}  # which earlier versions did not have
     for name, kind in kinds(TrainingConfig()).items():
         value = saved[name]
         if name == "text_corpus":
