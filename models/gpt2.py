@@ -3,14 +3,14 @@
 Its file holds a block's query, key and value as one tensor, and each linear's weight as (in, out).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from backend.errors import UserError
-from tokenizers import BytePairTokenizer
+from tokenizers import BytePairTokenizer, Tokenizer
 
 SIZES = {
     "context_length": "n_positions",
@@ -69,10 +69,10 @@ def config_to_ours(config: dict) -> dict:
     return {**training, "model": model, "tokenizer": BytePairTokenizer.name}
 
 
-def config_to_theirs(config: dict, end: int | None, ends: Sequence[int]) -> dict:
-    """Hugging Face's config of our model; `end` is the id of <|endoftext|>, `ends` are the ids that
-    end what the model writes."""
-    model = config["model"]
+def config_to_theirs(config: dict, tokenizer: Tokenizer | None) -> dict:
+    """Hugging Face's config of our model, with the ids that have a role in its tokenizer."""
+    model, of_ids = config["model"], tokenizer or Tokenizer
+    ends, pads = of_ids.ends, of_ids.padding
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -81,8 +81,9 @@ def config_to_theirs(config: dict, end: int | None, ends: Sequence[int]) -> dict
         **dict.fromkeys(DROPOUTS, model["dropout"]),
         **{name: values[0] for name, values in FIXED.items() if values[0] is not None},
         "activation_function": (EXACT_GELU if model.get("exact_gelu") else TANH_GELU)[0],
-        "bos_token_id": end,
+        "bos_token_id": of_ids.end,
         "eos_token_id": ends[0] if len(ends) == 1 else [*ends] or None,
+        "pad_token_id": pads[0] if pads else None,
         "gpt_tiny": {k: v for k, v in config.items() if k not in ("model", "tokenizer")},
     }
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-import tokenizers
 from backend import files
 from backend.errors import UserError
 from gpt_tiny import GPTConfig
@@ -97,7 +96,7 @@ def load(path: Path, config_of: Callable[[list[str]], TrainingConfig]) -> Checkp
     return Checkpoint(
         config,
         TRAINING,
-        tokenizers.load(model.get("tokenizer", tokenizers.DEFAULT), folder),
+        models.read_tokenizer(folder, model),
         models.read_weights(folder, shapes),
         {name: moments[name] for name in names},
         progress,
