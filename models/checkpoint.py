@@ -74,7 +74,8 @@ def find_tokenizer(name: str) -> Tokenizer | None:
     if not folder.is_dir():
         raise UserError(
             f"--tokenizer {name} is not known: name {', '.join(TOKENIZERS)}, or a folder or a "
-            f"model of the Hugging Face Hub with vocab.json and merges.txt, or tokenizer.json ({reason})"
+            "model of the Hugging Face Hub with vocab.json and merges.txt, or tokenizer.json "
+            f"({reason})"
         )
     return tokenizers.OF_FOLDERS.load(folder)
 
