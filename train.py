@@ -63,8 +63,9 @@ def make_parser() -> command_line.ArgumentParser:
     add("-d", "--d-model", type=size, help="width of the model")
     add("-l", "--n-layers", type=size, help="number of blocks")
     add("-h", "--n-heads", type=size, help="attention heads in a block")
-    add("--tokenizer", help="char, vowel, or GPT-2's: a folder, or gpt2")
-    add("--vocab-size", dest="max_vocab_size", type=size, help="tokens of the vowel tokenizer")
+    add("--tokenizer", help="char, vowel, bpe, or GPT-2's: a folder, or gpt2")
+    vocab_help = "tokens that it learns (default: vowel 2000, bpe 4096, char all that it needs)"
+    add("--vocab-size", dest="max_vocab_size", type=size, help=vocab_help)
     add("--init-from", type=Path, metavar="PATH", help="model to start from: its folder, or gpt2")
     add = parser.add_argument_group("training").add_argument
     add("-n", "--n-steps", type=size, help=f"steps of {DEFAULTS.batches_per_step} batches")
@@ -145,6 +146,8 @@ def resolve(
         raise UserError(f"{option} is less than the {before.n_steps} of before")
     if config.model.gpt2 and config.files.format == "burn":
         raise UserError("--format burn: gpt-burn has no GPT-2")
+    if config.files.format == "burn" and not getattr(start.tokenizer, "is_gpt_burns", True):
+        raise UserError("--format burn: gpt-burn has no other characters than its own")
     return config
 
 

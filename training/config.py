@@ -61,7 +61,7 @@ class TrainingConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     # ours
     tokenizer: str = "char"
-    max_vocab_size: int = 2000
+    max_vocab_size: int | None = None  # the tokenizer's own
     accumulate: int = 1
     muon_learning_rate: float = 0.02
     warmup: int = 0

@@ -16,7 +16,7 @@ from data.ids import Corpus
 from gpt_tiny import GPT, initial_weights, shapes
 from models import checkpoint as models
 from models import find_tokenizer, folders
-from tokenizers import TOKENIZERS, Tokenizer
+from tokenizers import TOKENIZERS, CharTokenizer, Tokenizer
 from training import checkpoint, metrics
 from training.batches import capture_training, capture_validation, make_plan
 from training.checkpoint import Checkpoint
@@ -205,6 +205,8 @@ def read_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, world: Worl
     files = config.files
     n_bytes = files.n_mega_bytes and files.n_mega_bytes << 20
     tokenizer = tokenizer or find_tokenizer(config.tokenizer) or TOKENIZERS[config.tokenizer]
+    if tokenizer is CharTokenizer and files.format == "burn":
+        tokenizer = CharTokenizer()  # gpt-burn has no others
     sizes = n_bytes, tokenizer, config.max_vocab_size
     options = {"keep": not files.no_save, "bar": world.bar(), "special": not config.no_special}
     read = partial(ids.read, files.text_corpus, *sizes, **options)
