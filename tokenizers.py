@@ -2,17 +2,23 @@
 
 The first two know a fixed set of tokens; everything else shares one more id, `unknown`, the last of
 the vocabulary. Their ids, order and rule are those of gpt-burn (github.com/felix-andreas/gpt-burn),
-whose models depend on them. Byte pairs know every text.
+whose models depend on them. Byte pairs know every text. Each can learn its tokens from a text.
 """
 
 import codecs
 import contextlib
 import hashlib
 import json
+import os
+import re
 import string
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import metadata
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import BinaryIO
@@ -26,7 +32,9 @@ from backend.machine import n_threads
 # every step, which takes up to half of the time.
 CHUNK_SIZE = 1 << 16
 MAX_VOCABULARY_BYTES = 16 << 20  # GPT-2's has 1 MB
+MAX_COUNTED = 1 << 16  # kinds of unknown tokens; beyond that the rarest are forgotten
 CHARACTERS = "\n " + string.ascii_letters + string.punctuation + string.digits + "äüöÄÖÜß"
+CATCH_ALL = "<?>"  # what a file lists for `unknown`
 VOWELS = "aeiouäöü"
 # Unicode's White_Space, as in Rust; `str.isspace` holds U+001C to U+001F as well.
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
@@ -56,9 +64,9 @@ def __getattr__(name: str):
 class NotUTF8(UserError):
     """A text that has another encoding, by its first byte that UTF-8 does not have there."""
 
-    def __init__(self, byte: int, offset: int, name: str = "the text"):
+    def __init__(self, byte: int, offset: int, name="the text", remedy="convert it to UTF-8"):
         where = f"invalid byte 0x{byte:02x} at offset {offset}"
-        super().__init__(f"{name} is not UTF-8: {where}; convert it to UTF-8")
+        super().__init__(f"{name} is not UTF-8: {where}; {remedy}")
         self.byte, self.offset = byte, offset
 
 
@@ -70,16 +78,60 @@ def load(name: str, folder: Path) -> "Tokenizer":
     return TOKENIZERS[name].load(folder)
 
 
+@dataclass
+class Unknown:
+    """How many characters of a text a vocabulary lacks, of how many, and in which tokens."""
+
+    n: int = 0
+    n_characters: int = 0
+    counts: dict[str, int] = field(default_factory=Counter)
+
+    def add(self, n_characters: int, counts: Mapping[str, int]) -> None:
+        """Counts a text of so many characters, and how often it has each token that is unknown."""
+        self.n_characters += n_characters
+        self.n += sum(len(token) * count for token, count in counts.items())
+        self.counts.update(counts)
+        if len(self.counts) > MAX_COUNTED:
+            self.counts = Counter(dict(self.counts.most_common(MAX_COUNTED // 2)))
+
+    def most_frequent(self) -> dict[str, int]:
+        """Five tokens; of equal counts, the first in sorted order."""
+        return {token: self.counts[token] for token in most_frequent(self.counts, 5)}
+
+    @property
+    def share(self) -> str:
+        percent = 100 * self.n / max(1, self.n_characters)
+        return f"{percent:.1f} %" if percent >= 0.05 else "less than 0.1 %"
+
+    def warn(self, source: str, fate: str = "") -> None:
+        """Says on standard error what of `source` is unknown, if anything is."""
+        if self.n:
+            tokens = " ".join(map(visible, self.most_frequent()))
+            lack = f"{self.share} of {source} is not in the vocabulary{fate}: {tokens}"
+            print(f"warning: {lack}", file=sys.stderr)
+
+
+def visible(text: str) -> str:
+    """The text, with U+0009 for a tab, and so for all that one would not see."""
+    return "".join(
+        character
+        if character.isprintable() and not character.isspace()
+        else f"U+{ord(character):04X}"
+        for character in text
+    )
+
+
 class Tokenizer:
     """What all tokenizers share: files, and the way back from ids to text.
 
-    A subclass, which TOKENIZERS lists, sets `tokens`, the UTF-8 of each id, and defines `encode`
-    and `boundary`; with `files`, also `load` and `save`; one that `learns`, also `train`.
+    A subclass, which TOKENIZERS lists, sets `tokens`, the UTF-8 of each id, and defines `encode`,
+    `boundary`, `load`, `save` and `train`; one that has an id `unknown`, also `encode_known`.
     """
 
     name: str  # in a model's config
-    files: tuple[str, ...] = ()  # in a model's folder
-    learns = False  # its tokens from a text
+    files: tuple[str, ...]  # in a model's folder
+    default_vocab_size: int | None = None  # that it learns; None for as many as there are
+    reason = ""  # why it learned these tokens, where that is to be said
     tokens: list[bytes]
     merges: list[tuple[str, str]] | None = None  # of byte pairs: which are joined, in order
     end: int | None = None  # the id that ends a document, and begins a text without a prompt
@@ -91,13 +143,14 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
         """The tokenizer of a model's folder; UserError for files that are missing or damaged."""
-        return cls()
+        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """Writes `files` to a model's folder."""
+        raise NotImplementedError
 
     @classmethod
-    def train(cls, file: BinaryIO, size: int, vocab_size: int) -> "Tokenizer":
+    def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "Tokenizer":
         """Learns at most `vocab_size` tokens from a file's first `size` bytes.
 
         NotUTF8 if the file is not UTF-8.
@@ -124,8 +177,17 @@ class Tokenizer:
         """The smallest unsigned integer that holds the id of every token."""
         return np.min_scalar_type(len(self.tokens) - 1)
 
+    @property
+    def document_end(self) -> str:
+        """The spelling of `end`, which a text has after each of several documents; or nothing."""
+        return next((spelling for spelling, id in self.specials.items() if id == self.end), "")
+
     def encode(self, text: str) -> np.ndarray:
         raise NotImplementedError
+
+    def encode_known(self, text: str, unknown: Unknown) -> np.ndarray:
+        """The ids of a text without the unknown ones, whose tokens are counted."""
+        return self.encode(text)
 
     @staticmethod
     def boundary(text: str) -> int:
@@ -136,16 +198,17 @@ class Tokenizer:
         """What tells it from tokenizers that give other ids."""
         return hashlib.sha256(repr((self.name, self.tokens)).encode()).hexdigest()
 
-    def encode_file(self, file: BinaryIO, size: int) -> Iterator[np.ndarray]:
-        """The ids of a file's first `size` bytes, chunk by chunk, without the unknown ones.
+    def encode_file(
+        self, file: BinaryIO, size: int, unknown: Unknown | None = None
+    ) -> Iterator[np.ndarray]:
+        """`encode_known` of a file's first `size` bytes, chunk by chunk.
 
         NotUTF8 if the file is not UTF-8.
         """
-        for ids in self.encode_all(self.chunks(file, size)):
-            yield ids if self.unknown is None else ids[ids != self.unknown]
+        return self.encode_all(self.chunks(file, size), unknown or Unknown())
 
-    def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        return map(self.encode, texts)
+    def encode_all(self, texts: Iterable[str], unknown: Unknown) -> Iterator[np.ndarray]:
+        return (self.encode_known(text, unknown) for text in texts)
 
     @classmethod
     def chunks(cls, file: BinaryIO, size: int) -> Iterator[str]:
@@ -169,20 +232,77 @@ class Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-    """One id for each of 103 characters: most of what English and German texts are made of."""
+    """One id for each character: gpt-burn's 103, most of what English and German texts are made of,
+    or a text's own, in sorted order.
 
-    name = "char"
-    tokens = [character.encode() for character in CHARACTERS] + [b""]
-    # By code point; the last entry stands for all from there on.
-    ids = np.full(257, len(CHARACTERS), np.uint8)
-    ids[[ord(character) for character in CHARACTERS]] = np.arange(len(CHARACTERS))
+    The carriage return of Windows' line breaks is never one, and not counted as unknown.
+    """
+
+    name, files = "char", ("tokenizer.json",)
+    N_OTHERS = 200  # gpt-burn's are enough where all but one character in so many are among them
+
+    def __init__(self, characters: Iterable[str] = CHARACTERS):
+        characters = "".join(characters)
+        self.is_gpt_burns = characters == CHARACTERS
+        self.tokens = [character.encode() for character in characters] + [b""]
+        points = code_points(characters)
+        # By code point; the last entry stands for all from there on.
+        self.ids = np.full(points.max(initial=0) + 2, len(points), self.dtype)
+        self.ids[points] = np.arange(len(points))
+
+    @classmethod
+    def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "CharTokenizer":
+        """gpt-burn's characters, where they are enough and no size is given, or else the text's
+        own: those that occur twice or more, the most frequent `vocab_size - 1` of them."""
+        if vocab_size == 1:
+            raise UserError("the vocabulary size must be 2 or more: a line break takes one id, too")
+        common = "" if vocab_size else CHARACTERS
+        counts, n_characters = count_characters(cls.chunks(file, size), common)
+        n_characters -= int(counts[ord("\r")])
+        counts[ord("\r")] = 0
+        n_others = counts.sum() - counts[code_points(CHARACTERS)].sum()
+        others = Unknown(int(n_others), n_characters)
+        if vocab_size is None and n_others * cls.N_OTHERS <= n_characters:
+            return cls()
+        counts[ord("\n")] = n_characters + 2  # always there: prompts begin with it
+        found = np.flatnonzero(counts > 1)
+        order = np.argsort(-counts[found], kind="stable")[: vocab_size and vocab_size - 1]
+        tokenizer = cls(map(chr, np.sort(found[order])))
+        tokenizer.reason = f"the vocabulary is its own {len(order)} characters, " + (
+            "as --vocab-size asks" if vocab_size else f"for gpt-burn's 103 leave out {others.share}"
+        )
+        return tokenizer
 
     def encode(self, text: str) -> np.ndarray:
-        return self.ids[np.minimum(code_points(text), 256)]
+        return self.ids.take(code_points(text), mode="clip")  # the fastest way in numpy
+
+    def encode_known(self, text: str, unknown: Unknown) -> np.ndarray:
+        points = code_points(text)
+        ids = self.ids.take(points, mode="clip")
+        places = np.flatnonzero(ids == self.unknown)
+        others, counts = np.unique(points[places], return_counts=True)
+        counts = dict(zip(map(chr, others.tolist()), counts.tolist(), strict=True))
+        unknown.add(len(text) - counts.pop("\r", 0), counts)
+        return np.delete(ids, places) if len(places) else ids
 
     @staticmethod
     def boundary(text: str) -> int:
         return len(text)
+
+    def save(self, folder: Path) -> None:
+        """Writes the text's own; without a file they are gpt-burn's."""
+        if not self.is_gpt_burns:
+            write_tokens(folder / "tokenizer.json", self.tokens)
+
+    @classmethod
+    def load(cls, folder: Path) -> "CharTokenizer":
+        if not (folder / "tokenizer.json").is_file():
+            return cls()
+        with loading(folder / "tokenizer.json") as path:
+            characters = read_tokens(path)
+            if longer := [token for token in characters if len(token) != 1]:
+                raise UserError(f"{longer[0]!r:.60} is not one character")
+            return cls(characters)
 
 
 class SimpleVowelTokenizer(Tokenizer):
@@ -192,13 +312,13 @@ class SimpleVowelTokenizer(Tokenizer):
     in sorted order. Of equally frequent tokens it prefers the first in that order.
     """
 
-    name, files, learns = "vowel", ("tokenizer.json",), True
-    catch_all = "<?>"  # what a file lists for `unknown`; no text has it: `<` is a token by itself
+    name, files = "vowel", ("tokenizer.json",)
+    default_vocab_size = 2000
 
     def __init__(self, tokens: Iterable[str], vocab_size: int):
         known = sorted(most_frequent(Counter(tokens), vocab_size - 1))
-        if self.catch_all in known:
-            raise UserError(f"{self.catch_all} stands for unknown tokens and cannot be one")
+        if CATCH_ALL in known:  # no text has it: `<` is a token by itself
+            raise UserError(f"{CATCH_ALL} stands for unknown tokens and cannot be one")
         self.tokens = [token.encode() for token in known] + [b""]
         self.ids = {token: id for id, token in enumerate(self.tokens[:-1])}
         self._fill_slots()
@@ -220,18 +340,25 @@ class SimpleVowelTokenizer(Tokenizer):
         for text in cls.chunks(file, size):
             data = text.encode()
             offsets = token_offsets(text, data)
-            keys, repeats = np.unique(token_keys(data, offsets), return_counts=True)
-            for key, count in zip(keys.tolist(), repeats.tolist(), strict=True):
-                length, *_ = packed = key.to_bytes(8, "little")
-                counts[packed[8 - length :]] += count
-            counts.update(slices(data, offsets, np.flatnonzero(np.diff(offsets) > 7)))
-        del counts[b""]  # the key that long tokens share
+            count_tokens(counts, data, offsets, np.arange(len(offsets) - 1))
         tokens = most_frequent(counts, vocab_size - 1)
         return cls((token.decode() for token in tokens), vocab_size)
 
     def encode(self, text: str) -> np.ndarray:
         data = text.encode("utf-8", "surrogatepass")
+        return self._encode(data, token_offsets(text, data))
+
+    def encode_known(self, text: str, unknown: Unknown) -> np.ndarray:
+        data = text.encode("utf-8", "surrogatepass")
         offsets = token_offsets(text, data)
+        ids = self._encode(data, offsets)
+        is_known = ids != self.unknown
+        counts = count_tokens(Counter(), data, offsets, np.flatnonzero(~is_known))
+        tokens = (token.decode("utf-8", "surrogatepass") for token in counts)
+        unknown.add(len(text), dict(zip(tokens, counts.values(), strict=True)))
+        return ids[is_known]
+
+    def _encode(self, data: bytes, offsets: np.ndarray) -> np.ndarray:
         keys = token_keys(data, offsets)
         slots = self._slots(keys)
         ids = self.slot_ids[slots]
@@ -268,9 +395,7 @@ class SimpleVowelTokenizer(Tokenizer):
         return next(separators, 0)
 
     def save(self, folder: Path) -> None:
-        tokens = [token.decode() for token in self.tokens[:-1]] + [self.catch_all]
-        content = json.dumps({"tokens": tokens}, ensure_ascii=False, indent=1)
-        (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+        write_tokens(folder / "tokenizer.json", self.tokens)
 
     @classmethod
     def load(cls, folder: Path) -> "SimpleVowelTokenizer":
@@ -280,127 +405,179 @@ class SimpleVowelTokenizer(Tokenizer):
     def read(cls, path: Path) -> "SimpleVowelTokenizer":
         """Reads what `save` writes, or the bincode that gpt-burn writes.
 
-        They are told apart by the zero bytes of bincode's first number: JSON has none.
         UserError if the file cannot be read or is neither.
         """
         with loading(path):
-            data = path.read_bytes()
-            tokens = parse_bincode(data) if b"\0" in data[:8] else parse_json(data)
-            if tokens[-1:] != [cls.catch_all]:
-                raise UserError(f"its last token is not {cls.catch_all}")
-            if any(token >= following for token, following in pairwise(tokens[:-1])):
-                raise UserError("its tokens are not in sorted order")
-            return cls(tokens[:-1], len(tokens))
+            known = read_tokens(path)
+            return cls(known, len(known) + 1)
 
 
 class BytePairTokenizer(Tokenizer):
     """GPT-2's byte pair encoding (Radford et al., 2019), by the package tiktoken.
 
     `vocab` holds the ids of the tokens, `merges` the pairs of tokens that are joined, the first of
-    them first, both as Hugging Face writes them: a character for each byte. ValueError if they do
-    not fit together, and without tiktoken.
+    them first, both as Hugging Face writes them: a character for each byte. `added` holds the ids
+    of tokens that are found in a text by their spelling, of which `vocab` may have some. ValueError
+    if these do not fit together, and without tiktoken.
     """
 
-    name, files = "bpe", ("vocab.json", "merges.txt")
-    unknown = None
+    name, unknown = "bpe", None
+    default_vocab_size = 4096
+    LEARNED_BYTES = 64 << 20  # of a text, at most
+    role_files = ("special_tokens_map.json", "tokenizer_config.json")  # which token pads, say
+    files = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json", *role_files)
+    roles: Mapping[str, dict] = {}  # the content of a folder's `role_files`
     end_of_text = "<|endoftext|>"
+    punctuation = frozenset(string.punctuation + "。、")
     # GPT-2's own: contractions, words, numbers and punctuation with the space before them
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: list[tuple[str, str]],
+        added: dict[str, int] | None = None,
+    ):
         self.vocab, self.merges = vocab, merges
-        if sorted(vocab.values()) != list(range(len(vocab))):
+        ids = (added or {}) | vocab  # of a token in both, the vocabulary's, as at Hugging Face
+        if sorted(ids.values()) != list(range(len(ids))):
             raise UserError("its ids are not 0, 1, 2, ...")
-        self.end = vocab.get(self.end_of_text)
+        self.added = {token: ids[token] for token in added or {}}
+        spelled = dict.fromkeys([self.end_of_text, *self.added])
+        self.specials = {token: ids[token] for token in spelled if token in ids}
+        self.end = ids.get(self.end_of_text)
         self.ends = () if self.end is None else (self.end,)
-        self.tokens = [b""] * len(vocab)
-        for token, id in vocab.items():
-            if id != self.end:
-                self.tokens[id] = bytes(map(byte_of, token))
+        as_bytes = {token: bytes(map(byte_of, token)) for token in vocab if token not in spelled}
+        self.tokens = [b""] * len(ids)
+        for token, id in ids.items():
+            if id != self.end:  # the end of a document is no part of its text
+                self.tokens[id] = as_bytes.get(token) or token.encode()
         # Of neighbours in a text, tiktoken joins those of the lowest rank.
         joined = (first + second for first, second in merges)
         ranked = list(dict.fromkeys([*BYTES, *joined]))
         if missing := [token for token in ranked if vocab.get(token, self.end) == self.end]:
             raise UserError(f"it lacks the token {missing[0]!r:.60}")
         self.ids = np.array([vocab[token] for token in ranked], self.dtype)  # by rank
-        ranks = {self.tokens[id]: rank for rank, id in enumerate(self.ids)}
+        in_bytes = (as_bytes.get(token) or bytes(map(byte_of, token)) for token in ranked)
+        ranks = {data: rank for rank, data in enumerate(in_bytes)}
         self.encoding = tiktoken().Encoding(
             self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
         )
 
-    def digest(self) -> str:
-        return hashlib.sha256(repr((self.name, self.tokens, self.merges)).encode()).hexdigest()
+    @classmethod
+    def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "BytePairTokenizer":
+        """The 256 bytes, the pairs that the text has most often, and <|endoftext|>."""
+        vocab_size = vocab_size or cls.default_vocab_size
+        if vocab_size <= len(BYTES):
+            raise UserError("the vocabulary size must be 257 or more: bytes, and an end of text")
+        texts = cls.chunks(file, min(size, cls.LEARNED_BYTES))
+        parts = [part for text in texts for part in text.split(cls.end_of_text)]
+        merges = learned_merges(parts, cls.pattern, vocab_size - 1)
+        tokens = dict.fromkeys([*BYTES, *map("".join, merges), cls.end_of_text])
+        return cls({token: id for id, token in enumerate(tokens)}, merges)
 
-    def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    def digest(self) -> str:
+        facts = self.name, self.tokens, self.merges
+        if self.specials:
+            facts += (sorted(self.specials.items()),)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def encode_all(
+        self, texts: Iterable[str], unknown: Unknown | None = None
+    ) -> Iterator[np.ndarray]:
         """On all cores: tiktoken lets other threads run."""
-        texts, n = iter(texts), n_threads()
+        texts, n = self.with_whole_specials(texts), n_threads()
         with ThreadPoolExecutor(n) as threads:
             while some := list(islice(texts, 4 * n)):
                 yield from threads.map(self.encode, some)
 
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, in which <|endoftext|> is text like any other."""
-        text = text.encode(errors="replace").decode()  # half a surrogate pair becomes a "?"
-        return self.ids[self.encoding.encode_to_numpy(text)]
+    def with_whole_specials(self, texts: Iterable[str]) -> Iterator[str]:
+        """Pieces of a text, joined where the spelling of a special token may be cut."""
+        spellings = self.specials
+        beginnings = tuple({each[:n] for each in spellings for n in range(1, len(each))})
+        joined = ""
+        for text in texts:
+            joined += text
+            if not joined.endswith(beginnings):
+                yield joined
+                joined = ""
+        yield joined
 
-    @staticmethod
-    def boundary(text: str) -> int:
-        """Where white space begins, no token runs on."""
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, in which `specials` are tokens; where two begin, the longer one is
+        meant, as Hugging Face has it."""
+        text = text.encode(errors="replace").decode()  # half a surrogate pair becomes a "?"
+        by_length = sorted(self.specials, key=len, reverse=True)
+        pattern = f"({'|'.join(map(re.escape, by_length))})"
+        pieces = re.split(pattern, text) if by_length else [text]
+        ids = [  # every other piece is a spelling
+            np.array([self.specials[piece]], self.dtype)
+            if place % 2
+            else self.ids[self.encoding.encode_to_numpy(piece)]
+            for place, piece in enumerate(pieces)
+        ]
+        return np.concatenate(ids)
+
+    @classmethod
+    def boundary(cls, text: str) -> int:
+        """Where white space begins, no token runs on; nor do letters before punctuation, which is
+        for a text that has no spaces."""
         for i in range(len(text) - 1, 0, -1):
             if text[i] in WHITE_SPACE and text[i - 1] not in WHITE_SPACE:
                 return i
-        return 0
+        places = range(len(text) - 1, 0, -1)
+        ends = (i for i in places if text[i] in cls.punctuation and text[i - 1].isalpha())
+        return next(ends, 0)
 
     def save(self, folder: Path) -> None:
-        vocab = json.dumps(self.vocab, ensure_ascii=False)
-        (folder / "vocab.json").write_text(vocab, encoding="utf-8")
+        """Writes lists that Hugging Face's transformers reads, version 4 as well as 5."""
+        contents = {"vocab.json": self.vocab, **self.roles}
+        if self.added.keys() - ({self.end_of_text} & self.vocab.keys()):
+            contents["added_tokens.json"] = self.added
+        for name, content in contents.items():
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         lines = ["#version: 0.2", *map(" ".join, self.merges), ""]
         (folder / "merges.txt").write_bytes("\n".join(lines).encode())
 
     @classmethod
     def load(cls, folder: Path) -> "BytePairTokenizer":
-        tokenizer = cls.read(folder)
-        tokenizer.ends = ends_in(folder, tokenizer)
+        """Reads `files` of any folder, a model's or not: Hugging Face's `tokenizer.json`, or lists
+        as `save` writes them. UserError if it cannot, and if the tokenizer is of another kind."""
+        roles = objects_in(folder, cls.role_files)
+        settings = {name: value for each in roles.values() for name, value in each.items()}
+        path = folder / "tokenizer.json"
+        path = path if path.is_file() else folder / "vocab.json"
+        vocab, merges, added = (read_lists if path.name == "vocab.json" else read_whole)(path)
+        with loading(path):
+            check("tokenizer_config.json", settings, OF_CONFIG)
+            named = {name: spelling(token) for name, token in settings.items() if "_token" in name}
+            added |= {token: vocab[token] for token in named.values() if token in vocab}
+            tokenizer = cls(vocab, merges, added)
+        tokenizer.roles = roles
+        pad = tokenizer.specials.get(named.get("pad_token", ""))
+        tokenizer.take_roles(folder, [] if pad is None else [pad])
         return tokenizer
 
-    @classmethod
-    def read(cls, folder: Path) -> "BytePairTokenizer":
-        """Reads `files` of any folder, a model's or not; UserError if it cannot."""
-        with loading(folder / "merges.txt") as path:
-            lines = read_vocabulary(path).split("\n")
-            pairs = [tuple(line.split(" ")) for line in lines if line[:8] not in ("", "#version")]
-            if any(len(pair) != 2 or "" in pair for pair in pairs):
-                raise UserError("it is no list of pairs of tokens")
-        with loading(folder / "vocab.json") as path:
-            vocab = json.loads(read_vocabulary(path))
-            if not isinstance(vocab, dict) or any(type(id) is not int for id in vocab.values()):
-                raise UserError("it is no map of tokens to ids")
-            return cls(vocab, pairs)
+    def take_roles(self, folder: Path, pads: list[int]) -> None:
+        """Sets the ids that end what a folder's model writes, as transformers has them: those of
+        `generation_config.json`, where there is one, and else of `config.json`; and the ids that
+        pad: `pads` and those of both, but for what has another use."""
+        ends = []
+        for name, config in objects_in(folder, ("generation_config.json", "config.json")).items():
+            with loading(folder / name, "config"):
+                default = self.ends if name == "config.json" else ()
+                ends.append(ids_named(config, "eos_token_id", default))
+                pads = [*pads, *ids_named(config, "pad_token_id", ())]
+        ids = range(len(self.tokens))
+        self.ends = tuple(sorted(set(ends[0]).intersection(ids))) if ends else self.ends
+        others = {self.end, *self.ends, *self.ids.tolist()}
+        self.padding = tuple(sorted(set(pads).intersection(ids) - others))
 
 
 TOKENIZERS = {each.name: each for each in (CharTokenizer, SimpleVowelTokenizer, BytePairTokenizer)}
 FILES = [file for each in TOKENIZERS.values() for file in each.files]
 DEFAULT = CharTokenizer.name  # of a config that names none, as gpt-burn's
 OF_FOLDERS = BytePairTokenizer  # that folders, also without a model, and names on the Hub stand for
-
-
-def ends_in(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end what a folder's model writes, as Hugging Face's transformers has them: in
-    `generation_config.json`, where there is one, and else in `config.json`."""
-    files = {"generation_config.json": None, "config.json": list(tokenizer.ends)}
-    for name, default in files.items():
-        if not (folder / name).is_file():
-            continue
-        with loading(folder / name, "config") as path:
-            config = json.loads(read_vocabulary(path))
-            if not isinstance(config, dict):
-                raise UserError("it is not a JSON object")
-            ends = config.get("eos_token_id", default)
-            ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-            if any(type(id) is not int for id in ends):
-                raise UserError("its eos_token_id is neither an id nor a list of ids")
-            return tuple(sorted({id for id in ends if 0 <= id < tokenizer.vocab_size}))
-    return tokenizer.ends
 
 
 @contextlib.contextmanager
@@ -412,6 +589,98 @@ def loading(path: Path, kind: str = "vocabulary") -> Iterator[Path]:
         raise UserError(f"cannot read the {kind} {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a {kind}: {error!s:.200}") from error
+
+
+def read_lists(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
+    """The tokens of a vocab.json, with the pairs and the added tokens of the files beside it."""
+    with loading(path.with_name("merges.txt")) as merges_path:
+        lines = read_vocabulary(merges_path).split("\n")
+        merges = pairs_in([line for line in lines if line[:8] not in ("", "#version")])
+    with loading(path.with_name("added_tokens.json")) as added_path:
+        added = ids_in(json.loads(read_vocabulary(added_path))) if added_path.is_file() else {}
+    with loading(path):
+        return ids_in(json.loads(read_vocabulary(path))), merges, added
+
+
+# What GPT-2's tokenizer.json has, part by part, in what decides the ids of a text; first what a
+# part has that does not say.
+OF_CONFIG = {"add_prefix_space": (False, None), "add_bos_token": (False, None)}
+PARTS = {
+    "model": {
+        **{"type": ("BPE",), "dropout": (None, 0), "ignore_merges": (False,)},
+        **{"continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")},
+    },
+    "normalizer": {"type": (None,)},
+    "pre_tokenizer": {"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)},
+    "post_processor": {"type": (None, "ByteLevel", "TemplateProcessing"), "special_tokens": ({},)},
+}
+OF_ADDED = {"lstrip": (False,), "rstrip": (False,), "single_word": (False,)}
+
+
+def read_whole(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
+    """The tokens, the pairs and the added tokens of Hugging Face's tokenizer.json."""
+    [content] = objects_in(path.parent, [path.name], "vocabulary").values()
+    with loading(path):
+        for part, settings in PARTS.items():
+            check(part, content.get(part), settings)
+        tokens, model = content.get("added_tokens") or [], content["model"]
+        for token in tokens if isinstance(tokens, list) else [tokens]:
+            check("added token", token or {}, OF_ADDED)
+        added = ids_in({spelling(token): token.get("id") for token in tokens})
+        return ids_in(model.get("vocab")), pairs_in(model.get("merges")), added
+
+
+def check(name: str, part: object, settings: Mapping[str, tuple]) -> None:
+    """UserError unless a part of a tokenizer has one of the values in each of these settings."""
+    part = {"type": None} if part is None else part
+    if not isinstance(part, dict):
+        raise UserError(f"its {name} is not a JSON object")
+    for setting, values in settings.items():
+        if (value := part.get(setting, values[0])) not in values:
+            raise UserError(f"its {name} has the {setting} {value!r:.60}, not {values[0]!r}")
+
+
+def spelling(token: object) -> str:
+    """Of a token that is written as a text or as an object with a `content`."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""
+
+
+def ids_in(vocab: object) -> dict[str, int]:
+    is_map = isinstance(vocab, dict) and "" not in vocab
+    if not is_map or any(type(id) is not int for id in vocab.values()):
+        raise UserError("it is no map of tokens to ids")
+    return vocab
+
+
+def pairs_in(merges: object) -> list[tuple[str, str]]:
+    """Of lists of two tokens, or of texts with a space between two."""
+    pairs = merges if isinstance(merges, list) else [merges]
+    pairs = [each.split(" ") if isinstance(each, str) else each for each in pairs]
+    for pair in pairs:
+        if not isinstance(pair, list) or list(map(type, pair)) != [str, str] or "" in pair:
+            raise UserError("it is no list of pairs of tokens")
+    return [(first, second) for first, second in pairs]
+
+
+def ids_named(config: dict, name: str, default: Collection[int]) -> Collection[int]:
+    ids = config.get(name, default)
+    ids = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+    if any(type(id) is not int for id in ids):
+        raise UserError(f"its {name} is neither an id nor a list of ids")
+    return ids
+
+
+def objects_in(folder: Path, names: Iterable[str], kind: str = "config") -> dict[str, dict]:
+    """The JSON objects in these files of a folder, of those that there are."""
+    objects = {}
+    for name in names:
+        with loading(folder / name, kind) as path:
+            if path.is_file():
+                objects[name] = json.loads(read_vocabulary(path))
+                if not isinstance(objects[name], dict):
+                    raise UserError("it is not a JSON object")
+    return objects
 
 
 def most_frequent(counts: Counter, n: int) -> list:
@@ -446,6 +715,26 @@ def read_text(file: BinaryIO, size: int) -> Iterator[str]:
 def code_points(text: str) -> np.ndarray:
     # Half a surrogate pair, as in a command line that is not UTF-8, is an unknown character.
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def count_characters(texts: Iterable[str], common: str = "") -> tuple[np.ndarray, int]:
+    """How often there is each code point, (0x110000,), and the number of all characters.
+
+    Those of `common` that are ASCII may be counted as 2 where they are more: that is 3 times as
+    fast.
+    """
+    counts, n_characters, settled = np.zeros(sys.maxunicode + 1, np.int64), 0, b""
+    common = code_points(common)
+    common = common[common < 128]
+    for text in texts:
+        n_characters += len(text)
+        data = text.encode()
+        if len(data) < 1.2 * len(text):
+            text = data.translate(None, settled).decode()
+        found = np.bincount(code_points(text))
+        counts[: len(found)] += found
+        settled = bytes(common[counts[common] > 1].tolist())
+    return counts, n_characters
 
 
 OTHER, VOWEL, SEPARATOR = range(3)
@@ -508,6 +797,37 @@ def slices(data: bytes, offsets: np.ndarray, indices: np.ndarray) -> Iterator[by
     return (data[start:end] for start, end in zip(starts, ends, strict=True))
 
 
+def count_tokens(
+    counts: Counter[bytes], data: bytes, offsets: np.ndarray, indices: np.ndarray
+) -> Counter[bytes]:
+    """Adds how often there is each of some tokens of a text."""
+    keys, repeats = np.unique(token_keys(data, offsets)[indices], return_counts=True)
+    for key, count in zip(keys.tolist(), repeats.tolist(), strict=True):
+        length, *_ = packed = key.to_bytes(8, "little")
+        counts[packed[8 - length :]] += count
+    del counts[b""]  # the key that long tokens share
+    counts.update(slices(data, offsets, indices[np.diff(offsets)[indices] > 7]))
+    return counts
+
+
+def write_tokens(path: Path, tokens: list[bytes]) -> None:
+    listed = [token.decode() for token in tokens[:-1]] + [CATCH_ALL]
+    content = json.dumps({"tokens": listed}, ensure_ascii=False, indent=1)
+    path.write_text(content, encoding="utf-8")
+
+
+def read_tokens(path: Path) -> list[str]:
+    """The known tokens of a file, as `write_tokens` or gpt-burn writes it."""
+    data = path.read_bytes()
+    # bincode's first number has zero bytes, JSON none
+    tokens = parse_bincode(data) if b"\0" in data[:8] else parse_json(data)
+    if tokens[-1:] != [CATCH_ALL]:
+        raise UserError(f"its last token is not {CATCH_ALL}")
+    if any(token >= following for token, following in pairwise(tokens[:-1])):
+        raise UserError("its tokens are not in sorted order")
+    return tokens[:-1]
+
+
 def parse_json(data: bytes) -> list[str]:
     content = json.loads(data.decode("utf-8-sig"))
     tokens = content.get("tokens") if isinstance(content, dict) else None
@@ -560,6 +880,50 @@ def byte_of(character: str) -> int:
     if character not in BYTE_OF:
         raise UserError(f"{character!r} stands for no byte")
     return BYTE_OF[character]
+
+
+# Run by itself, for Hugging Face's package has the name of this file. A script without spaces has
+# words as long as a sentence: they are cut, and tokens bounded, or rare ones would be whole ones.
+LEARN = """
+import json, os, sys
+given = json.load(sys.stdin)
+sys.path = [path for path in sys.path if os.path.realpath(path) != given["folder"]]
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+split = pre_tokenizers.Split(Regex(given["pattern"].replace("+", "{1,32}")), "isolated")
+to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+tokenizer = Tokenizer(models.BPE())
+tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+trainer = trainers.BpeTrainer(
+    vocab_size=given["vocab_size"], max_token_length=32, show_progress=False,
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+)
+tokenizer.train_from_iterator(given["texts"], trainer)
+merges = json.loads(tokenizer.to_str())["model"]["merges"]
+json.dump([pair.split(" ") if isinstance(pair, str) else pair for pair in merges], sys.stdout)
+"""
+
+
+def learned_merges(texts: list[str], pattern: str, vocab_size: int) -> list[tuple[str, str]]:
+    """The pairs to join, bytes and pairs together `vocab_size`, as Hugging Face's trainer has
+    them; UserError without its package."""
+    try:
+        metadata.version("tokenizers")
+    except metadata.PackageNotFoundError:
+        needs = "learning byte pairs needs Hugging Face's package tokenizers"
+        raise UserError(f"{needs}: pip install '.[bpe]'") from None
+    folder = os.path.dirname(os.path.realpath(__file__))
+    given = {"folder": folder, "pattern": pattern, "vocab_size": vocab_size, "texts": texts}
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", LEARN],
+        input=json.dumps(given),
+        env=os.environ | {"RAYON_NUM_THREADS": str(n_threads())},
+        capture_output=True,
+        text=True,
+    )
+    if process.returncode:
+        *_, reason = process.stderr.splitlines() or [f"status {process.returncode}"]
+        raise UserError(f"byte pairs cannot be learned: {reason}")
+    return list(map(tuple, json.loads(process.stdout)))
 
 
 def tiktoken():

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import sys
 
 import numpy as np
@@ -16,7 +17,7 @@ from gpt_tiny import GPT, GPTConfig, initial_weights
 from inference import scoring
 from inference.scoring import Score, known_ids, losses
 from models import checkpoint
-from tokenizers import CharTokenizer, SimpleVowelTokenizer
+from tokenizers import CHARACTERS, CharTokenizer, SimpleVowelTokenizer
 
 GREEDY = [each["greedy"] for each in json.loads((REFERENCE / "expected.json").read_text())]
 MIXED = [each["text"] for each in json.loads((GPT2 / "expected.json").read_text(encoding="utf-8"))]
@@ -67,8 +68,9 @@ def test_a_score_is_pytorchs(model):
 def test_the_score_is_one_line_of_standard_output(call, text_file, model):
     result = call(run.main, model, "--score", text_file)
     assert (result.status, result.out) == (0, LINES[model])
-    warning = f"warning: 6 tokens of {text_file} are not in the vocabulary; they are left out\n"
-    assert result.err == ("" if model == GPT2 else warning)
+    n = sum(character not in CHARACTERS for character in TEXT)
+    warning = rf"warning: {100 * n / len(TEXT):.1f} % of .*text\.txt is not in the vocabulary and "
+    assert (model == GPT2 and result.err == "") or re.match(warning + "left out: ", result.err)
 
 
 def test_a_text_is_read_from_standard_input(call, monkeypatch):
@@ -79,6 +81,23 @@ def test_a_text_is_read_from_standard_input(call, monkeypatch):
 def test_a_compressed_text_is_scored(call, folder):
     (folder / "text.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
     assert call(run.main, GPT2, "--score", folder / "text.txt.gz").out == LINES[GPT2]
+
+
+def test_the_end_of_a_document_costs_its_bits_and_is_no_byte(call, folder):
+    model, tokenizer = checkpoint.load(GPT2)
+    lines = [json.dumps({"text": text}) for text in GREEDY]
+    (folder / "documents.jsonl").write_text("\n".join(lines))
+    ids = [id for text in GREEDY for id in (*tokenizer.encode(text).tolist(), tokenizer.end)]
+    nats = [nats for _, nats in losses(model, np.array(ids, np.uint16))]
+    n_bytes = sum(map(len, GREEDY)) - len(tokenizer.tokens[ids[0]])
+    bits = np.concatenate(nats).sum(dtype=np.float64) / np.log(2) / n_bytes
+    shown = call(run.main, GPT2, "--score", folder / "documents.jsonl").out
+    assert shown.startswith(f"{bits:.4f} bits per byte, ")
+    assert shown.endswith(f" {len(ids) - 1} tokens\n")
+
+    (folder / "lines.txt").write_text("".join(f"{text}\n" for text in GREEDY))
+    plain = call(run.main, GPT2, "--no-special", "--score", folder / "documents.jsonl")
+    assert plain.out == call(run.main, GPT2, "--score", folder / "lines.txt").out != shown
 
 
 def test_a_bar_is_shown_on_a_terminal(call, text_file, monkeypatch):
@@ -157,10 +176,10 @@ def test_bytes_and_characters_are_those_of_the_known_tokens(name):
         "bpe": lambda: checkpoint.load(GPT2)[1],
     }[name]()
     text = TEXT * 100  # more than a chunk
-    ids, n_unknown = known_ids(tokenizer, io.BytesIO(text.encode()))
+    ids, unknown = known_ids(tokenizer, io.BytesIO(text.encode()))
     assert ids.dtype == tokenizer.dtype
-    assert (n_unknown > 0) == (name != "bpe")
-    assert len(ids) + n_unknown == len(tokenizer.encode(text))
+    assert (unknown.n > 0) == (name != "bpe")
+    assert len(ids) + sum(unknown.counts.values()) == len(tokenizer.encode(text))
     score, known = Score(tokenizer), tokenizer.decode(ids)
     score.add(ids, np.zeros(len(ids), np.float32))
     assert (score.n_bytes, score.n_characters) == (len(known.encode()), len(known))
@@ -200,7 +219,7 @@ def test_texts_without_a_score_are_refused_by_name(call, tmp_path, model, conten
     [
         (["--score"], 2, ["--score", "expected one argument"]),
         (["--score", "nowhere.txt"], 1, ["there is no nowhere.txt: name a text with --score"]),
-        (["--score", REFERENCE], 1, [f"there is no .txt in {REFERENCE}"]),
+        (["--score", REFERENCE], 1, [f"there is no .txt or .jsonl in {REFERENCE}"]),
         (["--score", "text.txt", "-p", "The"], 2, ["--prompt is of no use beside --score"]),
         (["--score", "text.txt", "-i"], 2, ["--interactive is of no use beside --score"]),
         (["--score", "text.txt", "--top-k", "3"], 2, ["--top-k is of no use beside --score"]),

@@ -30,8 +30,10 @@ import tokenizers
 import train
 from gpt_tiny import GPTConfig
 from models import checkpoint
-from training import checks
-from training.config import TrainingConfig
+from training import checks, trainer
+from training.config import TrainingConfig, changed
+from training.trainer import read_corpus
+from training.workers import World
 
 STEP = re.compile(
     r"step {1,3}(\d+)/(\d+): train loss: (\d+\.\d{4}), val loss: (\d+\.\d{4}) "
@@ -147,13 +149,9 @@ def test_what_is_written_loads(trained, folder, place):
     assert all(np.isfinite(p.numpy()).all() for p in model.parameters().values())
 
 
-def test_checkpoints_are_stored_every_ten_steps_from_the_fifth_on_and_at_the_end(
-    call, corpus, monkeypatch
-):
-    monkeypatch.setattr(train, "DEFAULTS", TrainingConfig(batches_per_step=2))
-    out = call(train.main, *TINY, "-n", "16", "-t", corpus, "-o", "model_16").out
-    # a name that another training took in the same second gets a number behind it
-    assert re.findall(r"checkpoint model to: [^_\n]+_(\d+)(?:_\d+)?\n", out) == ["4", "14", "15"]
+def test_checkpoints_are_stored_every_ten_steps_from_the_fifth_on_and_at_the_end():
+    config = TrainingConfig(n_steps=16)
+    assert [step for step in range(16) if trainer.is_checkpoint(step, config)] == [4, 14, 15]
 
 
 def test_the_same_seed_gives_the_same_losses_and_x_writes_nothing(call, folder, corpus, trained):
@@ -184,12 +182,6 @@ def test_the_smallest_models_train_and_speak(call, folder, corpus, sizes):
     (_, before), (_, after) = losses(result.out)
     assert float(after) < float(before) - 0.3
     assert call(run.main, folder / name, "-n", "20").status == 0
-
-
-def test_a_row_that_dropout_empties_leaves_the_gradients_finite(call, corpus):
-    options = ["-c", "3", "-d", "3", "-l", "1", "-h", "1", "-b", "2", "--dropout", "0.1"]
-    result = call(train.main, *options, "-r", "0", "-n", "1", "-t", corpus, "-x")
-    assert result.status == 0, result.err
 
 
 @pytest.mark.parametrize(
@@ -241,11 +233,39 @@ def test_vowel_tokenizer_trains_is_saved_and_generates(call, folder, corpus):
     assert re.fullmatch(rf" ({known}){{30}}\n", result.out)
 
 
+def test_a_text_in_another_script_trains_by_default_and_is_continued_in_its_own(call, folder):
+    text = "чайник на плите поёт, дождь идёт. " * 50
+    (folder / "ru.txt").write_text(text, encoding="utf-8")
+    result = call(train.main, *TINY, "-n", "1", "-t", "ru.txt", "-o", "ru")
+    assert result.status == 0
+    n = len(set(text)) + 1  # with the line break, which prompts begin with
+    own = f"ru.txt: the vocabulary is its own {n} characters, for gpt-burn's 103 leave out 76.5 %\n"
+    assert result.err == own
+    for path in ("ru", re.search(r"checkpoint model to: (.+)", result.out)[1]):
+        _, tokenizer = checkpoint.load(folder / path)
+        assert tokenizer.decode(range(tokenizer.vocab_size)) == "".join(sorted({"\n", *text}))
+    result = call(run.main, "ru", "-p", "плита ", "-n", "30")
+    assert (result.status, result.err) == (0, "")
+    assert re.fullmatch(f"плита [{text}\n]{{30}}\n", result.out)
+    refused = call(train.main, "--init-from", "ru", "-t", "ru.txt", "--format", "burn")
+    assert_error(refused, 1, ["--format burn", "no other characters than its own"])
+
+
+def test_a_model_for_gpt_burn_has_its_characters_alone(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    Path("fr.txt").write_text("où été garçon " * 50, encoding="utf-8")
+    config = changed(TrainingConfig(), {"text_corpus": (Path("fr.txt"),), "format": "burn"})
+    assert read_corpus(config, None, World()).tokenizer.tokens == tokenizers.CharTokenizer().tokens
+    lost = "warning: 28.6 % of fr.txt is not in the vocabulary and left out: é ç ù\n"
+    assert capsys.readouterr().err == lost
+
+
 def test_validation_size_and_checkpoint_every(call, folder):
     options = ["--validation-size", "5", "--checkpoint-every", "2", "-n", "3", "-o", "options"]
     result = call(train.main, *TINY, *options)
     assert result.status == 0
     assert '"validation_size": 5' in result.out
+    # a name that another training took in the same second gets a number behind it
     stored = re.findall(r"checkpoint model to: [^_\n]+_(\d+)(?:_\d+)?\n", result.out)
     assert stored == ["1", "2"]  # after 2 steps, and the last one
 
@@ -274,7 +294,6 @@ def bad_files(folder, corpus) -> None:
     (folder / "empty.txt").write_bytes(b"")
     (folder / "short.txt").write_text("x" * 70)
     (folder / "latin.txt").write_bytes(b"a" * 1234 + b"\xe4" + b"a" * 1234)
-    (folder / "unknown.txt").write_text("日本" * 1000, encoding="utf-8")
     (folder / "notes").mkdir()
     (folder / "notes" / "diary.txt").write_text("dear diary")
 
@@ -286,13 +305,12 @@ def bad_files(folder, corpus) -> None:
         (["-t", "notes"], ["diary.txt is too short", "1 tokens"]),
         (["-t", "notes/diary.txt", "-t", "latin.txt"], ["latin.txt is not UTF-8", "offset 1234"]),
         (["-t", "empty.txt"], ["empty.txt is too short", "0 tokens", "--context-length 8"]),
-        (["-t", "unknown.txt"], ["unknown.txt is too short", "0 tokens"]),
         (["-t", "short.txt"], ["short.txt is too short", "7 tokens", "--context-length 8"]),
         (["-t", "latin.txt"], ["not UTF-8", "0xe4", "offset 1234", "convert"]),
         (["-d", "1000000"], ["GiB", "choose a smaller"]),
         (["-l", "2000000000"], ["GiB", "choose a smaller"]),
         (["-b", "2000000000"], ["GiB", "choose a smaller", "--batch-size"]),
-        (["--tokenizer", "words"], ["--tokenizer words is not known", "char, vowel, or a folder"]),
+        (["--tokenizer", "words"], ["--tokenizer words is not known", "char, vowel, bpe, or a"]),
         (["-o", "corpus.txt"], ["corpus.txt is a file", "name a folder"]),
         (["-o", "corpus.txt/model"], ["cannot save to", "corpus.txt"]),
         pytest.param(
@@ -379,7 +397,9 @@ def test_workers_on_machines_of_their_own_share_a_batchs_memory(monkeypatch):
         checks.check_sizes(config, corpus, SimpleNamespace(size=2, n_on_machine=2))
 
 
-@pytest.mark.parametrize("flag", ["-c", "-d", "-l", "-h", "-n", "-b", "-m", "--vocab-size"])
+@pytest.mark.parametrize(
+    "flag", ["-c", "-d", "-l", "-h", "-n", "-b", "-m", "--vocab-size", "--sample-every"]
+)
 @pytest.mark.parametrize("value", ["0", "-3", "1.5", "many", "", "99999999999999999999"])
 def test_a_size_that_is_none_is_refused(call, flag, value):
     result = call(train.main, flag, value)
