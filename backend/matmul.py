@@ -149,14 +149,14 @@ def gemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
     else:
         indices, n = {columns[-1]: first}, chunk_size
 
-    a, flag_a, step_a = matrix_of(a, letters_a, rows, summed, indices)
-    b, flag_b, step_b = matrix_of(b, letters_b, summed, columns, indices)
-    c, _, step_c = matrix_of(c, letters_c, rows, columns, indices)
+    a, flag_a, lda = matrix_of(a, letters_a, rows, summed, indices)
+    b, flag_b, ldb = matrix_of(b, letters_b, summed, columns, indices)
+    c, _, ldc = matrix_of(c, letters_c, rows, columns, indices)
     row_major, flag_a, flag_b = constants(dtypes.int32, 101, flag_a, flag_b)
     integer = dtypes.int64 if is_bfloat16 else blas().integer
-    m, n, k, step_a, step_b, step_c = constants(integer, m, n, k, step_a, step_b, step_c)
+    m, n, k, lda, ldb, ldc = constants(integer, m, n, k, lda, ldb, ldc)
     alpha, beta = constants(dtypes.float32, 1.0, 0.0)
-    arguments = (row_major, flag_a, flag_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c)
+    arguments = (row_major, flag_a, flag_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
     call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
     name = f"{'sb' if is_bfloat16 else 's'}gemm_{axes.of_a}_{axes.of_b}_{axes.of_c}"
     info = KernelInfo(name=name, opts_to_apply=(), estimates=Estimates())

@@ -40,7 +40,7 @@ _linked: .incbin "model.bin"
 
 @dataclass(frozen=True)
 class Target:
-    """A platform as zig names it, and what its processors may be: a step's name, and zig's."""
+    """A platform as zig names it, and zig's name of each kind of processor by that in system.c."""
 
     triple: str
     processors: dict[str, str]
@@ -57,7 +57,13 @@ TARGETS = {
     "x86_64-macos": Target("x86_64-macos", X86, links_model=True),
     "aarch64-macos": Target("aarch64-macos", ARM, links_model=True),
 }
-WASM = ("-target", "wasm32-freestanding", "-msimd128", "-DSTEP=step_any", "-DHALVES_ARE_SINGLE")
+WASM = (
+    "-target",
+    "wasm32-freestanding",
+    "-msimd128",
+    "-DKERNELS=kernels_any",
+    "-DHALVES_ARE_SINGLE",
+)
 WASM += ("-Wl,--no-entry", "-Wl,-z,stack-size=1048576", "-Wl,--export-memory")
 
 
@@ -90,13 +96,18 @@ def program(target: Target, sources: Path, output: Path) -> None:
         need = f"the program would need {n_bytes / 1e9:.1f} GB, and its system allows 4.3"
         raise UserError(f"{need}: try --weights int8")
 
-    def step(name: str) -> Path:
-        flags = f"-mcpu={target.processors[name]}", f"-DSTEP=step_{name}", "-target", target.triple
+    def kernels(name: str) -> Path:
+        flags = (
+            f"-mcpu={target.processors[name]}",
+            f"-DKERNELS=kernels_{name}",
+            "-target",
+            target.triple,
+        )
         flags += (f"-DHALVES_ARE_SINGLE={int(name == 'sse2')}",)
         return compiled(sources, sources / f"{name}.o", "-c", *flags, RUNTIME / "steps.c")
 
     with ThreadPoolExecutor(NUM_CPU_THREADS.value) as threads:
-        objects = list(threads.map(step, target.processors))
+        objects = list(threads.map(kernels, target.processors))
     files = ["-target", target.triple, *target.flags, *OF_PROGRAMS, *SHARED, *objects]
     if target.links_model:
         seal(model, 0)
