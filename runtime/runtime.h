@@ -1,7 +1,5 @@
 // What the files of an exported model know of each other. model.h, with the sizes, and kernels.c
 // are written when a model is exported.
-#include <stddef.h>
-
 #include "model.h"
 
 typedef unsigned char byte;
@@ -18,13 +16,11 @@ typedef struct {
   long n_done;  // kernels, by all cores together
   int (*yield)(void);  // gives the core to another thread
 } Step;
-
-// steps.c, once for each kind of processor
-typedef void Kernels(Step *, int core);
+typedef void Kernels(Step *, int core);  // steps.c has one for each kind of processor
 
 // system.c
 _Noreturn void fail(int status, const char *format, ...);
-void *resized(void *old, size_t n_bytes);
+void *resized(void *old, long long n_bytes);
 void choose_kernels(void);
 
 // system.c, in a page page.c
