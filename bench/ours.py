@@ -33,7 +33,7 @@ def train(config: GPTConfig, n: int, **settings):
     ids = rng.integers(config.model.vocab_size, size=500_000).astype(np.uint16)
     corpus = Corpus("made up", CharTokenizer(), 0, ids)
     trainer = Trainer(config, corpus, Checkpoint(config), None, WORLD)
-    learned = trainer.model, trainer.parameters, trainer.optimizer, trainer.losses
+    learned = trainer.model, trainer.optimizer, trainer.losses
     train_batch = capture_training(config, *learned, WORLD)
     plan = make_plan(config, corpus, trainer.optimizer, 0, rng, WORLD)
 

@@ -120,6 +120,8 @@ def sections(config) -> list[tuple[str, object]]:
     return [(each.name, getattr(config, each.name)) for each in fields(config)]
 
 
+DEFAULTS = TrainingConfig()
+
 # What a start decides, so that no given setting may contradict it. A corpus that has moved is known
 # by its checksum.
 NEW, MODEL, TRAINING = "nothing", "the model to start from", "the training to go on with"
@@ -127,7 +129,7 @@ MAY_CHANGE = {"n_steps", "text_corpus", "output_path", "no_save", "format", "che
 FIXED = {
     NEW: set(),
     MODEL: {"d_model", "n_layers", "n_heads", "tokenizer", "max_vocab_size"},
-    TRAINING: flat(TrainingConfig()).keys() - MAY_CHANGE,
+    TRAINING: flat(DEFAULTS).keys() - MAY_CHANGE,
 }
 
 

@@ -54,7 +54,7 @@ class Trainer:
         optimizer = OPTIMIZERS[config.optimizer.algorithm]
         self.parameters = FlatBuffer(optimizer.layout(shapes(config.model)))
         self.model = GPT(config.model, self.parameters.views)
-        self.optimizer = optimizer(self.parameters, config.optimizer)
+        self.optimizer = optimizer(self.parameters, config)
         self.losses = zeros(config.batches_per_step)  # of this rank's shards of the batches
         if world.rank == 0:
             self.parameters.write(start.weights or initial_weights(config.model, config.seed))
@@ -71,8 +71,7 @@ class Trainer:
         `announce` is told of each checkpoint. UserError when the loss is no longer finite.
         """
         config, progress, world = self.config, self.progress, self.world
-        learned = self.model, self.parameters, self.optimizer, self.losses
-        train_batch = capture_training(config, *learned, world)
+        train_batch = capture_training(config, self.model, self.optimizer, self.losses, world)
         validate = capture_validation(config, self.corpus, self.model, world)
         if self.folder and progress.step:
             self.take_folder()
