@@ -22,11 +22,10 @@ from tinygrad.engine.realize import get_call_arg_uops, get_call_outs_ins
 from tinygrad.helpers import ContextVar
 from tinygrad.uop.ops import Ops
 
-from backend import caches
 from backend.cpu import native
-from backend.cpu.blas import blas
-from backend.cpu.compiler import processor
-from backend.locks import locked
+from backend.cpu.compiler import processor, sealed, unsealed
+from backend.cpu.native import blas
+from backend.files import drop_oldest, locked
 from backend.machine import cache_folder
 
 KEPT_BYTES = 128 << 20  # of files of up to a few MB each
@@ -57,7 +56,7 @@ class CachedJit:
 
     def restore(self) -> None:
         with contextlib.suppress(Exception):  # to begin with: there is none
-            kept = pickle.loads(caches.unsealed(read_private(self.path)))
+            kept = pickle.loads(unsealed(read_private(self.path)))
             self.jit.captured = restored(kept, self.buffers)
             os.utime(self.path)  # those that are used stay
 
@@ -126,15 +125,10 @@ def keep(path: Path, jit: CapturedJit, buffers: list[UOp]) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     with open(temporary, "xb", opener=lambda *name: os.open(*name, 0o600)) as file:
-        file.write(caches.sealed(data))
+        file.write(sealed(data))
     temporary.replace(path)
-    drop_oldest(path.parent)
-
-
-def drop_oldest(folder: Path) -> None:
-    """Leaves the files that were used last, KEPT_BYTES of them."""
-    jits = [path for path in folder.iterdir() if path.suffix != LOCK]
-    caches.drop_oldest(jits, KEPT_BYTES, Path.unlink)
+    jits = [path for path in path.parent.iterdir() if path.suffix != LOCK]
+    drop_oldest(jits, KEPT_BYTES, Path.unlink)
 
 
 def restored(kept: tuple, buffers: list[UOp]) -> CapturedJit:

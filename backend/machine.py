@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from backend.errors import UserError
@@ -92,15 +92,6 @@ def physical_memory() -> int:
     status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX, whose second number is this
     ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
     return status[1]
-
-
-def wait_call() -> Callable:
-    """What a thread calls that has waited long: on Linux libc's `syscall`, elsewhere a function
-    that lets another thread have the core."""
-    if sys.platform == "win32":
-        return ctypes.windll.kernel32.SwitchToThread
-    libc = ctypes.CDLL(None)
-    return libc.syscall if sys.platform == "linux" else libc.sched_yield
 
 
 def cache_folder() -> Path:

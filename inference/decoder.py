@@ -7,8 +7,7 @@ from tinygrad import Context, Tensor, Variable
 from tinygrad.nn.state import get_parameters
 
 from backend.arrays import from_numpy, zeros
-from backend.cpu.gemv import few_vectors
-from backend.matmul import FEW_VECTORS
+from backend.matmul import few_vectors
 from backend.quantized import QMAX, QuantizedMatrix
 from gpt_tiny import GPT, KeyValueCache
 
@@ -36,7 +35,7 @@ class Decoder:
     def step(self, ids: Tensor, end: Variable, last: Variable) -> None:
         """ids (batch, n) at the positions to before `end`; leaves the logits after the one with
         index `last`. The tokens to its right do not matter: the mask is causal."""
-        with Context(FEW_VECTORS=FEW_VECTORS.value or few_vectors()):
+        with few_vectors():
             x = self.model.hidden_states(ids, cache=self.caches, start=end - ids.shape[1])
             self.logits.assign(self.model.head(x[:, last : last + 1])[:, 0]).realize()
 

@@ -3,10 +3,13 @@
 Importing this module is enough. A patch can go as soon as tinygrad does what the patch says.
 """
 
+import contextlib
 import functools
+import mmap
 import platform
 import sys
 
+import numpy as np
 import tinygrad.codegen.opt.heuristic as heuristic
 import tinygrad.engine.realize as realize
 from tinygrad.device import BufferSpec
@@ -15,11 +18,11 @@ from tinygrad.renderer import cstyle
 from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
 from tinygrad.runtime.support.hcq2 import HCQ2Compiled
 
-from backend.arrays import MIN_HUGE_BYTES, huge_pages
 from backend.cpu.compiler import CPUCompiler, CPUProgram, ops_cpu
 from backend.cpu.processes import Progress, compiling_processes
 from backend.cpu.threads import CPUGraph, count_cores, plain_loops
 
+MIN_HUGE_BYTES = 1 << 18
 # one a process: tinygrad makes a renderer for each kernel that it sends to another
 compiler_for = functools.cache(CPUCompiler)
 
@@ -30,6 +33,32 @@ class ClangRenderer(cstyle.ClangRenderer):
     def __init__(self, target):
         super().__init__(target)
         self.compiler = compiler_for(tuple(target.arch.split(",")))
+
+
+class HugePages:
+    """Memory for many arrays in pages of 2 MB: read up to twice as fast as in those of 4 kB, at
+    whose ends a processor stops to read ahead. It is freed when the last of its arrays is."""
+
+    SIZE, PAGE = 32 << 20, 2 << 20
+
+    def __init__(self):
+        self.left = np.empty(0, np.uint8)
+
+    def take(self, n_bytes: int) -> np.ndarray:
+        n_aligned = -(-n_bytes // 64) * 64
+        if n_aligned > len(self.left):
+            memory = mmap.mmap(
+                -1, max(n_aligned, self.SIZE) + self.PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
+            with contextlib.suppress(OSError):  # a Linux without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self.left = np.frombuffer(memory, np.uint8)
+            self.left = self.left[-self.left.ctypes.data % self.PAGE :]
+        taken, self.left = self.left[:n_bytes], self.left[n_aligned:]
+        return taken
+
+
+huge_pages = HugePages()
 
 
 class CPUAllocator(ops_cpu.CPUAllocator):
@@ -59,16 +88,7 @@ class CPUDevice(ops_cpu.CPUDevice):
         self.graph = CPUGraph
 
 
-tinygrads_optimizations = heuristic.hand_coded_optimizations
-
-
-def optimizations(kernel):
-    """Leaves loops to clang; tinygrad's own unroll them, which clang vectorises less well."""
-    is_ours = isinstance(kernel.ren, ClangRenderer)
-    return plain_loops(kernel) if is_ours else tinygrads_optimizations(kernel)
-
-
-heuristic.hand_coded_optimizations = optimizations
+heuristic.hand_coded_optimizations = plain_loops  # tinygrad's unroll loops
 ops_cpu.ClangRenderer, ops_cpu.CPUDevice = ClangRenderer, CPUDevice
 # tinygrad's pool starts processes that import all anew, and its bar stays on the terminal
 realize.get_worker_pool, realize.tqdm = compiling_processes, Progress

@@ -6,16 +6,19 @@ import functools
 import math
 import os
 import platform
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from tinygrad import UOp
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
+from tinygrad.codegen.opt.heuristic import hand_coded_optimizations
 from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.engine.jit import GraphRunner
 from tinygrad.helpers import NUM_CPU_THREADS, PARALLEL, ContextVar
 from tinygrad.renderer import Estimates
+from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.uop.ops import AxisType, Ops
 
 from backend import machine
@@ -47,8 +50,11 @@ class Kernel(Scheduler):
         return ast.replace(arg=replace(ast.arg, estimates=Estimates()))
 
 
-def plain_loops(kernel: Scheduler) -> Kernel:
-    """Leaves loops as they are: clang vectorises them better than tinygrad unrolls them."""
+def plain_loops(kernel: Scheduler) -> Scheduler:
+    """Leaves loops to clang, where it compiles them: it vectorises them better than those that
+    tinygrad has unrolled."""
+    if not isinstance(kernel.ren, ClangRenderer):
+        return hand_coded_optimizations(kernel)  # tinygrad's own
     kernel = Kernel(kernel.ast, kernel.ren)
     # A sum down the columns of a matrix: clang can't swap the loops, so sum 8 columns at once.
     for axis in columns_summed(kernel)[-1:]:
@@ -158,5 +164,9 @@ def thread_pool(**macros: object) -> tuple[ThreadPoolExecutor, Callable, ctypes.
     arguments = pointer, word, word, word, pointer, pointer, pointer, word
     function = ctypes.CFUNCTYPE(None, *arguments)(program.addr)
     function.program = program  # which holds the code
-    call = ctypes.cast(machine.wait_call(), pointer)
-    return ThreadPoolExecutor(NUM_CPU_THREADS.value, "core"), function, call
+    if sys.platform == "win32":  # whose threads let another one have the core
+        call = ctypes.windll.kernel32.SwitchToThread
+    else:
+        libc = ctypes.CDLL(None)
+        call = libc.syscall if sys.platform == "linux" else libc.sched_yield
+    return ThreadPoolExecutor(NUM_CPU_THREADS.value, "core"), function, ctypes.cast(call, pointer)
