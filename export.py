@@ -14,7 +14,7 @@ from tinygrad import Context
 from backend.errors import UserError
 from backend.files import check_file, replacing_file, write_file
 from backend.quantized import QMAX
-from inference.decoder import Decoder, quantize
+from inference.generator import Decoder, quantize
 from models import checkpoint
 from runtime import build
 from runtime.kernels import Kernels

@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser("Train a GPT on a text.")
+    parser = command_line.ArgumentParser("Train a GPT on a text.", **flat(DEFAULTS))
     size, rate = number(int, 1, 2**31), number(float, 0)
     add = parser.add_argument_group("model").add_argument
     add("-c", "--context-length", type=size, help="tokens that the model sees")
@@ -94,7 +94,6 @@ def make_parser() -> command_line.ArgumentParser:
     add("--format", choices=["tiny", "burn"], help="burn: a model for gpt-burn")
     add("--checkpoint-every", type=size, help="steps from one checkpoint to the next")
     add("--resume", type=Path, metavar="PATH", help="checkpoint to go on from, or a folder of them")
-    parser.set_defaults(**flat(DEFAULTS))
     return parser
 
 

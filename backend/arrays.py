@@ -1,18 +1,25 @@
 """Memory: zeros, copies between numpy and tensors, and many tensors in one buffer."""
 
+import contextlib
 import functools
 import math
+import mmap
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, takewhile
 
 import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad.device import BufferSpec
 from tinygrad.dtype import _to_np_dtype
 from tinygrad.helpers import NUM_CPU_THREADS
+from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
+
+from backend.cpu.compiler import ops_cpu
 
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
-MIN_SHARED_BYTES = 1 << 20
+MIN_SHARED_BYTES, MIN_HUGE_BYTES = 1 << 20, 1 << 18
 ALIGNMENT = 16  # floats: a cache line, and the longest vector of a processor
 
 
@@ -42,6 +49,43 @@ def allocated(array: np.ndarray, device: str, memory: np.ndarray | None = None) 
     uop.buffer.memory = memory  # as long as there is the buffer
     uop.buffer.allocate(external_ptr=None if memory is None else memory.ctypes.data)
     return Tensor(uop.reshape(array.shape))
+
+
+class HugePages:
+    """Memory for many arrays in pages of 2 MB: read up to twice as fast as in those of 4 kB, at
+    whose ends a processor stops to read ahead. It is freed when the last of its arrays is."""
+
+    SIZE, PAGE = 32 << 20, 2 << 20
+
+    def __init__(self):
+        self.left = np.empty(0, np.uint8)
+
+    def take(self, n_bytes: int) -> np.ndarray:
+        n_aligned = -(-n_bytes // 64) * 64
+        if n_aligned > len(self.left):
+            memory = mmap.mmap(
+                -1, max(n_aligned, self.SIZE) + self.PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
+            with contextlib.suppress(OSError):  # a Linux without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self.left = np.frombuffer(memory, np.uint8)
+            self.left = self.left[-self.left.ctypes.data % self.PAGE :]
+        taken, self.left = self.left[:n_bytes], self.left[n_aligned:]
+        return taken
+
+
+huge_pages = HugePages()
+
+
+class CPUAllocator(ops_cpu.CPUAllocator):
+    """Takes large buffers from huge pages; tinygrad maps each by itself, in pages of 4 kB."""
+
+    def _alloc(self, size: int, options: BufferSpec) -> HCQBuffer:
+        if options.external_ptr is not None or size < MIN_HUGE_BYTES or sys.platform != "linux":
+            return super()._alloc(size, options)
+        memory = huge_pages.take(size)
+        address, view = memory.ctypes.data, MMIOInterface(memory.ctypes.data, size, fmt="B")
+        return HCQBuffer(address, size, meta=memory, view=view, owner=self.dev)
 
 
 def aligned_zeros(n: int) -> np.ndarray:

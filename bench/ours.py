@@ -13,8 +13,7 @@ from worker import peak_memory, serve
 from backend.arrays import copy_out
 from data.ids import Corpus
 from gpt_tiny import GPT, GPTConfig, initial_weights
-from inference.decoder import quantize
-from inference.generator import Generator
+from inference.generator import Generator, quantize
 from tokenizers import CharTokenizer
 from training.batches import capture_training, make_plan
 from training.checkpoint import Checkpoint

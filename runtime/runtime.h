@@ -8,7 +8,7 @@ extern const byte *model;   // weights and tokens, at places that model.h has na
 extern const void *halves;  // its weights in half precision, or, where there is only that, in single
 extern byte memory[MEMORY_BYTES];  // what the kernels write: caches, logits, and all between
 
-// A step of inference/decoder.py, on several cores: each runs all kernels, of those in chunks every
+// A step of inference/generator.py, on several cores: each runs all kernels, of those in chunks every
 // n_cores-th chunk.
 typedef struct {
   int n, end, last;  // as there

@@ -15,8 +15,7 @@ from backend.cpu.compiler import load_c
 from backend.matmul import gemv
 from backend.quantized import QMAX, QuantizedMatrix
 from gpt_tiny import GPT, GPTConfig, initial_weights
-from inference.decoder import quantize
-from inference.generator import Generator
+from inference.generator import Generator, quantize
 from inference.scoring import losses
 from models import checkpoint
 

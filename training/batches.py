@@ -7,7 +7,6 @@ import numpy as np
 from tinygrad import Context, Tensor, Variable
 
 from backend.arrays import copy_in, copy_out, from_numpy, zeros
-from backend.cpu.threads import largest_divisor
 from backend.jit_cache import CachedJit
 from data.ids import Corpus
 from gpt_tiny import GPT, Dropout
@@ -116,8 +115,9 @@ def capture_validation(
     """A function that draws windows with a random generator and returns their mean loss."""
     length = config.model.context_length + 1
     # no more memory than training takes
-    limit = config.batch_size // config.accumulate // world.size
-    size = largest_divisor(config.validation_size, limit)
+    n_windows = config.validation_size
+    limit = min(n_windows, config.batch_size // config.accumulate // world.size)
+    size = max(n for n in range(1, limit + 1) if n_windows % n == 0)
     windows, loss = from_numpy(np.zeros((size, length), np.int32)), zeros(1)
 
     def compute_loss(windows: Tensor) -> None:
@@ -129,7 +129,7 @@ def capture_validation(
 
     def validate(rng: np.random.Generator) -> float:
         n_starts = len(corpus.ids) - corpus.n_training - length + 1
-        starts = rng.integers(n_starts, size=(config.validation_size // size, size))
+        starts = rng.integers(n_starts, size=(n_windows // size, size))
         losses = np.zeros(len(starts))
         for i in range(world.rank, len(starts), world.size):
             copy_in(windows, corpus.windows(corpus.n_training + starts[i], length))

@@ -69,10 +69,6 @@ class TrainingConfig:
     dtype: str = "float32"
     files: Files = field(default_factory=Files)
 
-    @property
-    def tokens_per_batch(self) -> int:
-        return self.batch_size * self.model.context_length
-
     def to_json(self) -> dict:
         """The content of `config.json`: gpt-burn's settings as it writes them, and a tokenizer."""
         settings = asdict(self)

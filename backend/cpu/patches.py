@@ -3,26 +3,20 @@
 Importing this module is enough. A patch can go as soon as tinygrad does what the patch says.
 """
 
-import contextlib
 import functools
-import mmap
 import platform
-import sys
 
-import numpy as np
 import tinygrad.codegen.opt.heuristic as heuristic
 import tinygrad.engine.realize as realize
-from tinygrad.device import BufferSpec
 from tinygrad.helpers import getenv
 from tinygrad.renderer import cstyle
-from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
 from tinygrad.runtime.support.hcq2 import HCQ2Compiled
 
+from backend.arrays import CPUAllocator
 from backend.cpu.compiler import CPUCompiler, CPUProgram, ops_cpu
 from backend.cpu.processes import Progress, compiling_processes
 from backend.cpu.threads import CPUGraph, count_cores, plain_loops
 
-MIN_HUGE_BYTES = 1 << 18
 # one a process: tinygrad makes a renderer for each kernel that it sends to another
 compiler_for = functools.cache(CPUCompiler)
 
@@ -33,43 +27,6 @@ class ClangRenderer(cstyle.ClangRenderer):
     def __init__(self, target):
         super().__init__(target)
         self.compiler = compiler_for(tuple(target.arch.split(",")))
-
-
-class HugePages:
-    """Memory for many arrays in pages of 2 MB: read up to twice as fast as in those of 4 kB, at
-    whose ends a processor stops to read ahead. It is freed when the last of its arrays is."""
-
-    SIZE, PAGE = 32 << 20, 2 << 20
-
-    def __init__(self):
-        self.left = np.empty(0, np.uint8)
-
-    def take(self, n_bytes: int) -> np.ndarray:
-        n_aligned = -(-n_bytes // 64) * 64
-        if n_aligned > len(self.left):
-            memory = mmap.mmap(
-                -1, max(n_aligned, self.SIZE) + self.PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            )
-            with contextlib.suppress(OSError):  # a Linux without them
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            self.left = np.frombuffer(memory, np.uint8)
-            self.left = self.left[-self.left.ctypes.data % self.PAGE :]
-        taken, self.left = self.left[:n_bytes], self.left[n_aligned:]
-        return taken
-
-
-huge_pages = HugePages()
-
-
-class CPUAllocator(ops_cpu.CPUAllocator):
-    """Takes large buffers from huge pages; tinygrad maps each by itself, in pages of 4 kB."""
-
-    def _alloc(self, size: int, options: BufferSpec) -> HCQBuffer:
-        if options.external_ptr is not None or size < MIN_HUGE_BYTES or sys.platform != "linux":
-            return super()._alloc(size, options)
-        memory = huge_pages.take(size)
-        address, view = memory.ctypes.data, MMIOInterface(memory.ctypes.data, size, fmt="B")
-        return HCQBuffer(address, size, meta=memory, view=view, owner=self.dev)
 
 
 class CPUDevice(ops_cpu.CPUDevice):

@@ -38,10 +38,6 @@ def count_cores() -> None:
                 variable.value = min(variable.value, machine.n_cores())
 
 
-def largest_divisor(n: int, limit: int) -> int:
-    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
-
-
 class Kernel(Scheduler):
     """A kernel with chunks of unequal sizes, for which tinygrad can't estimate the operations."""
 
@@ -58,7 +54,7 @@ def plain_loops(kernel: Scheduler) -> Scheduler:
     kernel = Kernel(kernel.ast, kernel.ren)
     # A sum down the columns of a matrix: clang can't swap the loops, so sum 8 columns at once.
     for axis in columns_summed(kernel)[-1:]:
-        width = largest_divisor(kernel.full_shape[axis], 8)
+        width = max(n for n in range(1, 9) if kernel.full_shape[axis] % n == 0)
         if width > 1:
             with contextlib.suppress(KernelOptError):
                 kernel.apply_opt(Opt(OptOps.UPCAST, axis, width))
