@@ -18,6 +18,16 @@ OTHER, VOWEL, SEPARATOR, LETTER, NUMBER, SPACE = range(6)  # tokenizer.c's kinds
 def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> Kernels:
     """Writes, of a step of inference's Decoder, kernels.c, with one.c and many.c, which call these
     for one token and for many; model.h, sizes and help; and model.bin, the weights and tokens."""
+    arrays = tables(tokenizer)
+    sizes = {
+        "CONTEXT_LENGTH": decoder.context_length,
+        "CHUNK": decoder.chunk,
+        "N_CHUNKS": N_CHUNKS,
+        "VOCAB_SIZE": tokenizer.vocab_size,
+        "TOKENIZER": list(TOKENIZERS).index(tokenizer.name),
+        "UNKNOWN": -1 if tokenizer.unknown is None else tokenizer.unknown,
+        "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
+    }
     steps = {"one": 1, "many": decoder.chunk}
     calls = [rendered(decoder.step, decoder.ids[n], **decoder.ranges[n]) for n in steps.values()]
     kernels = Kernels(decoder.weights)
@@ -25,21 +35,12 @@ def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> Ker
         (folder / f"{name}.c").write_text(kernels.calls(calls_of_step), encoding="utf-8")
     (folder / "kernels.c").write_text(kernels.source(), encoding="utf-8")
 
-    sizes = {
-        "CONTEXT_LENGTH": decoder.context_length,
-        "VOCAB_SIZE": tokenizer.vocab_size,
-        "CHUNK": decoder.chunk,
-        "N_CHUNKS": N_CHUNKS,
+    for name, array in arrays.items():
+        sizes |= {name: kernels.add(array), f"N_{name}": len(array)}
+    sizes |= {
         "ID": kernels.place_of(decoder.ids[1]),
         "IDS": kernels.place_of(decoder.ids[decoder.chunk]),
         "LOGITS": kernels.place_of(decoder.logits),
-        "TOKENIZER": list(TOKENIZERS).index(tokenizer.name),
-        "UNKNOWN": -1 if tokenizer.unknown is None else tokenizer.unknown,
-        "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
-    }
-    for name, array in tables(tokenizer).items():
-        sizes |= {name: kernels.add(array), f"N_{name}": len(array)}
-    sizes |= {
         "N_HALVES": kernels.n_halves,
         "MODEL_BYTES": kernels.n_file_bytes,
         "MEMORY_BYTES": kernels.n_memory_bytes,

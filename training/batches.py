@@ -73,7 +73,7 @@ def capture_training(
 
     def train_batch(windows: Tensor, keys: Tensor, rates: Tensor, batch: int) -> None:
         compute_jit(windows, keys, batch=batch)
-        world.all_reduce(optimizer.gradients)
+        optimizer.gradients.apply_in_place(world.all_reduce)
         update_jit(rates, batch=batch)
 
     return train_batch
@@ -135,6 +135,6 @@ def capture_validation(
             copy_in(windows, corpus.windows(corpus.n_training + starts[i], length))
             loss_jit(windows)
             losses[i] = copy_out(loss).item()
-        return float(world.sum(losses).mean())
+        return float(world.all_reduce(losses).mean())
 
     return validate

@@ -1,11 +1,9 @@
 """How gradients change the parameters: AdamW or Muon, and the learning rate over a training."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 
-import numpy as np
 from tinygrad import Tensor
 
 from backend import einsum
@@ -25,14 +23,6 @@ class Optimizer:
     def buffers(self) -> list[Tensor]:
         """All tensors that a jit of `step` may read or write."""
         return [*self.parameters.tensors, *self.gradients.tensors, *self.state]
-
-    def read(self) -> dict[str, np.ndarray]:
-        """The state, with the names of `state_shapes` and in its order."""
-        return self.memory.read()
-
-    def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Takes the state that `read` gave."""
-        self.memory.write(arrays)
 
 
 class AdamW(Optimizer):

@@ -61,7 +61,7 @@ class Trainer:
         if world.rank == 0:
             self.parameters.write(weights)
             if start.moments:
-                self.optimizer.write(start.moments)
+                self.optimizer.memory.write(start.moments)
             losses = np.array(self.progress.losses, np.float32)
             copy_in(self.losses, np.pad(losses, (0, config.batches_per_step - len(losses))))
         self.model = GPT(config.model, self.parameters.views)
@@ -95,7 +95,7 @@ class Trainer:
                     if signal_number := world.max(max(signals, default=0)):
                         break
                 progress.seconds = time.time() - started
-                losses = world.sum(copy_out(self.losses))[: progress.batch]
+                losses = world.all_reduce(copy_out(self.losses))[: progress.batch]
                 if signal_number:
                     progress.losses = losses.tolist()
                     self.keep_checkpoint(step)
@@ -153,7 +153,7 @@ class Trainer:
             changed(self.config, {"output_path": self.folder}),
             self.corpus.tokenizer,
         )
-        arrays = self.weights(), self.optimizer.read()
+        arrays = self.weights(), self.optimizer.memory.read()
         Checkpoint(config, TRAINING, tokenizer, *arrays, self.progress).save(folder)
         if self.latest:
             checkpoint.drop_progress(self.latest)
