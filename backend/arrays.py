@@ -19,7 +19,7 @@ from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
 from backend.cpu.compiler import ops_cpu
 
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
-MIN_SHARED_BYTES, MIN_HUGE_BYTES = 1 << 20, 1 << 18
+MIN_SHARED_BYTES, MIN_HUGE_BYTES, HUGE_PAGE = 1 << 20, 1 << 18, 2 << 20
 ALIGNMENT = 16  # floats: a cache line, and the longest vector of a processor
 
 
@@ -51,41 +51,26 @@ def allocated(array: np.ndarray, device: str, memory: np.ndarray | None = None) 
     return Tensor(uop.reshape(array.shape))
 
 
-class HugePages:
-    """Memory for many arrays in pages of 2 MB: read up to twice as fast as in those of 4 kB, at
-    whose ends a processor stops to read ahead. It is freed when the last of its arrays is."""
-
-    SIZE, PAGE = 32 << 20, 2 << 20
-
-    def __init__(self):
-        self.left = np.empty(0, np.uint8)
-
-    def take(self, n_bytes: int) -> np.ndarray:
-        n_aligned = -(-n_bytes // 64) * 64
-        if n_aligned > len(self.left):
-            memory = mmap.mmap(
-                -1, max(n_aligned, self.SIZE) + self.PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            )
-            with contextlib.suppress(OSError):  # a Linux without them
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            self.left = np.frombuffer(memory, np.uint8)
-            self.left = self.left[-self.left.ctypes.data % self.PAGE :]
-        taken, self.left = self.left[:n_bytes], self.left[n_aligned:]
-        return taken
-
-
-huge_pages = HugePages()
-
-
 class CPUAllocator(ops_cpu.CPUAllocator):
-    """Takes large buffers from huge pages; tinygrad maps each by itself, in pages of 4 kB."""
+    """Takes large buffers from pages of 2 MB; tinygrad maps each by itself, in pages of 4 kB, at
+    whose ends a processor stops to read ahead: up to twice as slow."""
+
+    left = np.empty(0, np.uint8)  # of the last memory that was mapped; freed with its last buffer
 
     def _alloc(self, size: int, options: BufferSpec) -> HCQBuffer:
         if options.external_ptr is not None or size < MIN_HUGE_BYTES or sys.platform != "linux":
             return super()._alloc(size, options)
-        memory = huge_pages.take(size)
-        address, view = memory.ctypes.data, MMIOInterface(memory.ctypes.data, size, fmt="B")
-        return HCQBuffer(address, size, meta=memory, view=view, owner=self.dev)
+        n_aligned = -(-size // 64) * 64
+        if n_aligned > len(self.left):
+            n_bytes = max(n_aligned, 16 * HUGE_PAGE) + HUGE_PAGE
+            memory = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):  # a Linux without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self.left = np.frombuffer(memory, np.uint8)
+            self.left = self.left[-self.left.ctypes.data % HUGE_PAGE :]
+        taken, self.left = self.left[:size], self.left[n_aligned:]
+        address, view = taken.ctypes.data, MMIOInterface(taken.ctypes.data, size, fmt="B")
+        return HCQBuffer(address, size, meta=taken, view=view, owner=self.dev)
 
 
 def aligned_zeros(n: int) -> np.ndarray:

@@ -22,14 +22,14 @@ from tinygrad.engine.realize import get_call_arg_uops, get_call_outs_ins
 from tinygrad.helpers import ContextVar
 from tinygrad.uop.ops import Ops
 
+from backend import files
 from backend.cpu import native
 from backend.cpu.compiler import processor, sealed, unsealed
 from backend.cpu.native import blas
-from backend.files import drop_oldest, locked
-from backend.machine import cache_folder
+from backend.machine import CACHE
 
 KEPT_BYTES = 128 << 20  # of files of up to a few MB each
-LOCK = ".lock"
+FOLDER, LOCK = CACHE / "gpt-tiny", ".lock"
 FIRST_PLACEHOLDER = 10_000  # tinygrad numbers the arguments of a jit from 0
 
 
@@ -51,7 +51,7 @@ class CachedJit:
             self.buffers = [tensor.uop.base for tensor in buffers]
             shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in self.buffers]
             name = fingerprint(function.__qualname__, key, variables, shapes)
-            self.path = cache_folder() / "gpt-tiny" / name
+            self.path = FOLDER / name
             self.restore()
 
     def restore(self) -> None:
@@ -95,7 +95,7 @@ def alone(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            stack.enter_context(locked(path.with_suffix(LOCK), wait=True))
+            stack.enter_context(files.locked(path.with_suffix(LOCK), wait=True))
         yield
 
 
@@ -127,8 +127,13 @@ def keep(path: Path, jit: CapturedJit, buffers: list[UOp]) -> None:
     with open(temporary, "xb", opener=lambda *name: os.open(*name, 0o600)) as file:
         file.write(sealed(data))
     temporary.replace(path)
-    jits = [path for path in path.parent.iterdir() if path.suffix != LOCK]
-    drop_oldest(jits, KEPT_BYTES, Path.unlink)
+    drop_oldest(path.parent)
+
+
+def drop_oldest(folder: Path) -> None:
+    """Leaves the files that were used last, KEPT_BYTES of them."""
+    jits = [path for path in folder.iterdir() if path.suffix != LOCK]
+    files.drop_oldest(jits, KEPT_BYTES, Path.unlink)
 
 
 def restored(kept: tuple, buffers: list[UOp]) -> CapturedJit:

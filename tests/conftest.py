@@ -16,6 +16,7 @@ import pytest
 from tinygrad import TinyJit
 
 import command_line
+from backend import jit_cache
 from backend.cpu import native
 from backend.cpu.compiler import load_c
 from models import checkpoint
@@ -53,7 +54,8 @@ def cache_folder(tmp_path_factory) -> Path:
     """Keeps the jits that the tests capture apart from the user's."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(Path.home() / ".cache" / "zig"))
-    os.environ["XDG_CACHE_HOME"] = str(folder)
+    os.environ["XDG_CACHE_HOME"] = str(folder)  # of the processes that the tests start
+    jit_cache.FOLDER = folder / "gpt-tiny"
     return folder
 
 

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="jits are kept f
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "gpt-tiny"
+    monkeypatch.setattr(jit_cache, "FOLDER", tmp_path / "gpt-tiny")
+    return jit_cache.FOLDER
 
 
 def powers() -> tuple[list[float], int]:

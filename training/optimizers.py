@@ -18,11 +18,7 @@ class Optimizer:
     gradients: FlatBuffer
     memory: FlatBuffer  # of `state`, the tensors that `step` reads and writes
     state: list[Tensor]
-
-    @property
-    def buffers(self) -> list[Tensor]:
-        """All tensors that a jit of `step` may read or write."""
-        return [*self.parameters.tensors, *self.gradients.tensors, *self.state]
+    buffers: list[Tensor]  # all that a jit of `step` reads and writes
 
 
 class AdamW(Optimizer):
@@ -35,6 +31,7 @@ class AdamW(Optimizer):
         names, n = list(self.memory.shapes), len(parameters.shapes)
         self.moments_1, self.moments_2 = (self.memory.part(x) for x in (names[:n], names[n:]))
         self.state = [*self.moments_1.whole, *self.moments_2.whole]
+        self.buffers = [*parameters.tensors, *self.gradients.tensors, *self.state]
 
     @staticmethod
     def layout(shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -88,6 +85,7 @@ class Muon(Optimizer):
         self.adamw = AdamW(others, config, gradients, state)
         self.state = [tensor for momentum in self.momenta for tensor in momentum.whole]
         self.state += self.adamw.state
+        self.buffers = [*parameters.tensors, *self.gradients.tensors, *self.state]
 
     @staticmethod
     def layout(shapes: Shapes) -> dict[str, tuple[int, ...]]:
