@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import hashlib
 import json
+import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -56,9 +57,9 @@ def __getattr__(name: str):
 class NotUTF8(UserError):
     """A text that has another encoding, by its first byte that UTF-8 does not have there."""
 
-    def __init__(self, byte: int, offset: int, name: str = "the text"):
+    def __init__(self, byte: int, offset: int, name="the text", remedy="convert it to UTF-8"):
         where = f"invalid byte 0x{byte:02x} at offset {offset}"
-        super().__init__(f"{name} is not UTF-8: {where}; convert it to UTF-8")
+        super().__init__(f"{name} is not UTF-8: {where}; {remedy}")
         self.byte, self.offset = byte, offset
 
 
@@ -123,6 +124,11 @@ class Tokenizer:
     def dtype(self) -> np.dtype:
         """The smallest unsigned integer that holds the id of every token."""
         return np.min_scalar_type(len(self.tokens) - 1)
+
+    @property
+    def document_end(self) -> str:
+        """The spelling of `end`, which a text has after each of several documents; or nothing."""
+        return next((spelling for spelling, id in self.specials.items() if id == self.end), "")
 
     def encode(self, text: str) -> np.ndarray:
         raise NotImplementedError
@@ -304,6 +310,7 @@ class BytePairTokenizer(Tokenizer):
     name, files = "bpe", ("vocab.json", "merges.txt")
     unknown = None
     end_of_text = "<|endoftext|>"
+    punctuation = frozenset(string.punctuation + "。、")
     # GPT-2's own: contractions, words, numbers and punctuation with the space before them
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -313,6 +320,7 @@ class BytePairTokenizer(Tokenizer):
             raise UserError("its ids are not 0, 1, 2, ...")
         self.end = vocab.get(self.end_of_text)
         self.ends = () if self.end is None else (self.end,)
+        self.specials = {} if self.end is None else {self.end_of_text: self.end}
         self.tokens = [b""] * len(vocab)
         for token, id in vocab.items():
             if id != self.end:
@@ -329,27 +337,55 @@ class BytePairTokenizer(Tokenizer):
         )
 
     def digest(self) -> str:
-        return hashlib.sha256(repr((self.name, self.tokens, self.merges)).encode()).hexdigest()
+        facts = self.name, self.tokens, self.merges
+        if self.specials:
+            facts += (sorted(self.specials.items()),)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """On all cores: tiktoken lets other threads run."""
-        texts, n = iter(texts), n_threads()
+        texts, n = self.with_whole_specials(texts), n_threads()
         with ThreadPoolExecutor(n) as threads:
             while some := list(islice(texts, 4 * n)):
                 yield from threads.map(self.encode, some)
 
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, in which <|endoftext|> is text like any other."""
-        text = text.encode(errors="replace").decode()  # half a surrogate pair becomes a "?"
-        return self.ids[self.encoding.encode_to_numpy(text)]
+    def with_whole_specials(self, texts: Iterable[str]) -> Iterator[str]:
+        """Pieces of a text, joined where the spelling of a special token may be cut."""
+        spellings = self.specials
+        beginnings = tuple({each[:n] for each in spellings for n in range(1, len(each))})
+        joined = ""
+        for text in texts:
+            joined += text
+            if not joined.endswith(beginnings):
+                yield joined
+                joined = ""
+        yield joined
 
-    @staticmethod
-    def boundary(text: str) -> int:
-        """Where white space begins, no token runs on."""
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, in which `specials` are tokens; where two begin, the longer one is
+        meant, as Hugging Face has it."""
+        text = text.encode(errors="replace").decode()  # half a surrogate pair becomes a "?"
+        by_length = sorted(self.specials, key=len, reverse=True)
+        pattern = f"({'|'.join(map(re.escape, by_length))})"
+        pieces = re.split(pattern, text) if by_length else [text]
+        ids = [  # every other piece is a spelling
+            np.array([self.specials[piece]], self.dtype)
+            if place % 2
+            else self.ids[self.encoding.encode_to_numpy(piece)]
+            for place, piece in enumerate(pieces)
+        ]
+        return np.concatenate(ids)
+
+    @classmethod
+    def boundary(cls, text: str) -> int:
+        """Where white space begins, no token runs on; nor do letters before punctuation, which is
+        for a text that has no spaces."""
         for i in range(len(text) - 1, 0, -1):
             if text[i] in WHITE_SPACE and text[i - 1] not in WHITE_SPACE:
                 return i
-        return 0
+        places = range(len(text) - 1, 0, -1)
+        ends = (i for i in places if text[i] in cls.punctuation and text[i - 1].isalpha())
+        return next(ends, 0)
 
     def save(self, folder: Path) -> None:
         vocab = json.dumps(self.vocab, ensure_ascii=False)

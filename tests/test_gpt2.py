@@ -160,6 +160,34 @@ def test_a_text_ends_at_the_ids_at_which_transformers_ends_it(
     assert call(run.main, folder, *words).out == reference["text"] + tokenizer.decode(ids) + "\n"
 
 
+def test_a_text_begins_with_the_end_of_another_where_it_has_no_prompt_or_names_that(
+    model_and_tokenizer, generator, call, pipe
+):
+    def continued(ids: list[int]) -> str:
+        new = generator(np.array([ids], np.int32), 8, lambda logits: logits.argmax(-1))
+        return tokenizer.decode(int(id) for [id] in new) + "\n"
+
+    def shown(*words: str, given: bytes = b"") -> str:
+        pipe(given)
+        result = call(run.main, GPT2, "-n", "8", "--temperature", "0", *words)
+        assert (result.status, result.err) == (0, "")
+        return result.out
+
+    _, tokenizer = model_and_tokenizer
+    alone, marker = continued([511]), "<|endoftext|>"
+    assert shown("-p", "") == shown("-p", "-") == alone
+    assert shown("-p", marker) == marker + alone
+    assert shown("-p", f"The{marker}") == f"The{marker}" + continued(
+        [*tokenizer.encode("The"), 511]
+    )
+    assert shown("-i", given=f"\n{marker}\n\n".encode()) == alone
+    assert shown("-p", "", "--n-samples", "2") == alone * 2
+    plain = continued(np.concatenate([tokenizer.encode(part) for part in ("<|", marker[2:])]))
+    assert shown("-p", marker, "--no-special") == marker + plain
+    the = continued(tokenizer.encode("The"))
+    assert shown("-p", "-", given=b"\xef\xbb\xbfThe") == "The" + the
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1.5]}'])
 def test_a_generation_config_that_cannot_be_used_is_named(tmp_path, content):
     folder = copied(tmp_path)

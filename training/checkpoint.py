@@ -37,6 +37,7 @@ from training.optimizers import OPTIMIZERS
 CHECKPOINTS = Path(".data/checkpoints")
 PROGRESS, MOMENTS = STATE_FILES = "training.json", "optimizer.safetensors"
 MARKS = (metrics.METRICS,)  # of the folder of a training that did not end
+EARLIER = {"no_special": True, "sample_every": None}  # what settings of earlier versions lack
 
 
 @dataclass
@@ -129,7 +130,8 @@ def read_progress(
             return progress, settings_from_json(saved["settings"])
         config, texts = config_of(saved["arguments"]), saved.get("texts")  # an earlier version
         paths = {"text_corpus": tuple(map(Path, texts))} if texts else {}
-        return progress, changed(config, {"output_path": Path(saved["output_path"]), **paths})
+        known = EARLIER | {"output_path": Path(saved["output_path"]), **paths}
+        return progress, changed(config, known)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} does not say where the training stopped: {error}") from error
 
@@ -148,7 +150,7 @@ def settings_to_json(config: TrainingConfig) -> dict[str, object]:
 
 def settings_from_json(saved: dict[str, object]) -> TrainingConfig:
     """What `settings_to_json` wrote; TypeError for a value of the wrong kind."""
-    settings = {}
+    saved, settings = EARLIER | saved, {}
     for name, kind in kinds(DEFAULTS).items():
         value = saved[name]
         if name == "text_corpus":

@@ -43,6 +43,7 @@ class Files:
     no_save: bool = False
     format: str = "tiny"
     checkpoint_every: int = 10  # steps
+    sample_every: int | None = None  # steps
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class TrainingConfig:
     decay: str = "none"
     min_learning_rate: float = 0.0
     dtype: str = "float32"
+    no_special: bool = False  # whether texts have no special tokens
     files: Files = field(default_factory=Files)
 
     def to_json(self) -> dict:
@@ -121,7 +123,8 @@ DEFAULTS = TrainingConfig()
 # What a start decides, so that no given setting may contradict it. A corpus that has moved is known
 # by its checksum.
 NEW, MODEL, TRAINING = "nothing", "the model to start from", "the training to go on with"
-MAY_CHANGE = {"n_steps", "text_corpus", "output_path", "no_save", "format", "checkpoint_every"}
+MAY_CHANGE = {"n_steps", "text_corpus", "output_path", "no_save", "format"}
+MAY_CHANGE |= {"checkpoint_every", "sample_every"}
 FIXED = {
     NEW: set(),
     MODEL: {"d_model", "n_layers", "n_heads", "tokenizer", "max_vocab_size"},
@@ -148,4 +151,6 @@ def merge(base: TrainingConfig, given: Mapping[str, object], start: str = NEW) -
 def as_option(name: str, value: object) -> str:
     """A setting as train.py takes it, or that it is not set."""
     option = f"--{OPTIONS.get(name, name).replace('_', '-')}"
-    return f"no {option}" if value is None else f"{option} {value}"
+    if value is None or isinstance(value, bool):
+        return option if value else f"no {option}"
+    return f"{option} {value}"
