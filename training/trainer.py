@@ -68,15 +68,11 @@ class Trainer:
         start.weights = start.moments = {}
         world.broadcast_tensors([*self.parameters.whole, *self.optimizer.state])
 
-    def train(
-        self,
-        announce: Callable[[str], None],
-        show_sample: Callable[["Trainer"], None] = lambda trainer: None,
-    ) -> int:
+    def train(self, announce: Callable, show_sample: Callable = lambda trainer: None) -> int:
         """Trains to the end, or to a signal that asks to stop: the signal's number, or 0.
 
-        `announce` is told of each checkpoint, and rank 0 calls `show_sample` every `sample_every`
-        steps. UserError when the loss is no longer finite.
+        `announce` is told of each checkpoint, in words, and rank 0 calls `show_sample` with the
+        trainer every `sample_every` steps. UserError when the loss is no longer finite.
         """
         config, progress, world = self.config, self.progress, self.world
         train_batch = capture_training(config, self.model, self.optimizer, self.losses, world)
