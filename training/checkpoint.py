@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-import tokenizers
 from backend import files
 from backend.errors import UserError
 from gpt_tiny import GPTConfig
@@ -37,7 +36,8 @@ from training.optimizers import OPTIMIZERS
 CHECKPOINTS = Path(".data/checkpoints")
 PROGRESS, MOMENTS = STATE_FILES = "training.json", "optimizer.safetensors"
 MARKS = (metrics.METRICS,)  # of the folder of a training that did not end
-EARLIER = {"no_special": True, "sample_every": None}  # what settings of earlier versions lack
+# what settings of earlier versions lack
+EARLIER = {"no_special": True, "sample_every": None, "exact_gelu": False}
 
 
 @dataclass
@@ -108,7 +108,7 @@ def load(path: Path, config_of: Callable[[list[str]], TrainingConfig]) -> Checkp
     return Checkpoint(
         config,
         TRAINING,
-        tokenizers.load(model.get("tokenizer", tokenizers.DEFAULT), folder),
+        models.read_tokenizer(folder, model),
         models.read_weights(folder, shapes),
         {name: moments[name] for name in names},
         progress,

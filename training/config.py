@@ -76,8 +76,9 @@ class TrainingConfig:
         settings = asdict(self)
         names = list(settings)
         content = {name: settings[name] for name in names[: names.index("tokenizer") + 1]}
-        if not self.model.gpt2:
-            del content["model"]["gpt2"]
+        for name in ("gpt2", "exact_gelu"):
+            if not content["model"][name]:
+                del content["model"][name]
         del content["optimizer"]["algorithm"], content["optimizer"]["momentum"]
         clipping = content["optimizer"]["grad_clipping"]
         content["optimizer"]["grad_clipping"] = clipping and {"Norm": clipping}
