@@ -19,8 +19,7 @@ from backend.errors import UserError
 from backend.quantized import QMAX
 from command_line import add_text_options, bold, number
 from gpt_tiny import GPT
-from inference.decoder import quantize
-from inference.generator import Generator
+from inference.generator import Generator, quantize
 from inference.sampling import sample
 from inference.stream import TextStream, added_texts
 from models import checkpoint, folders

@@ -14,15 +14,13 @@ const void *halves = space;
 
 static int ids[2 * MOST_INPUT];
 static Sampling sampling;
-static Text new;
+static Text added;
 
-void run(Team *team) {
-  extern Step step_any;
-  team->n_cores = 1;
-  step_any(team, 0);
+void decode(Step *step) {
+  extern Kernels kernels_any;
+  step->n_cores = 1;
+  kernels_any(step, 0);
 }
-
-void give_way(void) {}
 
 byte *EXPORT(model_place)(void) { return space + FIRST; }
 int EXPORT(model_bytes)(void) { return MODEL_BYTES; }
@@ -39,13 +37,13 @@ void EXPORT(widen_halves)(void) {
 int EXPORT(set_seed)(int n) { return seed(input, n); }
 
 // The prompt is the input; returns how many of its tokens are unknown.
-int EXPORT(set_prompt)(int n, double temperature, int top_k, double top_p) {
+int EXPORT(start)(int n, double temperature, int top_k, double top_p) {
   sampling = (Sampling){temperature, top_p, top_k};
-  return begin((Text){input, n}, (Text){}, ids);
+  return set_prompt((Text){input, n}, (Text){}, ids);
 }
 
 // Makes a token; returns how many bytes of text are certain by it.
-int EXPORT(next_token)(void) { return (new = next(1, &sampling)).n; }
-const byte *EXPORT(text_place)(void) { return new.text; }
+int EXPORT(next_token)(void) { return (added = next_text(1, &sampling)).n; }
+const byte *EXPORT(text_place)(void) { return added.text; }
 int EXPORT(is_at_end)(void) { return has_ended; }
 int EXPORT(is_broken)(void) { return !is_finite; }

@@ -33,10 +33,10 @@ async function load() {
   show("Ready");
 }
 
-async function begin() {
+async function setPrompt() {
   text.innerHTML = "<b></b>";
   text.firstChild.textContent = prompt.value || "\n";
-  const { nUnknown: n } = await ask({ task: "begin", prompt: text.textContent, seed: seed.value,
+  const { nUnknown: n } = await ask({ task: "start", prompt: text.textContent, seed: seed.value,
     temperature: temperature.valueAsNumber, topK: topK.valueAsNumber || 0,
     topP: topP.value ? topP.valueAsNumber : Infinity });
   const be = n < 2 ? "character or word of the prompt is" : "characters or words of the prompt are";
@@ -49,7 +49,7 @@ form.onsubmit = async (event) => {
   let nTokens = 0, piece, speed;
   isStopped = false;
   show("Writing", { isWriting: true });
-  if (event.submitter !== goOn) await begin();
+  if (event.submitter !== goOn) await setPrompt();
   do {
     piece = await ask({ task: "write", most: most - nTokens });
     const isEndInSight = text.getBoundingClientRect().bottom <= innerHeight;

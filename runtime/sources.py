@@ -1,19 +1,33 @@
 """What is compiled for a model: the C of its step, and a file of its weights and tokens."""
 
 import json
+import unicodedata
 from pathlib import Path
+
+import numpy as np
 
 from backend.rendered import N_CHUNKS, rendered
 from runtime.kernels import Kernels
-from runtime.tables import tables
-from tokenizers import TOKENIZERS, Tokenizer
+from tokenizers import SEPARATORS, TOKENIZERS, VOWELS, WHITE_SPACE, Tokenizer
 
 MIN_SHARED_BYTES = 4 << 20  # with fewer, waking a core costs more than it gives
+N_CODE_POINTS = 0x110000
+OTHER, VOWEL, SEPARATOR, LETTER, NUMBER, SPACE = range(6)  # tokenizer.c's kinds of characters
 
 
 def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> Kernels:
     """Writes, of a step of inference's Decoder, kernels.c, with one.c and many.c, which call these
     for one token and for many; model.h, sizes and help; and model.bin, the weights and tokens."""
+    arrays = tables(tokenizer)
+    sizes = {
+        "CONTEXT_LENGTH": decoder.context_length,
+        "CHUNK": decoder.chunk,
+        "N_CHUNKS": N_CHUNKS,
+        "VOCAB_SIZE": tokenizer.vocab_size,
+        "TOKENIZER": list(TOKENIZERS).index(tokenizer.name),
+        "UNKNOWN": -1 if tokenizer.unknown is None else tokenizer.unknown,
+        "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
+    }
     steps = {"one": 1, "many": decoder.chunk}
     calls = [rendered(decoder.step, decoder.ids[n], **decoder.ranges[n]) for n in steps.values()]
     kernels = Kernels(decoder.weights)
@@ -21,21 +35,12 @@ def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> Ker
         (folder / f"{name}.c").write_text(kernels.calls(calls_of_step), encoding="utf-8")
     (folder / "kernels.c").write_text(kernels.source(), encoding="utf-8")
 
-    sizes = {
-        "CONTEXT_LENGTH": decoder.context_length,
-        "VOCAB_SIZE": tokenizer.vocab_size,
-        "CHUNK": decoder.chunk,
-        "N_CHUNKS": N_CHUNKS,
+    for name, array in arrays.items():
+        sizes |= {name: kernels.add(array), f"N_{name}": len(array)}
+    sizes |= {
         "ID": kernels.place_of(decoder.ids[1]),
         "IDS": kernels.place_of(decoder.ids[decoder.chunk]),
         "LOGITS": kernels.place_of(decoder.logits),
-        "TOKENIZER": list(TOKENIZERS).index(tokenizer.name),
-        "UNKNOWN": -1 if tokenizer.unknown is None else tokenizer.unknown,
-        "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
-    }
-    for name, array in tables(tokenizer).items():
-        sizes |= {name: kernels.add(array), f"N_{name}": len(array)}
-    sizes |= {
         "N_HALVES": kernels.n_halves,
         "MODEL_BYTES": kernels.n_file_bytes,
         "MEMORY_BYTES": kernels.n_memory_bytes,
@@ -49,3 +54,36 @@ def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> Ker
     with (folder / "model.bin").open("wb") as file:
         kernels.write(file)
     return kernels
+
+
+def tables(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """Arrays of uint32, and one of bytes, by the names that tokenizer.c has for their places.
+
+    TOKEN_STARTS (vocab_size + 1) are the places of the tokens in TOKEN_BYTES. SORTED_TOKENS are
+    the ids of all that a text can have, in the order of their bytes, and RANKS (vocab_size), of
+    byte pairs, which of two is joined first. From each of KIND_STARTS, a code point, to before the
+    next one characters are of the same one of KINDS.
+    """
+    tokens = tokenizer.tokens
+    known, ranks = [id for id, token in enumerate(tokens) if token], np.zeros(len(tokens))
+    kinds = np.full(N_CODE_POINTS, OTHER)
+    if tokenizer.merges is not None:
+        known = tokenizer.ids.tolist()
+        ranks[known] = np.arange(len(known))
+        letters = {"L": LETTER, "N": NUMBER}
+        categories = map(unicodedata.category, map(chr, range(N_CODE_POINTS)))
+        kinds[:] = [letters.get(category[0], OTHER) for category in categories]
+        kinds[[ord(character) for character in WHITE_SPACE]] = SPACE
+    else:
+        kinds[[ord(character) for character in VOWELS]] = VOWEL
+        kinds[[ord(character) for character in SEPARATORS]] = SEPARATOR
+    starts = np.flatnonzero(np.diff(kinds, prepend=-1))
+    numbers = {
+        "TOKEN_STARTS": np.cumsum([0, *map(len, tokens)]),
+        "SORTED_TOKENS": sorted(known, key=lambda id: tokens[id]),
+        "RANKS": ranks,
+        "KIND_STARTS": starts,
+        "KINDS": kinds[starts],
+    }
+    arrays = {name: np.array(array, "<u4") for name, array in numbers.items()}
+    return {**arrays, "TOKEN_BYTES": np.frombuffer(b"".join(tokens), np.uint8)}

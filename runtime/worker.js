@@ -6,10 +6,10 @@ let model;
 const memory = (place, n) => new Uint8Array(model.memory.buffer, place, n);
 
 function unpacked(base64) {
-  const pieces = [], step = 1 << 20; // letters at once; 4 of them are 3 bytes
+  const pieces = [], length = 1 << 20; // letters at once; 4 of them are 3 bytes
   const code = (letter) => letter.charCodeAt(0);
-  for (let at = 0; at < base64.length; at += step)
-    pieces.push(Uint8Array.from(atob(base64.slice(at, at + step)), code));
+  for (let at = 0; at < base64.length; at += length)
+    pieces.push(Uint8Array.from(atob(base64.slice(at, at + length)), code));
   return new Response(new Blob(pieces).stream().pipeThrough(new DecompressionStream("gzip")));
 }
 
@@ -30,16 +30,16 @@ async function load({ program, weights, address }) {
   postMessage({ isReady: true });
 }
 
-function put(text) {
+function copyIn(text) {
   const bytes = new TextEncoder().encode(text);
   if (bytes.length > model.most_input()) throw Error("the prompt is too long");
   memory(model.input_place(), bytes.length).set(bytes);
   return bytes.length;
 }
 
-function begin({ prompt, seed, temperature, topK, topP }) {
-  if (!model.set_seed(put(seed))) throw Error("the seed is too large");
-  postMessage({ nUnknown: model.set_prompt(put(prompt), temperature, topK, topP) });
+function start({ prompt, seed, temperature, topK, topP }) {
+  if (!model.set_seed(copyIn(seed))) throw Error("the seed is too large");
+  postMessage({ nUnknown: model.start(copyIn(prompt), temperature, topK, topP) });
 }
 
 // Up to so many tokens, as far as they come in a short time.
@@ -57,5 +57,5 @@ function write({ most }) {
 
 onmessage = ({ data }) =>
   Promise.resolve(data)
-    .then({ load, begin, write }[data.task])
+    .then({ load, start, write }[data.task])
     .catch((error) => postMessage({ error: error.message }));

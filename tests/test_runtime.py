@@ -12,7 +12,7 @@ from texts import TEXTS, few_examples, mixed_text
 
 import tokenizers
 from gpt_tiny import GPT, GPTConfig, initial_weights
-from inference.decoder import Decoder
+from inference.generator import Decoder
 from inference.sampling import sample
 from runtime import build
 from runtime.sources import write_sources
@@ -41,7 +41,7 @@ def both(request, tmp_path_factory):
     tokenizer, folder = tokenizer_of(request.param), tmp_path_factory.mktemp(request.param)
     config = GPTConfig(4, tokenizer.vocab_size, n_layers=1, n_heads=1, d_model=4, d_hidden=4)
     write_sources(Decoder(GPT(config, initial_weights(config, 0))), tokenizer, "", folder)
-    files = ["-shared", "-fPIC", "-DSTEP=step_any", "-DHALVES_ARE_SINGLE", "-Wno-everything"]
+    files = ["-shared", "-fPIC", "-DKERNELS=kernels_any", "-DHALVES_ARE_SINGLE", "-Wno-everything"]
     files += [build.RUNTIME / name for name in ("page.c", "steps.c")] + build.SHARED
     library = ctypes.CDLL(str(build.compiled(folder, folder / "model.so", *files)))
     library.model_place.restype = ctypes.c_void_p
