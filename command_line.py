@@ -204,5 +204,13 @@ def explain(error: BaseException) -> str:
 
 
 def bold(text: str) -> str:
+    return styled(text, 1)
+
+
+def dim(text: str) -> str:
+    return styled(text, 2)
+
+
+def styled(text: str, code: int) -> str:
     is_plain = os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR")
-    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() and not is_plain else text
+    return f"\033[{code}m{text}\033[0m" if sys.stdout.isatty() and not is_plain else text

@@ -18,8 +18,8 @@ from backend import einsum, from_numpy, look_up, positions, zeros
 class GPTConfig:
     """The sizes of a GPT, gpt-burn's or, with `gpt2`, OpenAI's GPT-2.
 
-    GPT-2 has biases in its attention, the tanh form of GELU, a standard layer norm, and the token
-    embedding as its head. ValueError for sizes that no model can have.
+    GPT-2 has biases in its attention, the tanh form of GELU unless `exact_gelu`, a standard layer
+    norm, and the token embedding as its head. ValueError for sizes that no model can have.
     """
 
     context_length: int = 64
@@ -30,16 +30,17 @@ class GPTConfig:
     d_hidden: int = 256
     dropout: float = 0.2
     gpt2: bool = False
+    exact_gelu: bool = False
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < 1):
                 raise ValueError(f"{field.name} must be a whole number above 0, not {value!r:.60}")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name} must be true or false, not {value!r:.60}")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r:.60}")
-        if type(self.gpt2) is not bool:
-            raise ValueError(f"gpt2 must be true or false, not {self.gpt2!r:.60}")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
 
@@ -156,7 +157,7 @@ class PositionWiseFeedForward:
     def __init__(self, config: GPTConfig):
         self.linear_1 = Linear(config.d_model, config.d_hidden)
         self.linear_2 = Linear(config.d_hidden, config.d_model)
-        self.gelu = gelu_tanh if config.gpt2 else gelu
+        self.gelu = gelu_tanh if config.gpt2 and not config.exact_gelu else gelu
 
     def __call__(self, x: Tensor, dropout: Callable) -> Tensor:
         # the gradient is stored: the bias's, a sum of it, would else compute GELU's anew

@@ -36,6 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--score", type=Path, metavar="TEXT_FILE", help=score_help)
     samples_help = "continuations, generated side by side"
     add("--n-samples", type=number(int, 1, 2**31), default=1, help=samples_help)
+    special_help = "take <|endoftext|> for text like any other, also with --score"
+    add("--no-special", action="store_true", help=special_help)
     weights_help = "round the weights: less memory, more speed (default: as they are stored)"
     add("--weights", choices=QMAX, help=weights_help)
     add_text_options(parser)
@@ -44,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--stop is empty: give at least one character")
     if arguments.stop is not None:
         arguments.stop = in_utf8(arguments.stop, "--stop")
-    of_use = ("model_path", "score", "weights")
+    of_use = ("model_path", "score", "no_special", "weights")
     for name, value in vars(arguments).items():
         if arguments.score and name not in of_use and value != parser.get_default(name):
             flag = f"--{name.replace('_', '-')}"
@@ -62,6 +64,8 @@ def main() -> None:
         path = folders.newest(Path(".data"))
         print(f"model: {path}", file=sys.stderr)
     model, tokenizer = checkpoint.load(path)
+    if arguments.no_special:
+        tokenizer.specials = {}
     if arguments.weights:
         quantize(model, arguments.weights)
     if arguments.score:
@@ -77,7 +81,7 @@ def generate(
     n_samples, rng = arguments.n_samples, np.random.default_rng(arguments.seed)
     sampling = arguments.temperature, rng, arguments.top_k, arguments.top_p
     for prompt in prompts(arguments.prompt, arguments.interactive):
-        ids = tokenizer.encode(prompt).astype(np.int32)
+        ids = (tokenizer.encode(prompt) if prompt else beginning(tokenizer)).astype(np.int32)
         warn_of_unknown(int((ids == tokenizer.unknown).sum()), "the prompt")
         tokens = generator(
             np.tile(ids, (n_samples, 1)),
@@ -95,6 +99,13 @@ def generate(
             print("\n".join(map("".join, zip(*added, strict=True))), flush=True)
 
 
+def beginning(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+    """What a text without a prompt goes on from; UserError for a vocabulary without it."""
+    if tokenizer.end is None:
+        raise UserError("the prompt is empty: give at least one character")
+    return np.array([tokenizer.end])
+
+
 def warn_of_unknown(n_tokens: int, source: str, what_happens: str = "") -> None:
     if n_tokens:
         warning = f"warning: {n_tokens} tokens of {source} are not in the vocabulary{what_happens}"
@@ -103,11 +114,9 @@ def warn_of_unknown(n_tokens: int, source: str, what_happens: str = "") -> None:
 
 def prompts(prompt: str, is_interactive: bool) -> Iterator[str]:
     if hasattr(sys.stdin, "reconfigure"):  # UTF-8 and any system's line breaks, on every system
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline=None)
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline=None)
     if not is_interactive:
-        if not (prompt := sys.stdin.read() if prompt == "-" else prompt):
-            raise UserError("the prompt is empty: give at least one character")
-        yield in_utf8(prompt, "the prompt")
+        yield in_utf8(sys.stdin.read() if prompt == "-" else prompt, "the prompt")
         return
     while True:
         if sys.stdin.isatty():
@@ -139,6 +148,7 @@ def score(model: GPT, tokenizer: tokenizers.Tokenizer, path: Path) -> None:
     from inference.scoring import Score, known_ids, losses
 
     texts = Texts([path], "--score")
+    texts.end = tokenizer.document_end.encode()
     with texts.naming_errors():
         ids, n_unknown = known_ids(tokenizer, texts)
     warn_of_unknown(n_unknown, texts.name, "; they are left out")

@@ -9,9 +9,10 @@ import codecs
 import contextlib
 import hashlib
 import json
+import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
 from pathlib import Path
@@ -56,9 +57,9 @@ def __getattr__(name: str):
 class NotUTF8(UserError):
     """A text that has another encoding, by its first byte that UTF-8 does not have there."""
 
-    def __init__(self, byte: int, offset: int, name: str = "the text"):
+    def __init__(self, byte: int, offset: int, name="the text", remedy="convert it to UTF-8"):
         where = f"invalid byte 0x{byte:02x} at offset {offset}"
-        super().__init__(f"{name} is not UTF-8: {where}; convert it to UTF-8")
+        super().__init__(f"{name} is not UTF-8: {where}; {remedy}")
         self.byte, self.offset = byte, offset
 
 
@@ -123,6 +124,11 @@ class Tokenizer:
     def dtype(self) -> np.dtype:
         """The smallest unsigned integer that holds the id of every token."""
         return np.min_scalar_type(len(self.tokens) - 1)
+
+    @property
+    def document_end(self) -> str:
+        """The spelling of `end`, which a text has after each of several documents; or nothing."""
+        return next((spelling for spelling, id in self.specials.items() if id == self.end), "")
 
     def encode(self, text: str) -> np.ndarray:
         raise NotImplementedError
@@ -297,110 +303,152 @@ class BytePairTokenizer(Tokenizer):
     """GPT-2's byte pair encoding (Radford et al., 2019), by the package tiktoken.
 
     `vocab` holds the ids of the tokens, `merges` the pairs of tokens that are joined, the first of
-    them first, both as Hugging Face writes them: a character for each byte. ValueError if they do
-    not fit together, and without tiktoken.
+    them first, both as Hugging Face writes them: a character for each byte. `added` holds the ids
+    of tokens that are found in a text by their spelling, of which `vocab` may have some. ValueError
+    if these do not fit together, and without tiktoken.
     """
 
-    name, files = "bpe", ("vocab.json", "merges.txt")
-    unknown = None
+    name, unknown = "bpe", None
+    role_files = ("special_tokens_map.json", "tokenizer_config.json")  # which token pads, say
+    files = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json", *role_files)
+    roles: Mapping[str, dict] = {}  # the content of a folder's `role_files`
     end_of_text = "<|endoftext|>"
+    punctuation = frozenset(string.punctuation + "。、")
     # GPT-2's own: contractions, words, numbers and punctuation with the space before them
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: list[tuple[str, str]],
+        added: dict[str, int] | None = None,
+    ):
         self.vocab, self.merges = vocab, merges
-        if sorted(vocab.values()) != list(range(len(vocab))):
+        ids = (added or {}) | vocab  # of a token in both, the vocabulary's, as at Hugging Face
+        if sorted(ids.values()) != list(range(len(ids))):
             raise UserError("its ids are not 0, 1, 2, ...")
-        self.end = vocab.get(self.end_of_text)
+        self.added = {token: ids[token] for token in added or {}}
+        spelled = dict.fromkeys([self.end_of_text, *self.added])
+        self.specials = {token: ids[token] for token in spelled if token in ids}
+        self.end = ids.get(self.end_of_text)
         self.ends = () if self.end is None else (self.end,)
-        self.tokens = [b""] * len(vocab)
-        for token, id in vocab.items():
-            if id != self.end:
-                self.tokens[id] = bytes(map(byte_of, token))
+        as_bytes = {token: bytes(map(byte_of, token)) for token in vocab if token not in spelled}
+        self.tokens = [b""] * len(ids)
+        for token, id in ids.items():
+            if id != self.end:  # the end of a document is no part of its text
+                self.tokens[id] = as_bytes.get(token) or token.encode()
         # Of neighbours in a text, tiktoken joins those of the lowest rank.
         joined = (first + second for first, second in merges)
         ranked = list(dict.fromkeys([*BYTES, *joined]))
         if missing := [token for token in ranked if vocab.get(token, self.end) == self.end]:
             raise UserError(f"it lacks the token {missing[0]!r:.60}")
         self.ids = np.array([vocab[token] for token in ranked], self.dtype)  # by rank
-        ranks = {self.tokens[id]: rank for rank, id in enumerate(self.ids)}
+        in_bytes = (as_bytes.get(token) or bytes(map(byte_of, token)) for token in ranked)
+        ranks = {data: rank for rank, data in enumerate(in_bytes)}
         self.encoding = tiktoken().Encoding(
             self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
         )
 
     def digest(self) -> str:
-        return hashlib.sha256(repr((self.name, self.tokens, self.merges)).encode()).hexdigest()
+        facts = self.name, self.tokens, self.merges
+        if self.specials:
+            facts += (sorted(self.specials.items()),)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """On all cores: tiktoken lets other threads run."""
-        texts, n = iter(texts), n_threads()
+        texts, n = self.with_whole_specials(texts), n_threads()
         with ThreadPoolExecutor(n) as threads:
             while some := list(islice(texts, 4 * n)):
                 yield from threads.map(self.encode, some)
 
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, in which <|endoftext|> is text like any other."""
-        text = text.encode(errors="replace").decode()  # half a surrogate pair becomes a "?"
-        return self.ids[self.encoding.encode_to_numpy(text)]
+    def with_whole_specials(self, texts: Iterable[str]) -> Iterator[str]:
+        """Pieces of a text, joined where the spelling of a special token may be cut."""
+        spellings = self.specials
+        beginnings = tuple({each[:n] for each in spellings for n in range(1, len(each))})
+        joined = ""
+        for text in texts:
+            joined += text
+            if not joined.endswith(beginnings):
+                yield joined
+                joined = ""
+        yield joined
 
-    @staticmethod
-    def boundary(text: str) -> int:
-        """Where white space begins, no token runs on."""
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, in which `specials` are tokens; where two begin, the longer one is
+        meant, as Hugging Face has it."""
+        text = text.encode(errors="replace").decode()  # half a surrogate pair becomes a "?"
+        by_length = sorted(self.specials, key=len, reverse=True)
+        pattern = f"({'|'.join(map(re.escape, by_length))})"
+        pieces = re.split(pattern, text) if by_length else [text]
+        ids = [  # every other piece is a spelling
+            np.array([self.specials[piece]], self.dtype)
+            if place % 2
+            else self.ids[self.encoding.encode_to_numpy(piece)]
+            for place, piece in enumerate(pieces)
+        ]
+        return np.concatenate(ids)
+
+    @classmethod
+    def boundary(cls, text: str) -> int:
+        """Where white space begins, no token runs on; nor do letters before punctuation, which is
+        for a text that has no spaces."""
         for i in range(len(text) - 1, 0, -1):
             if text[i] in WHITE_SPACE and text[i - 1] not in WHITE_SPACE:
                 return i
-        return 0
+        places = range(len(text) - 1, 0, -1)
+        ends = (i for i in places if text[i] in cls.punctuation and text[i - 1].isalpha())
+        return next(ends, 0)
 
     def save(self, folder: Path) -> None:
-        vocab = json.dumps(self.vocab, ensure_ascii=False)
-        (folder / "vocab.json").write_text(vocab, encoding="utf-8")
+        """Writes lists that Hugging Face's transformers reads, version 4 as well as 5."""
+        contents = {"vocab.json": self.vocab, **self.roles}
+        if self.added.keys() - ({self.end_of_text} & self.vocab.keys()):
+            contents["added_tokens.json"] = self.added
+        for name, content in contents.items():
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         lines = ["#version: 0.2", *map(" ".join, self.merges), ""]
         (folder / "merges.txt").write_bytes("\n".join(lines).encode())
 
     @classmethod
     def load(cls, folder: Path) -> "BytePairTokenizer":
-        tokenizer = cls.read(folder)
-        tokenizer.ends = ends_in(folder, tokenizer)
+        """Reads `files` of any folder, a model's or not: Hugging Face's `tokenizer.json`, or lists
+        as `save` writes them. UserError if it cannot, and if the tokenizer is of another kind."""
+        roles = objects_in(folder, cls.role_files)
+        settings = {name: value for each in roles.values() for name, value in each.items()}
+        path = folder / "tokenizer.json"
+        path = path if path.is_file() else folder / "vocab.json"
+        vocab, merges, added = (read_lists if path.name == "vocab.json" else read_whole)(path)
+        with loading(path):
+            check("tokenizer_config.json", settings, OF_CONFIG)
+            named = {name: spelling(token) for name, token in settings.items() if "_token" in name}
+            added |= {token: vocab[token] for token in named.values() if token in vocab}
+            tokenizer = cls(vocab, merges, added)
+        tokenizer.roles = roles
+        pad = tokenizer.specials.get(named.get("pad_token", ""))
+        tokenizer.take_roles(folder, [] if pad is None else [pad])
         return tokenizer
 
-    @classmethod
-    def read(cls, folder: Path) -> "BytePairTokenizer":
-        """Reads `files` of any folder, a model's or not; UserError if it cannot."""
-        with loading(folder / "merges.txt") as path:
-            lines = read_vocabulary(path).split("\n")
-            pairs = [tuple(line.split(" ")) for line in lines if line[:8] not in ("", "#version")]
-            if any(len(pair) != 2 or "" in pair for pair in pairs):
-                raise UserError("it is no list of pairs of tokens")
-        with loading(folder / "vocab.json") as path:
-            vocab = json.loads(read_vocabulary(path))
-            if not isinstance(vocab, dict) or any(type(id) is not int for id in vocab.values()):
-                raise UserError("it is no map of tokens to ids")
-            return cls(vocab, pairs)
+    def take_roles(self, folder: Path, pads: list[int]) -> None:
+        """Sets the ids that end what a folder's model writes, as transformers has them: those of
+        `generation_config.json`, where there is one, and else of `config.json`; and the ids that
+        pad: `pads` and those of both, but for what has another use."""
+        ends = []
+        for name, config in objects_in(folder, ("generation_config.json", "config.json")).items():
+            with loading(folder / name, "config"):
+                default = self.ends if name == "config.json" else ()
+                ends.append(ids_named(config, "eos_token_id", default))
+                pads = [*pads, *ids_named(config, "pad_token_id", ())]
+        ids = range(len(self.tokens))
+        self.ends = tuple(sorted(set(ends[0]).intersection(ids))) if ends else self.ends
+        others = {self.end, *self.ends, *self.ids.tolist()}
+        self.padding = tuple(sorted(set(pads).intersection(ids) - others))
 
 
 TOKENIZERS = {each.name: each for each in (CharTokenizer, SimpleVowelTokenizer, BytePairTokenizer)}
 FILES = [file for each in TOKENIZERS.values() for file in each.files]
 DEFAULT = CharTokenizer.name  # of a config that names none, as gpt-burn's
 OF_FOLDERS = BytePairTokenizer  # that folders, also without a model, and names on the Hub stand for
-
-
-def ends_in(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end what a folder's model writes, as Hugging Face's transformers has them: in
-    `generation_config.json`, where there is one, and else in `config.json`."""
-    files = {"generation_config.json": None, "config.json": list(tokenizer.ends)}
-    for name, default in files.items():
-        if not (folder / name).is_file():
-            continue
-        with loading(folder / name, "config") as path:
-            config = json.loads(read_vocabulary(path))
-            if not isinstance(config, dict):
-                raise UserError("it is not a JSON object")
-            ends = config.get("eos_token_id", default)
-            ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-            if any(type(id) is not int for id in ends):
-                raise UserError("its eos_token_id is neither an id nor a list of ids")
-            return tuple(sorted({id for id in ends if 0 <= id < tokenizer.vocab_size}))
-    return tokenizer.ends
 
 
 @contextlib.contextmanager
@@ -412,6 +460,98 @@ def loading(path: Path, kind: str = "vocabulary") -> Iterator[Path]:
         raise UserError(f"cannot read the {kind} {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a {kind}: {error!s:.200}") from error
+
+
+def read_lists(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
+    """The tokens of a vocab.json, with the pairs and the added tokens of the files beside it."""
+    with loading(path.with_name("merges.txt")) as merges_path:
+        lines = read_vocabulary(merges_path).split("\n")
+        merges = pairs_in([line for line in lines if line[:8] not in ("", "#version")])
+    with loading(path.with_name("added_tokens.json")) as added_path:
+        added = ids_in(json.loads(read_vocabulary(added_path))) if added_path.is_file() else {}
+    with loading(path):
+        return ids_in(json.loads(read_vocabulary(path))), merges, added
+
+
+# What GPT-2's tokenizer.json has, part by part, in what decides the ids of a text; first what a
+# part has that does not say.
+OF_CONFIG = {"add_prefix_space": (False, None), "add_bos_token": (False, None)}
+PARTS = {
+    "model": {
+        **{"type": ("BPE",), "dropout": (None, 0), "ignore_merges": (False,)},
+        **{"continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")},
+    },
+    "normalizer": {"type": (None,)},
+    "pre_tokenizer": {"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)},
+    "post_processor": {"type": (None, "ByteLevel", "TemplateProcessing"), "special_tokens": ({},)},
+}
+OF_ADDED = {"lstrip": (False,), "rstrip": (False,), "single_word": (False,)}
+
+
+def read_whole(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
+    """The tokens, the pairs and the added tokens of Hugging Face's tokenizer.json."""
+    [content] = objects_in(path.parent, [path.name], "vocabulary").values()
+    with loading(path):
+        for part, settings in PARTS.items():
+            check(part, content.get(part), settings)
+        tokens, model = content.get("added_tokens") or [], content["model"]
+        for token in tokens if isinstance(tokens, list) else [tokens]:
+            check("added token", token or {}, OF_ADDED)
+        added = ids_in({spelling(token): token.get("id") for token in tokens})
+        return ids_in(model.get("vocab")), pairs_in(model.get("merges")), added
+
+
+def check(name: str, part: object, settings: Mapping[str, tuple]) -> None:
+    """UserError unless a part of a tokenizer has one of the values in each of these settings."""
+    part = {"type": None} if part is None else part
+    if not isinstance(part, dict):
+        raise UserError(f"its {name} is not a JSON object")
+    for setting, values in settings.items():
+        if (value := part.get(setting, values[0])) not in values:
+            raise UserError(f"its {name} has the {setting} {value!r:.60}, not {values[0]!r}")
+
+
+def spelling(token: object) -> str:
+    """Of a token that is written as a text or as an object with a `content`."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""
+
+
+def ids_in(vocab: object) -> dict[str, int]:
+    is_map = isinstance(vocab, dict) and "" not in vocab
+    if not is_map or any(type(id) is not int for id in vocab.values()):
+        raise UserError("it is no map of tokens to ids")
+    return vocab
+
+
+def pairs_in(merges: object) -> list[tuple[str, str]]:
+    """Of lists of two tokens, or of texts with a space between two."""
+    pairs = merges if isinstance(merges, list) else [merges]
+    pairs = [each.split(" ") if isinstance(each, str) else each for each in pairs]
+    for pair in pairs:
+        if not isinstance(pair, list) or list(map(type, pair)) != [str, str] or "" in pair:
+            raise UserError("it is no list of pairs of tokens")
+    return [(first, second) for first, second in pairs]
+
+
+def ids_named(config: dict, name: str, default: Collection[int]) -> Collection[int]:
+    ids = config.get(name, default)
+    ids = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+    if any(type(id) is not int for id in ids):
+        raise UserError(f"its {name} is neither an id nor a list of ids")
+    return ids
+
+
+def objects_in(folder: Path, names: Iterable[str], kind: str = "config") -> dict[str, dict]:
+    """The JSON objects in these files of a folder, of those that there are."""
+    objects = {}
+    for name in names:
+        with loading(folder / name, kind) as path:
+            if path.is_file():
+                objects[name] = json.loads(read_vocabulary(path))
+                if not isinstance(objects[name], dict):
+                    raise UserError("it is not a JSON object")
+    return objects
 
 
 def most_frequent(counts: Counter, n: int) -> list:

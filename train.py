@@ -4,6 +4,7 @@ import command_line  # isort: skip - first, for the time of the imports
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import numpy as np
 from backend import devices
 from backend.cpu import native
 from backend.errors import UserError
-from command_line import bold, number
+from command_line import bold, dim, number
 from inference.generator import Generator
 from inference.sampling import sample
-from inference.stream import TextStream
+from inference.stream import TextStream, added_texts
 from models import find_tokenizer, folders
 from training import checkpoint, metrics
 from training.checkpoint import Checkpoint
@@ -50,7 +51,7 @@ def main() -> int:
         with checkpoint.output_folder(config, world.rank) as folder:
             trainer = Trainer(config, corpus, start, folder, world)
             print_start(config)
-            signal_number = trainer.train(announce)
+            signal_number = trainer.train(announce, print_sample)
             return finish(trainer, signal_number)
 
 
@@ -86,14 +87,18 @@ def make_parser() -> command_line.ArgumentParser:
     add("-s", "--seed", type=number(int, 0, 2**63), help="of all random numbers")
     add("--workers", type=worker_count, metavar="N", help="processes that share a batch, or auto")
     add = parser.add_argument_group("files").add_argument
-    text_help = "text in UTF-8: a file, also .gz, .bz2 or .xz, a folder of .txt, or - for standard "
-    text_help += "input; several are joined (default: .data/corpus.txt)"
+    text_help = "text in UTF-8: a file, also .gz, .bz2 or .xz, .jsonl with a text in each line, a "
+    text_help += "folder of .txt and .jsonl, or - for standard input; several are joined (default: "
+    text_help += ".data/corpus.txt)"
     add("-t", "--text-corpus", type=Path, action="append", help=text_help)
+    special_help = "take <|endoftext|> for text like any other, and put none after documents"
+    add("--no-special", action="store_true", help=special_help)
     add("-m", "--n-mega-bytes", type=size, help="use the first N MiB (default: 999)")
     add("-o", "--output-path", type=Path, help="folder for the model (default: a new one in .data)")
     add("-x", "--no-save", action="store_true", help="keep neither the model nor checkpoints")
     add("--format", choices=["tiny", "burn"], help="burn: a model for gpt-burn")
     add("--checkpoint-every", type=size, help="steps from one checkpoint to the next")
+    add("--sample-every", type=size, help="steps from one look at what it writes to the next")
     add("--resume", type=Path, metavar="PATH", help="checkpoint to go on from, or a folder of them")
     parser.set_defaults(**flat(DEFAULTS))
     return parser
@@ -178,15 +183,28 @@ def announce(text: str) -> None:
 
 
 def print_example(trainer: Trainer) -> None:
+    for text in continued(trainer, trainer.corpus.tokenizer.encode("\n"), 200):
+        print(text, end="", flush=True)
+    print()
+
+
+def print_sample(trainer: Trainer) -> None:
+    """How the model, as it is now, goes on from where the texts begin."""
+    start = trainer.corpus.ids[:16]
+    texts = trainer.corpus.tokenizer.decode(start), *continued(trainer, start, 100)
+    print(dim("".join(texts)), flush=True)
+
+
+def continued(trainer: Trainer, ids: np.ndarray, n_new_tokens: int) -> Iterator[str]:
+    """ids (n,) -> the text that follows, as it comes. Its random numbers are no one else's."""
     tokenizer, rng = trainer.corpus.tokenizer, np.random.default_rng(trainer.config.seed)
-    prompt = tokenizer.encode("\n")[None].astype(np.int32)
-    stream = TextStream(tokenizer)
     tokens = Generator(trainer.model)(
-        prompt, 200, lambda logits: sample(logits, 1.0, rng, excluded=tokenizer.excluded)
+        ids[None].astype(np.int32),
+        n_new_tokens,
+        lambda logits: sample(logits, 1.0, rng, excluded=tokenizer.excluded),
     )
-    for new in tokens:
-        print(stream.add(int(new[0])), end="", flush=True)
-    print(stream.add(None))
+    stream = TextStream(tokenizer, ends=tokenizer.ends)
+    return (text for [text] in added_texts(tokens, [stream]))
 
 
 if __name__ == "__main__":

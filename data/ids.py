@@ -91,6 +91,7 @@ def read(
     vocab_size: int,
     keep: bool,
     bar: dict[str, object],
+    special: bool = True,
 ) -> Corpus:
     """The ids of the first `n_bytes` bytes of texts; with None of gpt-burn's 999 MiB, and a line if
     there are more.
@@ -98,9 +99,10 @@ def read(
     A tokenizer that learns may be given as its class: it learns `vocab_size` tokens, as one that is
     given itself has done. With `keep` the ids lie in a folder of FOLDER, where the next training on
     these texts finds them, else in a temporary one, and in memory where neither can be written.
-    `bar` is options of tqdm. UserError for texts that can't be read.
+    `bar` is options of tqdm. Unless `special`, the tokenizer's special tokens are not looked for,
+    nor put between documents, and go. UserError for texts that can't be read.
     """
-    return Encoder(Texts(paths), n_bytes, tokenizer, vocab_size, bar).corpus(keep)
+    return Encoder(Texts(paths), n_bytes, tokenizer, vocab_size, bar, special).corpus(keep)
 
 
 @dataclass
@@ -112,6 +114,17 @@ class Encoder:
     tokenizer: Tokenizer | type[Tokenizer]
     vocab_size: int
     bar: dict[str, object]
+    special: bool
+
+    def __post_init__(self):
+        if not isinstance(self.tokenizer, type):
+            self.prepare(self.tokenizer)
+
+    def prepare(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer, with special tokens only if the texts have them."""
+        if not self.special:
+            tokenizer.specials = {}
+        return tokenizer
 
     @functools.cached_property
     def limit(self) -> int:
@@ -131,7 +144,8 @@ class Encoder:
             return corpus
         if isinstance(self.tokenizer, type):
             with self.reading("counting tokens"):
-                self.tokenizer = self.tokenizer.train(self.texts, self.limit, self.vocab_size)
+                learned = self.tokenizer.train(self.texts, self.limit, self.vocab_size)
+            self.tokenizer = self.prepare(learned)
         folder, temporary = self.folder, None
         is_kept = keep and self.texts.is_repeatable
         try:
@@ -158,7 +172,7 @@ class Encoder:
             if kept["texts"] == self.texts.facts and is_complete:
                 tokenizer = self.tokenizer
                 if isinstance(tokenizer, type):
-                    tokenizer = tokenizer.load(folder)
+                    tokenizer = self.prepare(tokenizer.load(folder))
                 corpus = Corpus(self.texts.name, tokenizer, kept["checksum"], folder / IDS)
                 if kept["tokenizer"] == tokenizer.digest() and corpus.ids is not None:
                     self.warn(kept["is_cut"])
@@ -205,7 +219,7 @@ class Encoder:
 
     def encode(self, write: Callable[[bytes], object]) -> int:
         """Passes the ids on, chunk by chunk; their checksum."""
-        checksum = 0
+        checksum, self.texts.end = 0, self.tokenizer.document_end.encode()
         with self.reading("encoding"):
             for ids in self.tokenizer.encode_file(self.texts, self.limit):
                 write(data := ids.tobytes())

@@ -1,16 +1,21 @@
 """Texts as people have them: files, compressed or not, folders of them, and standard input."""
 
+import codecs
+import functools
 import importlib
 import io
+import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,12 +25,26 @@ from backend.errors import UserError
 from tokenizers import NotUTF8
 
 CORPUS = Path(".data/corpus.txt")  # unless another is named
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # by suffix, Python's own modules
+# by suffix, Python's own module, and the program
+COMPRESSED = {".gz": ("gzip", "gzip"), ".bz2": ("bz2", "bzip2"), ".xz": ("lzma", "xz")}
 STANDARD_INPUT = Path("-")
 WHAT_IS_A_TEXT = (
-    "a text is a file in UTF-8, also compressed with the ending .gz, .bz2 or .xz, a folder of "
-    ".txt, or - for standard input"
+    "a text is a file in UTF-8, or .jsonl, also compressed with the ending .gz, .bz2 or .xz, a "
+    "folder of .txt and .jsonl, or - for standard input"
 )
+BYTE_ORDER_MARKS = {  # UTF-32's before UTF-16's, with which it begins
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+WITHOUT_MARK = {  # by the first bytes, of which in these encodings a Latin letter has one alone
+    rb"([^\0]\0){8}": "UTF-16LE",
+    rb"(\0[^\0]){8}": "UTF-16BE",
+    rb"([^\0]\0\0\0){4}": "UTF-32LE",
+    rb"(\0\0\0[^\0]){4}": "UTF-32BE",
+}
 OTHER_KINDS = {  # by the first bytes
     rb"PK(\x03\x04|\x05\x06)": "a zip archive, as .docx, .odt and .epub are",
     rb".{257}ustar": "a tar archive",
@@ -49,8 +68,20 @@ class Text:
     open: Callable[[], BinaryIO]  # its bytes, as they are stored
     is_stream: bool = False  # which can't be read again by another training
 
+    @property
+    def is_jsonl(self) -> bool:
+        return is_jsonl(Path(self.name))
+
+    @functools.cached_property
+    def mark(self) -> bytes:
+        """The byte order mark that it begins with, if any."""
+        with uncompressed(self) as (file, _):
+            first = file.read(4)
+        return next(filter(first.startswith, BYTE_ORDER_MARKS), b"")
+
     def facts(self) -> list:
-        """Name, size, time and a checksum of parts, which tell a text from another unread."""
+        """Name, size, time and a checksum of parts, which tell a text from another unread; and what
+        earlier versions did not look at."""
         with self.open() as file:
             size, checksum = file.seek(0, io.SEEK_END), 0
             for start in (*range(0, size, max(CHUNK, size // N_PARTS)), max(0, size - CHUNK)):
@@ -58,7 +89,8 @@ class Text:
                 checksum = zlib.crc32(file.read(CHUNK), checksum)
             is_file = isinstance(file, io.BufferedReader)
             time = os.fstat(file.fileno()).st_mtime_ns if is_file else 0
-        return [os.path.abspath(self.name), size, time, checksum]
+        read_as = [*["jsonl"] * self.is_jsonl, *[self.mark.hex()] * bool(self.mark)]
+        return [os.path.abspath(self.name), size, time, checksum, *read_as]
 
     def check(self) -> None:
         """UserError for a file of another kind, also a compressed one."""
@@ -67,15 +99,39 @@ class Text:
         for pattern, kind in OTHER_KINDS.items():
             if re.match(pattern, first, re.DOTALL):
                 raise UserError(f"{self.name} is {kind}: {WHAT_IS_A_TEXT}")
+        for pattern, encoding in WITHOUT_MARK.items():
+            if re.match(pattern, first, re.DOTALL):
+                convert = self.conversion(encoding)
+                raise UserError(f"{self.name} is {encoding} without a byte order mark; {convert}")
+
+    def conversion(self, encoding: str = "WINDOWS-1252") -> str:
+        """How to convert it to UTF-8, as the command that would if that is its encoding."""
+        command = f"iconv -f {encoding} -t UTF-8"
+        path, content = Path(self.name), content_of(Path(self.name))
+        if path.is_file():
+            target = content.with_name(f"{content.stem}-utf8{content.suffix}")
+            source, target = shlex.quote(str(path)), shlex.quote(str(target))
+            if content == path:
+                command = f"{command} {source} > {target}"
+            else:
+                _, program = COMPRESSED[path.suffix.lower()]
+                command = f"{program} -dc {source} | {command} > {target}"
+        return f"convert it, here from {encoding}: {command}"
 
 
 class Texts:
     """Texts, one after the other, as one file that can be read again from its start.
 
-    A path is a file, plain or compressed as its suffix says; a folder, for all `.txt` below it that
-    are not hidden, in sorted order; a pipe; or `-`, standard input. UserError for other paths. A
-    line says what of a folder is left out, and that texts are joined.
+    A path is a file, plain or compressed as its suffix says; a folder, for all `.txt` and `.jsonl`
+    below it that are not hidden, in sorted order; a pipe; or `-`, standard input. UserError for
+    other paths. A line says what of a folder is left out, and that texts are joined.
+
+    What is read is UTF-8 without byte order marks. A line of a `.jsonl` is a document, of which its
+    `text` is read; so is each of several other texts. `end` follows each document; where it is
+    empty, a line break follows that of a `.jsonl`, and nothing another.
     """
+
+    end = b""
 
     def __init__(self, paths: Sequence[Path], flag: str = "--text-corpus"):
         """`flag` is how a user names them."""
@@ -93,7 +149,7 @@ class Texts:
 
     def rewind(self, bar: tqdm | None = None) -> None:
         """Goes to the start; `bar` shows the bytes read from then on, as they are stored."""
-        self.bar, self.starts, self.n_read = bar, [], 0
+        self.bar, self.starts, self.n_read = bar, [], 0  # starts: of the first byte that is stored
         self.chunks, self.chunk = self._chunks(), b""
 
     @property
@@ -112,10 +168,15 @@ class Texts:
     def _chunks(self) -> Iterator[bytes]:
         n_bytes = 0
         for text in self.texts:
-            self.starts.append((n_bytes, text.name))
+            self.starts.append((n_bytes - len(text.mark), text))
             before = 0
             with uncompressed(text) as (file, stored):
-                while chunk := file.read(CHUNK):
+                chunks = in_utf8(file, text)
+                if text.is_jsonl:
+                    chunks = documents(chunks, text, self.end or b"\n")
+                elif self.texts[1:]:
+                    chunks = chain(chunks, [self.end])
+                for chunk in filter(None, chunks):
                     if self.bar is not None:
                         self.bar.update(stored.tell() - before)
                         before = stored.tell()
@@ -129,8 +190,66 @@ class Texts:
             yield
         except NotUTF8 as error:
             starts = reversed(self.starts)
-            start, name = next(start for start in starts if start[0] <= error.offset)
-            raise NotUTF8(error.byte, error.offset - start, name) from None
+            start, text = next(start for start in starts if start[0] <= error.offset)
+            place = error.byte, error.offset - start
+            raise NotUTF8(*place, text.name, text.conversion()) from None
+
+
+def in_utf8(file: BinaryIO, text: Text) -> Iterator[bytes]:
+    """What a file holds after its byte order mark, in UTF-8 if that says which encoding it has."""
+    encoding = BYTE_ORDER_MARKS.get(text.mark, "utf-8")
+    position = len(file.read(len(text.mark)))
+    chunks = iter(lambda: file.read(CHUNK), b"")
+    if encoding == "utf-8":  # which the tokenizer looks through
+        yield from chunks
+        return
+    decoder = codecs.getincrementaldecoder(encoding)()
+    for chunk in chain(chunks, [b""]):
+        n_waiting = len(decoder.getstate()[0])
+        try:
+            yield decoder.decode(chunk, final=not chunk).encode()
+        except UnicodeDecodeError as error:
+            offset, encoding = position - n_waiting + error.start, encoding.upper()
+            raise UserError(
+                f"{text.name} is not {encoding}, as its byte order mark has it: {error.reason} at "
+                f"offset {offset}"
+            ) from None
+        position += len(chunk)
+
+
+def documents(chunks: Iterable[bytes], text: Text, end: bytes) -> Iterator[bytes]:
+    """The `text` of each line, an object of JSON, with `end` after it, in chunks; half a surrogate
+    pair becomes a "?". UserError for another line."""
+    ready, decode = bytearray(), json.JSONDecoder().raw_decode  # json.loads takes twice as long
+    for number, line in enumerate(lines(chunks), 1):
+        if not (line := line.strip()):
+            continue
+        try:
+            document, length = decode(line := line.decode())
+            if length < len(line):
+                raise ValueError("there is more")
+            ready += document["text"].encode(errors="replace") + end
+        except UnicodeDecodeError as error:
+            place, name = (error.object[error.start], error.start), f"line {number} of {text.name}"
+            raise UserError(str(NotUTF8(*place, name, text.conversion()))) from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            reason = f"no JSON object with a string named text: {line[:60]}"
+            raise UserError(f"line {number} of {text.name} is {reason}") from None
+        while len(ready) >= CHUNK:
+            yield bytes(ready[:CHUNK])
+            del ready[:CHUNK]
+    yield bytes(ready)
+
+
+def lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    begun = []
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        begun.append(first)
+        for line in others:
+            yield b"".join(begun)
+            begun = [line]
+    yield b"".join(begun)
 
 
 def texts_of(path: Path, flag: str) -> list[Text]:
@@ -152,13 +271,14 @@ def texts_of(path: Path, flag: str) -> list[Text]:
 
 
 def files_below(folder: Path, flag: str) -> list[Path]:
-    """All `.txt` below a folder that are not hidden, in sorted order; says what else there is."""
+    """All `.txt` and `.jsonl` below a folder that are not hidden, in sorted order; says what else
+    there is."""
     errors, found, others = [], [], []
     for place, folders, names in os.walk(folder, onerror=errors.append):
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         for file in (Path(place, name) for name in (*names, *links)):  # no link is walked into
             is_hidden = any(part[0] == "." for part in file.relative_to(folder).parts)
-            is_text = file.suffix.lower() == ".txt"
+            is_text = file.suffix.lower() == ".txt" or is_jsonl(file)
             if is_text and not is_hidden and os.path.isfile(file):
                 found.append(file)
             elif is_text or not is_hidden:
@@ -166,13 +286,22 @@ def files_below(folder: Path, flag: str) -> list[Path]:
     closed = [f"{error.filename} ({error.strerror})" for error in errors]
     if not found:
         beside = f", and no way into {', '.join(closed)}" if closed else ""
-        reason = f"there is no .txt in {folder}{beside}"
+        reason = f"there is no .txt or .jsonl in {folder}{beside}"
         raise UserError(f"{reason}: name a text with {flag}; {WHAT_IS_A_TEXT}")
     if left_out := closed + sorted(others)[:N_NAMED]:
         more = f" and {len(others) - N_NAMED} more" if others[N_NAMED:] else ""
-        rule = "a folder stands for its .txt that are not hidden"
+        rule = "a folder stands for its .txt and .jsonl that are not hidden"
         print(f"warning: left out: {', '.join(left_out)}{more}; {rule}", file=sys.stderr)
     return sorted(found)
+
+
+def content_of(path: Path) -> Path:
+    """A name without the suffix of a compressed file."""
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+
+
+def is_jsonl(path: Path) -> bool:
+    return content_of(path).suffix.lower() == ".jsonl"
 
 
 def file_text(path: Path) -> Text:
@@ -202,7 +331,7 @@ def spooled(stream: BinaryIO) -> Callable[[], BinaryIO]:
 @contextmanager
 def uncompressed(text: Text) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The file to read, and the file as it is stored; UserError for a damaged one."""
-    module = COMPRESSED.get(Path(text.name).suffix.lower())
+    module, _ = COMPRESSED.get(Path(text.name).suffix.lower(), (None, None))
     with text.open() as stored:
         if module is None:
             yield stored, stored
@@ -210,5 +339,7 @@ def uncompressed(text: Text) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         try:
             with importlib.import_module(module).open(stored, "rb") as file:
                 yield file, stored
+        except UserError:
+            raise
         except Exception as error:  # each module has its own, and a Python may lack a module
             raise UserError(f"{text.name} can't be read: {error}") from error

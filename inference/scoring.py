@@ -76,7 +76,11 @@ def at(ids: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 class Score:
-    """Sums up the losses of tokens, and the bytes and the characters that they stand for."""
+    """Sums up the losses of tokens, and the bytes and the characters that they stand for.
+
+    The end of a document stands for none, and its loss counts: to foretell a text is to foretell
+    where it ends.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self.bits, self.n_tokens, self.n_bytes, self.n_characters = 0.0, 0, 0, 0

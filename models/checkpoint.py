@@ -23,7 +23,7 @@ from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt2, gpt_burn, hub, safetensors
 from models.folders import INDEX, MODEL_FILES, WEIGHT_FILES, replacing
 from models.safetensors import LazyArrays
-from tokenizers import TOKENIZERS, Tokenizer
+from tokenizers import TOKENIZERS, BytePairTokenizer, Tokenizer
 
 
 def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
@@ -42,13 +42,22 @@ def read(folder: Path | str) -> tuple[GPTConfig, Tokenizer, Mapping[str, np.ndar
     config = read_config(folder)
     model = GPTConfig(**config["model"])
     wanted = shapes(model)
+    return model, read_tokenizer(folder, config), read_weights(folder, wanted)
+
+
+def read_tokenizer(folder: Path, config: dict) -> Tokenizer:
+    """The tokenizer of a model's folder; where it is of byte pairs, rows of the model may be left
+    for which it has no token."""
+    vocab_size = config["model"]["vocab_size"]
     tokenizer = tokenizers.load(config.get("tokenizer", tokenizers.DEFAULT), folder)
-    if tokenizer.vocab_size != model.vocab_size:
+    if isinstance(tokenizer, BytePairTokenizer):
+        tokenizer.n_surplus = max(0, vocab_size - tokenizer.vocab_size)
+    if tokenizer.vocab_size != vocab_size:
         raise UserError(
-            f"{folder / 'config.json'}: vocab_size is {model.vocab_size}, but the tokenizer "
+            f"{folder / 'config.json'}: vocab_size is {vocab_size}, but the tokenizer "
             f"{tokenizer.name!r} has {tokenizer.vocab_size} tokens: they do not belong together"
         )
-    return model, tokenizer, read_weights(folder, wanted)
+    return tokenizer
 
 
 def find_tokenizer(name: str) -> Tokenizer | None:
@@ -60,17 +69,16 @@ def find_tokenizer(name: str) -> Tokenizer | None:
     folder, reason = Path(name), "there is no such folder"
     try:
         if hub.is_name(folder):
-            repository = hub.Repository(folder.as_posix())
-            folder = [repository.fetch(file) for file in kind.files][-1].parent
+            folder = fetch_byte_pairs(hub.Repository(folder.as_posix()))
     except UserError as error:
         reason = str(error)
     if not folder.is_dir():
         names = [each.name for each in TOKENIZERS.values() if each.learns or not each.files]
         raise UserError(
             f"--tokenizer {name} is not known: name {', '.join(names)}, or a folder or a model of "
-            f"the Hugging Face Hub with GPT-2's {' and '.join(kind.files)} ({reason})"
+            f"the Hugging Face Hub with vocab.json and merges.txt, or tokenizer.json ({reason})"
         )
-    return kind.read(folder)
+    return kind.load(folder)
 
 
 def find(folder: Path) -> Path:
@@ -80,16 +88,32 @@ def find(folder: Path) -> Path:
         return folder
     repository = hub.Repository(folder.as_posix())
     config = parse_config(repository.fetch("config.json"))  # before the weights of what is no GPT-2
-    for file in TOKENIZERS.get(config.get("tokenizer"), Tokenizer).files:
-        repository.fetch(file)
+    kind, optional = TOKENIZERS.get(config.get("tokenizer"), Tokenizer), ["generation_config.json"]
+    if kind is BytePairTokenizer:
+        fetch_byte_pairs(repository)
+    else:
+        optional += kind.files
     files = ("model.safetensors", INDEX)
     if not any(map(repository.cached, files)):  # else all is there, and no one is asked
-        repository.download("generation_config.json")
+        for file in optional:
+            repository.download(file)
     weights = repository.fetch(*files)
     if weights.name == INDEX:
         for shard in sorted(set(safetensors.weight_map(weights).values())):
             repository.fetch(shard)
     return weights.parent
+
+
+def fetch_byte_pairs(repository: hub.Repository) -> Path:
+    """Fetches the files of a tokenizer of byte pairs; their folder."""
+    lists, whole = "vocab.json", "tokenizer.json"
+    if not any(map(repository.cached, (lists, whole))):  # else all is there, and no one is asked
+        for file in ("added_tokens.json", *BytePairTokenizer.role_files):
+            repository.download(file)
+    path = repository.fetch(lists, whole)
+    if path.name == lists:
+        repository.fetch("merges.txt")
+    return path.parent
 
 
 def files(folder: Path) -> set[Path]:
@@ -131,7 +155,7 @@ def parse_config(path: Path) -> dict:
         known = {field.name for field in fields(GPTConfig)}
         if wrong := model.keys() - known:
             raise UserError(f"a model has no setting {min(wrong)!r:.60}")
-        if wrong := known - model.keys() - {"gpt2"}:
+        if wrong := known - model.keys() - {"gpt2", "exact_gelu"}:
             raise UserError(f"it lacks the setting {min(wrong)}")
         tokenizer = config.get("tokenizer", tokenizers.DEFAULT)
         if not isinstance(tokenizer, str) or not tokenizer.isidentifier():
@@ -219,8 +243,7 @@ def write(
     elif is_gpt2:
         tensors = gpt2.weights_to_theirs(weights, n_layers)
         safetensors.write(folder / "model.safetensors", tensors)
-        end, ends = (tokenizer.end, tokenizer.ends) if tokenizer else (None, ())
-        config = gpt2.config_to_theirs(config, end, ends)
+        config = gpt2.config_to_theirs(config, tokenizer)
     else:
         safetensors.write(folder / "model.safetensors", weights)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

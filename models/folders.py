@@ -15,7 +15,7 @@ from backend.locks import locked
 INDEX = "model.safetensors.index.json"  # of weights in several files, as Hugging Face cuts them
 WEIGHT_FILES = ("model.safetensors", "model.mpk", INDEX)  # what we write comes first
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-MODEL_FILES = ("config.json", *WEIGHT_FILES, *tokenizers.FILES)
+MODEL_FILES = ("config.json", "generation_config.json", *WEIGHT_FILES, *tokenizers.FILES)
 
 
 @contextlib.contextmanager

@@ -3,14 +3,14 @@
 Its file holds a block's query, key and value as one tensor, and each linear's weight as (in, out).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from backend.errors import UserError
-from tokenizers import BytePairTokenizer
+from tokenizers import BytePairTokenizer, Tokenizer
 
 SIZES = {
     "context_length": "n_positions",
@@ -19,9 +19,11 @@ SIZES = {
     "n_heads": "n_head",
     "d_model": "n_embd",
 }
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
+EXACT_GELU = ("gelu", "gelu_python")
 # The options that the model has no choice of, with the values that it is made for.
 FIXED = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "activation_function": (*TANH_GELU, *EXACT_GELU),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -63,13 +65,14 @@ def config_to_ours(config: dict) -> dict:
     if d_hidden is None and type(model["d_model"]) is int:
         d_hidden = 4 * model["d_model"]
     model |= {"d_hidden": d_hidden, "dropout": config.get("resid_pdrop", 0.1), "gpt2": True}
+    model["exact_gelu"] = config.get("activation_function") in EXACT_GELU
     return {**training, "model": model, "tokenizer": BytePairTokenizer.name}
 
 
-def config_to_theirs(config: dict, end: int | None, ends: Sequence[int]) -> dict:
-    """Hugging Face's config of our model; `end` is the id of <|endoftext|>, `ends` are the ids that
-    end what the model writes."""
-    model = config["model"]
+def config_to_theirs(config: dict, tokenizer: Tokenizer | None) -> dict:
+    """Hugging Face's config of our model, with the ids that have a role in its tokenizer."""
+    model, of_ids = config["model"], tokenizer or Tokenizer
+    ends, pads = of_ids.ends, of_ids.padding
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -77,8 +80,10 @@ def config_to_theirs(config: dict, end: int | None, ends: Sequence[int]) -> dict
         "n_inner": model["d_hidden"],
         **dict.fromkeys(DROPOUTS, model["dropout"]),
         **{name: values[0] for name, values in FIXED.items() if values[0] is not None},
-        "bos_token_id": end,
+        "activation_function": (EXACT_GELU if model.get("exact_gelu") else TANH_GELU)[0],
+        "bos_token_id": of_ids.end,
         "eos_token_id": ends[0] if len(ends) == 1 else [*ends] or None,
+        "pad_token_id": pads[0] if pads else None,
         "gpt_tiny": {k: v for k, v in config.items() if k not in ("model", "tokenizer")},
     }
 

@@ -49,7 +49,8 @@ class Repository:
         path = path or next(filter(None, map(self.download, files)), None)
         if path is None:
             missing = f"{self.name} on the Hub has no {' or '.join(files)}"
-            pickles = ": pickles (pytorch_model.bin) are not loaded" if len(files) > 1 else ""
+            is_of_weights = files[0].endswith(".safetensors")
+            pickles = ": pickles (pytorch_model.bin) are not loaded" if is_of_weights else ""
             raise UserError(f"{missing}{pickles}")
         self.revision = path.parent.name  # snapshots/COMMIT/FILE
         return path

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tinygrad import TinyJit
+from tinygrad import TinyJit, helpers
 
 import command_line
+from backend import machine
 from backend.cpu import native
 from backend.cpu.compiler import load_c
 from models import checkpoint
@@ -26,7 +27,24 @@ REFERENCE = DATA / "gpt_burn_114k"
 GPT2 = DATA / "gpt2_tiny"
 TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "4"]
 
+LONGEST = ["workers", "train", "resume", "export", "page"]  # files of tests
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that a test makes up is not asked for on the network
+os.environ.setdefault("CACHEDB", helpers.CACHEDB)  # processes find what this one has compiled
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One for each core; none for one file, and no more than finish before its longest file."""
+    n_files = len({argument.partition("::")[0] for argument in config.args})
+    if n_files == 1 and ".py" in config.args[0]:
+        return 0
+    return min(machine.n_cores(), 4)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that no worker waits for another at the end."""
+    order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def not_on_windows(reason: str) -> pytest.MarkDecorator:
@@ -50,8 +68,10 @@ def signals() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory) -> Path:
-    """Keeps the jits that the tests capture apart from the user's."""
-    folder = tmp_path_factory.mktemp("cache")
+    """Keeps the jits that the tests capture apart from the user's; xdist's workers share them."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"
+    folder.mkdir(exist_ok=True)
     os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(Path.home() / ".cache" / "zig"))
     os.environ["XDG_CACHE_HOME"] = str(folder)
     return folder

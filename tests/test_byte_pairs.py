@@ -1,6 +1,7 @@
 """GPT-2's byte pairs, beside the plain rule."""
 
 import codecs
+import io
 import json
 import sys
 from itertools import pairwise
@@ -47,20 +48,84 @@ def test_byte_pairs_are_those_of_the_plain_rule_and_survive_the_round_trip(byte_
     assert byte_pairs.decode(ids) == text
 
 
+@pytest.fixture
+def with_specials():
+    """A tokenizer with more special tokens, which overlap, and hold white space."""
+    pytest.importorskip("tiktoken")
+    tokenizer = tokenizers.load("bpe", GPT2)
+    for spelling in ("<a>", "<a> b", "b <a", "  "):
+        tokenizer.specials |= {spelling: len(tokenizer.tokens)}
+        tokenizer.tokens.append(spelling.encode())
+    return tokenizer
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3, 64, 1 << 20])
 def test_chunks_of_a_file_are_encoded_into_byte_pairs_as_the_whole(
-    monkeypatch, chunk_size, byte_pairs
+    monkeypatch, chunk_size, with_specials
 ):
     monkeypatch.setattr(tokenizers, "CHUNK_SIZE", chunk_size)
-    for text in [*TEXTS, CHARACTERS * 2, "it's  the\n\n end \x1c 's\u3000\u3000x\n"]:
-        assert encode_file(byte_pairs, text.encode()) == byte_pairs.encode(text).tolist()
+    texts = [*TEXTS, CHARACTERS * 2, "it's  the\n\n end \x1c 's\u3000\u3000x\n"]
+    texts += [
+        " <a> b <|endoftext|> b <a <a>\n  <|endof text|>  \n<",
+        "b <a> b <a>我们去。'll!" * 9,
+    ]
+    for text in texts:
+        assert encode_file(with_specials, text.encode()) == with_specials.encode(text).tolist()
 
 
-def test_the_end_of_a_text_is_never_encoded_from_a_text(byte_pairs):
+def test_a_text_without_spaces_is_cut_where_letters_end(monkeypatch, byte_pairs):
+    monkeypatch.setattr(tokenizers, "CHUNK_SIZE", 64)
+    text = "我们去。" * 100 + "他们也去<|endoftext|>" * 100
+    chunks = list(byte_pairs.chunks(io.BytesIO(text.encode()), 1 << 30))
+    assert "".join(chunks) == text
+    assert max(map(len, chunks)) < 64
+
+
+def test_special_tokens_are_found_as_by_hugging_face(with_specials):
+    """By its package tokenizers 0.23: the first in the text, of those the longest."""
+    for text, ids in {
+        "<a>b <a日\n<a> bb <a<a>": [512, 514, 162, 245, 98, 198, 513, 514, 512],
+        "<a> b b <a<a>日 the !  ": [513, 220, 514, 512, 162, 245, 98, 267, 220, 0, 515],
+        "<ab<a<a> b <a> b's": [27, 64, 65, 27, 64, 513, 220, 513, 6, 82],
+        "b ingb <a日<a> b\n  b": [65, 220, 288, 514, 162, 245, 98, 513, 198, 515, 65],
+    }.items():
+        assert with_specials.encode(text).tolist() == ids
+        assert with_specials.encode(text).dtype == np.uint16
+
+
+@pytest.fixture(scope="module")
+def theirs(byte_pairs):
+    """tiktoken's own, with the end as the last rank."""
+    import tiktoken
+
+    return tiktoken.Encoding(
+        "with the end",
+        pat_str=byte_pairs.pattern,
+        mergeable_ranks={byte_pairs.tokens[id]: rank for rank, id in enumerate(byte_pairs.ids)},
+        special_tokens={"<|endoftext|>": len(byte_pairs.ids)},
+    )
+
+
+pieces = st.sampled_from(["<|endoftext|>", "<|endof", "text|>", " ", "\n", "the", "'s", "日"])
+
+
+@few_examples
+@given(st.lists(pieces))
+def test_the_end_of_a_text_is_a_token_as_by_tiktoken(byte_pairs, theirs, pieces):
+    ranks = theirs.encode("".join(pieces), allowed_special="all")
+    ids = np.append(byte_pairs.ids, byte_pairs.end)
+    assert byte_pairs.encode("".join(pieces)).tolist() == ids[ranks].tolist()
+
+
+def test_without_special_tokens_the_end_of_a_text_is_text(byte_pairs):
     assert (byte_pairs.end, byte_pairs.unknown, byte_pairs.vocab_size) == (511, None, 512)
-    ids = byte_pairs.encode("<|endoftext|>")
-    assert 511 not in ids
-    assert byte_pairs.decode([*ids, 511]) == "<|endoftext|>"
+    plain = tokenizers.load("bpe", GPT2)
+    assert (plain.document_end, plain.specials) == ("<|endoftext|>", {"<|endoftext|>": 511})
+    plain.specials = {}
+    assert plain.document_end == "" and plain.digest() != byte_pairs.digest()
+    ids = plain.encode("<|endoftext|>")
+    assert ids.tolist() == pieces_joined(plain, "<|endoftext|>")
+    assert plain.decode([*ids, 511]) == "<|endoftext|>"
 
 
 def test_a_byte_order_mark_before_the_files_changes_nothing(tmp_path, byte_pairs):

@@ -1,6 +1,7 @@
 """What each room of the project may know of, as README has it."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def files_of(room: str) -> list[Path]:
     return sorted((ROOT / room).rglob("*.py")) or [ROOT / f"{room}.py"]
 
 
+@functools.cache
 def parsed(path: Path) -> list[ast.AST]:
     return list(ast.walk(ast.parse(path.read_bytes())))
 
@@ -89,6 +91,7 @@ def test_training_alone_knows_the_files_of_a_training():
     assert not [text for text in texts_in("models") if any(x in text for x in TRAINING_FILES)]
 
 
+@functools.cache
 def names_of_tinygrad(path: Path, seen: tuple[Path, ...] = ()) -> set[str]:
     """The names that a file has from tinygrad, or from a file that has them from there."""
     names = set()

@@ -222,6 +222,29 @@ def test_a_training_starts_from_a_name_and_takes_its_tokenizer_by_name(server, c
     assert server.fetched() == NEEDED
 
 
+def test_a_tokenizer_json_is_fetched_where_its_lists_are_not(server, call, tmp_path, expected):
+    merges = FILES["merges.txt"].decode().splitlines()[1:]
+    model = {"type": "BPE", "vocab": json.loads(FILES["vocab.json"]), "merges": merges}
+    whole = json.dumps({"model": model, "pre_tokenizer": {"type": "ByteLevel"}}).encode()
+    files = {name: FILES[name] for name in ("config.json", "model.safetensors")}
+    files |= {"tokenizer.json": whole, "tokenizer_config.json": b'{"pad_token": null}'}
+    server.repositories["saved"] = files
+    assert call("run.py", "saved", *GREEDY).out == expected
+    assert server.fetched() == sorted(files) == stored(tmp_path)
+
+    server.requests.clear()
+    assert call("run.py", "saved", *GREEDY).out == expected
+    assert server.requests == []
+
+
+def test_added_tokens_are_fetched_and_not_a_tokenizer_json_beside_the_lists(server, call, tmp_path):
+    (tmp_path / "text").write_text("too short")
+    added = {"added_tokens.json": b'{"<|pad|>": 512}', "tokenizer.json": b"long"}
+    server.repositories["gpt2"] = FILES | added
+    assert_error(call("train.py", "--tokenizer", "gpt2", "-t", "text", "-x"), 1, ["too short"])
+    assert server.fetched() == ["added_tokens.json", "merges.txt", "vocab.json"]
+
+
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(server, call, tmp_path, expected):
     tensors = dict(safetensors.read(GPT2 / "model.safetensors"))
     tensors["h.0.attn.bias"] = np.zeros((1, 1, 2500, 2500), np.float32)  # as in old files

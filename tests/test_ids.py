@@ -5,6 +5,7 @@ import errno
 import gzip
 import io
 import itertools
+import json
 import lzma
 import os
 import pickle
@@ -43,12 +44,13 @@ def read(
     tokenizer: str | Tokenizer = "char",
     n_mega_bytes: int | None = None,
     keep: bool = True,
+    special: bool = True,
 ) -> Corpus:
     if isinstance(tokenizer, str):
         tokenizer = find_tokenizer(tokenizer) or TOKENIZERS[tokenizer]
     n_bytes = n_mega_bytes and n_mega_bytes << 20
     paths = list(map(Path, paths)) or [CORPUS]
-    return ids.read(paths, n_bytes, tokenizer, 2000, keep, {"disable": True})
+    return ids.read(paths, n_bytes, tokenizer, 2000, keep, {"disable": True}, special)
 
 
 def decoded(text: Corpus) -> str:
@@ -153,14 +155,14 @@ def test_what_of_a_folder_is_left_out_is_named(folder, monkeypatch, capsys):
     warning, joined = capsys.readouterr().err.splitlines()
     left_out = in_folder("closed")[0] + " (Permission denied), "
     left_out += ", ".join(in_folder(".d.txt", "c.txt.gz", "notes.md"))
-    rule = "a folder stands for its .txt that are not hidden"
+    rule = "a folder stands for its .txt and .jsonl that are not hidden"
     assert warning == f"warning: left out: {left_out}; {rule}"
     assert joined == f"{in_folder('B.TXT')[0]} and 1 more are joined into one text"
 
     for name in in_folder("a.txt", "B.TXT"):
         os.remove(name)
     with pytest.raises(
-        UserError, match=r"no \.txt in texts, and no way into .* \(Permission denied"
+        UserError, match=r"no \.txt or \.jsonl in texts, and no way into .* \(Permission denied"
     ):
         read("texts")
 
@@ -335,11 +337,68 @@ def test_ids_that_are_damaged_are_made_anew(encodings, damage):
 def test_byte_pairs_of_many_chunks_are_those_of_the_whole():
     pytest.importorskip("tiktoken")
     tokenizer = BytePairTokenizer.load(GPT2)
-    text = TEXT * 400  # a megabyte: rounds of chunks on all cores
+    text = f"{TEXT * 4}<|endoftext|>" * 100  # a megabyte: rounds of chunks on all cores
     Path("a.txt").write_text(text)
     ids = read("a.txt", tokenizer=tokenizer).ids
     assert ids.dtype == np.uint16
     np.testing.assert_array_equal(ids, tokenizer.encode(text))
+
+
+@pytest.fixture
+def byte_pairs() -> BytePairTokenizer:
+    pytest.importorskip("tiktoken")
+    return BytePairTokenizer.load(GPT2)
+
+
+def test_a_token_ends_each_document_unless_texts_have_no_special_tokens(byte_pairs, encodings):
+    end, (a, b) = [byte_pairs.end], (byte_pairs.encode(text).tolist() for text in ("The a", "b."))
+    Path("a.txt").write_text("The a")
+    Path("both.txt").write_text("The a<|endoftext|>b.")
+    Path("both.jsonl").write_text('{"text": "The a"}\n{"text": "b."}\n')
+    Path("b.txt").write_text("b.")
+    assert read("a.txt", tokenizer=byte_pairs).ids.tolist() == a
+    assert read("both.txt", tokenizer=byte_pairs).ids.tolist() == a + end + b
+    assert read("both.jsonl", tokenizer=byte_pairs).ids.tolist() == a + end + b + end
+    assert read("a.txt", "b.txt", tokenizer=byte_pairs).ids.tolist() == a + end + b + end
+    assert decoded(read("both.jsonl")) == "The a\nb.\n"
+
+    for name in ("both.txt", "both.jsonl"):
+        text = read(name, tokenizer=byte_pairs, special=False)
+        assert 511 not in text.ids and text.tokenizer.specials == {}
+        content = Path(name).read_text() if name == "both.txt" else "The a\nb.\n"
+        assert text.ids.tolist() == text.tokenizer.encode(content).tolist()
+    assert read("a.txt", "b.txt", tokenizer=byte_pairs).ids.tolist() == [*a, *b]
+    assert encodings == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "place"),
+    [
+        ("char", "a.txt-49345fff4706406f"),
+        ("vowel", "a.txt-1db029460c7eb2b0"),
+        (GPT2, "a.txt-b05beafbeaa061d5"),
+    ],
+)
+def test_ids_that_an_earlier_version_kept_are_found(encodings, tokenizer, place):
+    if tokenizer == GPT2:
+        pytest.importorskip("tiktoken")
+    Path("a.txt").write_text("The context. " * 50)
+    text = read("a.txt", tokenizer=str(tokenizer), special=False)
+    assert text.stored.parent.name == place
+    facts = json.loads((text.stored.parent / "corpus.json").read_text())
+    assert [len(each) for each in facts["texts"]] == [4]
+
+
+def test_what_an_earlier_version_did_not_look_at_is_read_anew(encodings):
+    Path("a.jsonl").write_text('{"text": "The"}')
+    Path("b.txt").write_bytes(b"\xef\xbb\xbfThe")
+    for name, n_characters in (("a.jsonl", 4), ("b.txt", 3)):
+        folder = read(name).stored.parent
+        facts = json.loads((folder / "corpus.json").read_text())
+        facts["texts"] = [each[:4] for each in facts["texts"]]
+        (folder / "corpus.json").write_text(json.dumps(facts))
+        assert len(read(name).ids) == n_characters
+    assert encodings == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
@@ -405,7 +464,7 @@ def test_on_a_full_disk_ids_stay_in_memory_and_nothing_is_left(monkeypatch, caps
     ("paths", "message"),
     [
         (["missing.txt"], r"there is no missing\.txt: name a text with --text-corpus"),
-        (["empty"], r"there is no \.txt in empty"),
+        (["empty"], r"there is no \.txt or \.jsonl in empty"),
         (["a.txt", "latin.txt"], r"latin\.txt is not UTF-8: invalid byte 0xe4 at offset 7;"),
         (["latin.txt", "a.txt"], r"latin\.txt is not UTF-8: invalid byte 0xe4 at offset 7;"),
         (["a.txt", "cut.txt", "a.txt"], r"cut\.txt is not UTF-8: invalid byte 0xf0 at offset 2;"),

@@ -145,15 +145,23 @@ def test_the_memory_is_no_more_than_ulimit_allows(monkeypatch, tmp_path):
     assert machine.memory(tmp_path) == 1 << 20
 
 
-@pytest.mark.parametrize("words", [["train.py", *TINY, "-n", "1", "-x"], ["run.py", REFERENCE]])
-def test_where_the_cache_cannot_be_written_a_command_works_without_and_says_so(tmp_path, words):
+@pytest.mark.parametrize(
+    ("words", "elsewhere"),  # where variables name other places for some of it
+    [
+        (["train.py", *TINY, "-n", "1", "-x"], ["CACHEDB", "ZIG_GLOBAL_CACHE_DIR"]),
+        (["run.py", REFERENCE], []),
+    ],
+)
+def test_where_the_cache_cannot_be_written_a_command_works_without_and_says_so(
+    tmp_path, words, elsewhere
+):
     (tmp_path / "file").touch()
     (tmp_path / "temporary").mkdir()
     place = tmp_path / "file" / "cache"
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("CACHEDB", "ZIG_GLOBAL_CACHE_DIR")
+        if name in elsewhere or name not in ("CACHEDB", "ZIG_GLOBAL_CACHE_DIR")
     }
     environment |= {"XDG_CACHE_HOME": str(place), "TMPDIR": str(tmp_path / "temporary")}
     script, *words = words

@@ -9,7 +9,7 @@ from conftest import DATA, REFERENCE
 from tinygrad import Tensor, dtypes
 from tinygrad.helpers import GlobalCounters
 
-from gpt_tiny import GPT, Dropout, GPTConfig, hash_32, initial_weights, shapes
+from gpt_tiny import GPT, Dropout, GPTConfig, LayerNorm, hash_32, initial_weights, shapes
 from models import checkpoint, gpt_burn
 
 TINY = GPTConfig(
@@ -159,3 +159,11 @@ def test_dropout_differs_between_calls_and_keys_and_repeats_with_the_key():
 def test_a_rate_of_zero_changes_nothing():
     x = Tensor([1.0, 2.0])
     assert Dropout(0, Tensor([1], dtype=dtypes.uint32))(x) is x
+
+
+def test_a_row_that_dropout_empties_leaves_the_gradients_finite():
+    norm, x = LayerNorm(TINY), Tensor(np.eye(2, TINY.d_model, dtype=np.float32)).realize()
+    norm.gamma, norm.beta = Tensor.ones(TINY.d_model), Tensor.zeros(TINY.d_model)
+    kept = Tensor(np.float32([[1], [0]]))
+    gradient = norm(x * kept).square().sum().gradient(x)[0].numpy()
+    assert np.isfinite(gradient).all() and gradient[0].any()

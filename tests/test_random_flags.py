@@ -29,8 +29,9 @@ TRAINING = {
     **{"--grad-clip": [0, 1e-9, 1], "--dropout": [0, 0.1, 0.99, 1]},
     **{"--dtype": ["float32", "bfloat16"], "--validation-size": [1, 3, 8]},
     **{"--tokenizer": ["char", "vowel", "x", GPT2], "--vocab-size": [1, 2, 50]},
-    **{"-t": ["text.txt", "short.txt", "empty.txt", ".", "-", "b.gz"], "-m": [1, 2000]},
+    **{"-t": ["text.txt", "short.txt", "empty.txt", ".", "-", "b.gz", "c.jsonl"], "-m": [1, 2000]},
     **{"-x": [None], "-o": ["model", "other", "text.txt"], "--format": ["tiny", "burn"]},
+    **{"--no-special": [None], "--sample-every": [1, 2]},
     **{"--checkpoint-every": [1, 2], "--resume": [".data/checkpoints", "model"]},
     **{"--init-from": MODELS, "--workers": [1]},
 }
@@ -38,7 +39,7 @@ GENERATION = {
     **{"-p": ["The ", "-", "", "日", "x" * 100], "-n": [1, 5, 70], "-s": [0, 2**70]},
     **{"--n-samples": [1, 3], "--stop": ["e", "", "\n"], "-i": [None]},
     **{"--temperature": [0, 1e-300, 0.5, 1e30], "--top-k": [1, 5, 10**9]},
-    **{"--top-p": [0, 0.5, 2], "--stride": [1, 2, 24, 64, 65]},
+    **{"--top-p": [0, 0.5, 2], "--stride": [1, 2, 24, 64, 65], "--no-special": [None]},
 }
 
 
@@ -61,6 +62,7 @@ def texts(folder):
     (folder / "text.txt").write_text("The context of the context of the containers. " * 100)
     (folder / "short.txt").write_text("x" * 30)
     (folder / "empty.txt").write_text("")
+    (folder / "c.jsonl").write_text('{"text": "The context."}\n' * 200)
     (folder / "b.gz").write_bytes(gzip.compress(b"The containers of the context. " * 100))
 
 

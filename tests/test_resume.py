@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, assert_error, not_on_windows, start
+from conftest import GPT2, ROOT, TINY, assert_error, not_on_windows, start
 
 import train
 from gpt_tiny import GPTConfig
 from models import checkpoint, safetensors
 from training import checkpoint as training_checkpoint
 from training import signals as signals_to_stop
+from training import trainer
+from training.config import TrainingConfig
 from training.workers import World
 
 MUON = ["--optimizer", "muon", "--grad-clip", "1", "--decay", "cosine"]
@@ -162,6 +165,39 @@ def test_a_finished_training_of_an_earlier_version_goes_on_for_longer(tmp_path, 
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
 
 
+def test_samples_along_the_way_change_no_digit(tmp_path, train_here, monkeypatch):
+    monkeypatch.setattr(train, "DEFAULTS", TrainingConfig(batches_per_step=3))
+    plain = train_here(*TINY, "-n", "4", "-o", "plain")
+    out = train_here(*TINY, "-n", "2", "-o", "model", "--sample-every", "1")
+    rest = train_here("--resume", ".data/checkpoints", "-n", "4", "--sample-every", "2")
+    line = re.compile(r"^(?:start|step|store) .*\n", re.M)
+    [[first, second], [nothing, fourth]] = (line.split(text)[2:4] for text in (out, rest))
+    assert nothing == "" and len({first, second, fourth}) == 3
+    for sample in (first, second, fourth):  # of 16 characters, 100 more
+        assert sample.startswith('The "assert" sta') and len(sample) == 117
+    assert step_lines(rest) == step_lines(plain)[2:]
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "model")]
+    assert models[0] == models[1]
+
+
+@pytest.mark.parametrize("has_settings", [True, False])
+def test_the_texts_of_an_earlier_versions_training_have_no_special_tokens(tmp_path, has_settings):
+    pytest.importorskip("tiktoken")
+    (tmp_path / "text.txt").write_text("The context.<|endoftext|>")
+    words = ["--tokenizer", str(GPT2), "-t", str(tmp_path / "text.txt"), "-x"]
+    config = train.config_of(words)
+    settings = training_checkpoint.settings_to_json(config)
+    for name in ("no_special", "sample_every"):
+        del settings[name]
+    of_words = {"arguments": words, "output_path": "model"}
+    saved = asdict(training_checkpoint.Progress())
+    saved |= {"settings": settings} if has_settings else of_words
+    (tmp_path / "training.json").write_text(json.dumps(saved))
+    _, earlier = training_checkpoint.read_progress(tmp_path / "training.json", train.config_of)
+    assert trainer.read_corpus(config, None, World()).ids[-1] == 511
+    assert 511 not in trainer.read_corpus(earlier, None, World()).ids
+
+
 def test_flags_that_contradict_the_checkpoint_are_refused(call, train_here):
     train_here(*TINY, "-n", "1", "--checkpoint-every", "1")
     for words, message in [
@@ -173,6 +209,10 @@ def test_flags_that_contradict_the_checkpoint_are_refused(call, train_here):
         (
             ["--grad-clip", "1"],
             "--grad-clip 1.0 contradicts the training to go on with: it has no --grad-clip",
+        ),
+        (
+            ["--no-special"],
+            "--no-special contradicts the training to go on with: it has no --no-special",
         ),
         (["-n", "0"], "'0' is not a whole number"),
         (["-t", str(ROOT / "README.md")], "--text-corpus"),

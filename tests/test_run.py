@@ -60,12 +60,13 @@ def test_a_system_that_knows_ascii_alone_shows_the_whole_text(folder):
         ({"TERM": "dumb"}, False),
     ],
 )
-def test_a_terminal_that_knows_no_bold_is_sent_none(monkeypatch, environment, is_bold):
+def test_a_terminal_that_knows_no_bold_and_no_dim_is_sent_none(monkeypatch, environment, is_bold):
     monkeypatch.delenv("NO_COLOR", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert command_line.bold("The") == ("\033[1mThe\033[0m" if is_bold else "The")
+    assert command_line.dim("The") == ("\033[2mThe\033[0m" if is_bold else "The")
 
 
 @pytest.mark.parametrize("script", ["train.py", "run.py", "export.py"])

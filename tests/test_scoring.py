@@ -81,6 +81,23 @@ def test_a_compressed_text_is_scored(call, folder):
     assert call(run.main, GPT2, "--score", folder / "text.txt.gz").out == LINES[GPT2]
 
 
+def test_the_end_of_a_document_costs_its_bits_and_is_no_byte(call, folder):
+    model, tokenizer = checkpoint.load(GPT2)
+    lines = [json.dumps({"text": text}) for text in GREEDY]
+    (folder / "documents.jsonl").write_text("\n".join(lines))
+    ids = [id for text in GREEDY for id in (*tokenizer.encode(text).tolist(), tokenizer.end)]
+    nats = [nats for _, nats in losses(model, np.array(ids, np.uint16))]
+    n_bytes = sum(map(len, GREEDY)) - len(tokenizer.tokens[ids[0]])
+    bits = np.concatenate(nats).sum(dtype=np.float64) / np.log(2) / n_bytes
+    shown = call(run.main, GPT2, "--score", folder / "documents.jsonl").out
+    assert shown.startswith(f"{bits:.4f} bits per byte, ")
+    assert shown.endswith(f" {len(ids) - 1} tokens\n")
+
+    (folder / "lines.txt").write_text("".join(f"{text}\n" for text in GREEDY))
+    plain = call(run.main, GPT2, "--no-special", "--score", folder / "documents.jsonl")
+    assert plain.out == call(run.main, GPT2, "--score", folder / "lines.txt").out != shown
+
+
 def test_a_bar_is_shown_on_a_terminal(call, text_file, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     result = call(run.main, GPT2, "--score", text_file)
@@ -200,7 +217,7 @@ def test_texts_without_a_score_are_refused_by_name(call, tmp_path, model, conten
     [
         (["--score"], 2, ["--score", "expected one argument"]),
         (["--score", "nowhere.txt"], 1, ["there is no nowhere.txt: name a text with --score"]),
-        (["--score", REFERENCE], 1, [f"there is no .txt in {REFERENCE}"]),
+        (["--score", REFERENCE], 1, [f"there is no .txt or .jsonl in {REFERENCE}"]),
         (["--score", "text.txt", "-p", "The"], 2, ["--prompt is of no use beside --score"]),
         (["--score", "text.txt", "-i"], 2, ["--interactive is of no use beside --score"]),
         (["--score", "text.txt", "--top-k", "3"], 2, ["--top-k is of no use beside --score"]),

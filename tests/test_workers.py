@@ -75,7 +75,7 @@ def test_workers_give_the_losses_of_one_and_hold_the_same_bits(tmp_path, of_one,
 
 
 def test_dropout_differs_between_workers(tmp_path, of_one):
-    with_dropout = ranks(tmp_path, 2, "--dropout", "0.2", "--accumulate", "2")
+    with_dropout = ranks(tmp_path, 2, "--dropout", "0.2")
     assert np.abs(np.subtract(with_dropout[0]["losses"], of_one)).max() > 1e-3
     assert with_dropout[0]["checksum"] == with_dropout[1]["checksum"]
 
@@ -341,7 +341,7 @@ def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_pa
 
 @pytest.mark.parametrize(("n_steps", "number", "status"), [(3, 0, 0), (1000, signal.SIGINT, 130)])
 def test_workers_outlive_the_reader_of_their_lines(tmp_path, mpi, n_steps, number, status):
-    words = [*TINY, "-n", str(n_steps), "-o", "model", "--workers", "2"]
+    words = [*TINY, "--dropout", "0", "-n", str(n_steps), "-o", "model", "--workers", "2"]
     training = start(tmp_path, *words)
     wait_for(training, "step   1/")
     training.stdout.close()

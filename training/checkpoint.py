@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-import tokenizers
 from backend import files
 from backend.errors import UserError
 from gpt_tiny import GPTConfig
@@ -27,6 +26,8 @@ from training.optimizers import OPTIMIZERS
 CHECKPOINTS = Path(".data/checkpoints")
 PROGRESS, MOMENTS = STATE_FILES = "training.json", "optimizer.safetensors"
 MARKS = (metrics.METRICS,)  # of the folder of a training that did not end
+# what settings of earlier versions lack
+EARLIER = {"no_special": True, "sample_every": None, "exact_gelu": False}
 
 
 @dataclass
@@ -97,7 +98,7 @@ def load(path: Path, config_of: Callable[[list[str]], TrainingConfig]) -> Checkp
     return Checkpoint(
         config,
         TRAINING,
-        tokenizers.load(model.get("tokenizer", tokenizers.DEFAULT), folder),
+        models.read_tokenizer(folder, model),
         models.read_weights(folder, shapes),
         {name: moments[name] for name in names},
         progress,
@@ -119,7 +120,8 @@ def read_progress(
             return progress, settings_from_json(saved["settings"])
         config, texts = config_of(saved["arguments"]), saved.get("texts")  # an earlier version
         paths = {"text_corpus": tuple(map(Path, texts))} if texts else {}
-        return progress, changed(config, {"output_path": Path(saved["output_path"]), **paths})
+        known = EARLIER | {"output_path": Path(saved["output_path"]), **paths}
+        return progress, changed(config, known)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} does not say where the training stopped: {error}") from error
 
@@ -138,7 +140,7 @@ def settings_to_json(config: TrainingConfig) -> dict[str, object]:
 
 def settings_from_json(saved: dict[str, object]) -> TrainingConfig:
     """What `settings_to_json` wrote; TypeError for a value of the wrong kind."""
-    settings = {}
+    saved, settings = EARLIER | saved, {}
     for name, kind in kinds(TrainingConfig()).items():
         value = saved[name]
         if name == "text_corpus":

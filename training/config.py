@@ -43,6 +43,7 @@ class Files:
     no_save: bool = False
     format: str = "tiny"
     checkpoint_every: int = 10  # steps
+    sample_every: int | None = None  # steps
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class TrainingConfig:
     decay: str = "none"
     min_learning_rate: float = 0.0
     dtype: str = "float32"
+    no_special: bool = False  # whether texts have no special tokens
     files: Files = field(default_factory=Files)
 
     @property
@@ -78,8 +80,9 @@ class TrainingConfig:
         settings = asdict(self)
         names = list(settings)
         content = {name: settings[name] for name in names[: names.index("tokenizer") + 1]}
-        if not self.model.gpt2:
-            del content["model"]["gpt2"]
+        for name in ("gpt2", "exact_gelu"):
+            if not content["model"][name]:
+                del content["model"][name]
         del content["optimizer"]["algorithm"], content["optimizer"]["momentum"]
         clipping = content["optimizer"]["grad_clipping"]
         content["optimizer"]["grad_clipping"] = clipping and {"Norm": clipping}
@@ -123,7 +126,8 @@ def sections(config) -> list[tuple[str, object]]:
 # What a start decides, so that no given setting may contradict it. A corpus that has moved is known
 # by its checksum.
 NEW, MODEL, TRAINING = "nothing", "the model to start from", "the training to go on with"
-MAY_CHANGE = {"n_steps", "text_corpus", "output_path", "no_save", "format", "checkpoint_every"}
+MAY_CHANGE = {"n_steps", "text_corpus", "output_path", "no_save", "format"}
+MAY_CHANGE |= {"checkpoint_every", "sample_every"}
 FIXED = {
     NEW: set(),
     MODEL: {"d_model", "n_layers", "n_heads", "tokenizer", "max_vocab_size"},
@@ -150,4 +154,6 @@ def merge(base: TrainingConfig, given: Mapping[str, object], start: str = NEW) -
 def as_option(name: str, value: object) -> str:
     """A setting as train.py takes it, or that it is not set."""
     option = f"--{OPTIONS.get(name, name).replace('_', '-')}"
-    return f"no {option}" if value is None else f"{option} {value}"
+    if value is None or isinstance(value, bool):
+        return option if value else f"no {option}"
+    return f"{option} {value}"

@@ -65,10 +65,15 @@ class Trainer:
         start.weights = start.moments = {}
         world.broadcast_tensors([*self.parameters.whole, *self.optimizer.state])
 
-    def train(self, announce: Callable[[str], None]) -> int:
+    def train(
+        self,
+        announce: Callable[[str], None],
+        show_sample: Callable[["Trainer"], None] = lambda trainer: None,
+    ) -> int:
         """Trains to the end, or to a signal that asks to stop: the signal's number, or 0.
 
-        `announce` is told of each checkpoint. UserError when the loss is no longer finite.
+        `announce` is told of each checkpoint, and rank 0 calls `show_sample` every `sample_every`
+        steps. UserError when the loss is no longer finite.
         """
         config, progress, world = self.config, self.progress, self.world
         learned = self.model, self.parameters, self.optimizer, self.losses
@@ -107,6 +112,9 @@ class Trainer:
                 print(line, flush=True)
                 batches_per_second = (progress.batch - first) / (time.time() - step_started)
                 self.keep_metrics(train_loss, batches_per_second)
+                every = config.files.sample_every
+                if every and (step + 1) % every == 0 and world.rank == 0:
+                    show_sample(self)
                 progress.step, progress.batch, progress.losses = step + 1, 0, []
                 if is_checkpoint(step, config):
                     self.keep_checkpoint(step, announce)
@@ -198,7 +206,8 @@ def read_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, world: Worl
     n_bytes = files.n_mega_bytes and files.n_mega_bytes << 20
     tokenizer = tokenizer or find_tokenizer(config.tokenizer) or TOKENIZERS[config.tokenizer]
     sizes = n_bytes, tokenizer, config.max_vocab_size
-    read = partial(ids.read, files.text_corpus, *sizes, keep=not files.no_save, bar=world.bar())
+    options = {"keep": not files.no_save, "bar": world.bar(), "special": not config.no_special}
+    read = partial(ids.read, files.text_corpus, *sizes, **options)
     for _ in range(9):
         corpus = world.broadcast_on_machine(read)
         if not world.max(corpus.ids is None):  # all ranks have them mapped
