@@ -1,7 +1,10 @@
 """What is compiled for a model: the C of its step, and a file of its weights and tokens."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from backend.rendered import N_CHUNKS, rendered
 from runtime.kernels import Kernels
@@ -31,6 +34,8 @@ def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> Ker
         "LOGITS": kernels.place_of(decoder.logits),
         "TOKENIZER": list(TOKENIZERS).index(tokenizer.name),
         "UNKNOWN": -1 if tokenizer.unknown is None else tokenizer.unknown,
+        "END": -1 if tokenizer.end is None else tokenizer.end,
+        "N_TOKENS": len(tokenizer.tokens),
         "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
     }
     for name, array in tables(tokenizer).items():
@@ -42,10 +47,17 @@ def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> Ker
         "IS_LARGE": int(kernels.n_file_bytes > MIN_SHARED_BYTES),
     }
     lines = (f"  {name} = {size},\n" for name, size in sizes.items())
-    is_end = " || ".join(f"(id) == {end}" for end in tokenizer.ends) or "0"
-    header = f"enum {{\n{''.join(lines)}}};\n#define IS_END(id) ({is_end})\n"
-    header += f"#define HELP {json.dumps(help)}\n"
+    header = f"enum {{\n{''.join(lines)}}};\n#define HELP {json.dumps(help)}\n"
+    header += f"#define IS_END(id) ({is_one_of(tokenizer.ends)})\n"
+    header += f"#define IS_EXCLUDED(id) ({is_one_of(tokenizer.excluded)})\n"
     (folder / "model.h").write_text(header, encoding="utf-8")
     with (folder / "model.bin").open("wb") as file:
         kernels.write(file)
     return kernels
+
+
+def is_one_of(ids: Sequence[int]) -> str:
+    """C for whether `id` is one of these, of which many may follow one another."""
+    ids = np.sort(np.array(ids, int))
+    runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1) if len(ids) else []
+    return " || ".join(f"((id) >= {run[0]} && (id) <= {run[-1]})" for run in runs) or "0"
