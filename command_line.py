@@ -52,7 +52,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """Errors are of one line, and a path that is empty is one: it would be the working folder."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, **defaults: object):
         super().__init__(
             description=description,
             usage="python %(prog)s [OPTION]...",
@@ -63,6 +63,7 @@ class ArgumentParser(argparse.ArgumentParser):
         )
         self.register("type", Path, path)
         self.add_argument("-h", "--help", action="help", help="show this help")
+        self.set_defaults(**defaults)
 
     def parse_given(self, argv: list[str]) -> dict[str, object]:
         """Only what a command line gives, by destination; of a repeated option a tuple."""

@@ -19,8 +19,7 @@ from backend.errors import UserError
 from backend.quantized import QMAX
 from command_line import add_text_options, bold, number
 from gpt_tiny import GPT
-from inference.decoder import quantize
-from inference.generator import Generator
+from inference.generator import Generator, quantize
 from inference.sampling import sample
 from inference.stream import TextStream, added_texts
 from models import checkpoint, folders
@@ -80,7 +79,8 @@ def generate(
     sampling = arguments.temperature, rng, arguments.top_k, arguments.top_p
     for prompt in prompts(arguments.prompt, arguments.interactive):
         ids = (tokenizer.encode(prompt) if prompt else beginning(tokenizer)).astype(np.int32)
-        warn_of_unknown(int((ids == tokenizer.unknown).sum()), "the prompt")
+        tokenizer.encode_known(prompt, unknown := tokenizers.Unknown())
+        unknown.warn("the prompt")
         tokens = generator(
             np.tile(ids, (n_samples, 1)),
             arguments.n_new_tokens,
@@ -102,12 +102,6 @@ def beginning(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
     if tokenizer.end is None:
         raise UserError("the prompt is empty: give at least one character")
     return np.array([tokenizer.end])
-
-
-def warn_of_unknown(n_tokens: int, source: str, what_happens: str = "") -> None:
-    if n_tokens:
-        warning = f"warning: {n_tokens} tokens of {source} are not in the vocabulary{what_happens}"
-        print(warning, file=sys.stderr)
 
 
 def prompts(prompt: str, is_interactive: bool) -> Iterator[str]:
@@ -148,8 +142,8 @@ def score(model: GPT, tokenizer: tokenizers.Tokenizer, path: Path) -> None:
     texts = Texts([path], "--score")
     texts.end = tokenizer.document_end.encode()
     with texts.naming_errors():
-        ids, n_unknown = known_ids(tokenizer, texts)
-    warn_of_unknown(n_unknown, texts.name, "; they are left out")
+        ids, unknown = known_ids(tokenizer, texts)
+    unknown.warn(texts.name, " and left out")
     total = Score(tokenizer)
     with tqdm(
         desc="score",

@@ -2,18 +2,23 @@
 
 The first two know a fixed set of tokens; everything else shares one more id, `unknown`, the last of
 the vocabulary. Their ids, order and rule are those of gpt-burn (github.com/felix-andreas/gpt-burn),
-whose models depend on them. Byte pairs know every text.
+whose models depend on them. Byte pairs know every text. Each can learn its tokens from a text.
 """
 
 import codecs
 import contextlib
 import hashlib
 import json
+import os
 import re
 import string
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import metadata
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import BinaryIO
@@ -27,7 +32,9 @@ from backend.machine import n_threads
 # every step, which takes up to half of the time.
 CHUNK_SIZE = 1 << 16
 MAX_VOCABULARY_BYTES = 16 << 20  # GPT-2's has 1 MB
+MAX_COUNTED = 1 << 16  # kinds of unknown tokens; beyond that the rarest are forgotten
 CHARACTERS = "\n " + string.ascii_letters + string.punctuation + string.digits + "äüöÄÖÜß"
+CATCH_ALL = "<?>"  # what a file lists for `unknown`
 VOWELS = "aeiouäöü"
 # Unicode's White_Space, as in Rust; `str.isspace` holds U+001C to U+001F as well.
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
@@ -71,16 +78,60 @@ def load(name: str, folder: Path) -> "Tokenizer":
     return TOKENIZERS[name].load(folder)
 
 
+@dataclass
+class Unknown:
+    """How many characters of a text a vocabulary lacks, of how many, and in which tokens."""
+
+    n: int = 0
+    n_characters: int = 0
+    counts: dict[str, int] = field(default_factory=Counter)
+
+    def add(self, n_characters: int, counts: Mapping[str, int]) -> None:
+        """Counts a text of so many characters, and how often it has each token that is unknown."""
+        self.n_characters += n_characters
+        self.n += sum(len(token) * count for token, count in counts.items())
+        self.counts.update(counts)
+        if len(self.counts) > MAX_COUNTED:
+            self.counts = Counter(dict(self.counts.most_common(MAX_COUNTED // 2)))
+
+    def most_frequent(self) -> dict[str, int]:
+        """Five tokens; of equal counts, the first in sorted order."""
+        return {token: self.counts[token] for token in most_frequent(self.counts, 5)}
+
+    @property
+    def share(self) -> str:
+        percent = 100 * self.n / max(1, self.n_characters)
+        return f"{percent:.1f} %" if percent >= 0.05 else "less than 0.1 %"
+
+    def warn(self, source: str, fate: str = "") -> None:
+        """Says on standard error what of `source` is unknown, if anything is."""
+        if self.n:
+            tokens = " ".join(map(visible, self.most_frequent()))
+            lack = f"{self.share} of {source} is not in the vocabulary{fate}: {tokens}"
+            print(f"warning: {lack}", file=sys.stderr)
+
+
+def visible(text: str) -> str:
+    """The text, with U+0009 for a tab, and so for all that one would not see."""
+    return "".join(
+        character
+        if character.isprintable() and not character.isspace()
+        else f"U+{ord(character):04X}"
+        for character in text
+    )
+
+
 class Tokenizer:
     """What all tokenizers share: files, and the way back from ids to text.
 
-    A subclass, which TOKENIZERS lists, sets `tokens`, the UTF-8 of each id, and defines `encode`
-    and `boundary`; with `files`, also `load` and `save`; one that `learns`, also `train`.
+    A subclass, which TOKENIZERS lists, sets `tokens`, the UTF-8 of each id, and defines `encode`,
+    `boundary`, `load`, `save` and `train`; one that has an id `unknown`, also `encode_known`.
     """
 
     name: str  # in a model's config
-    files: tuple[str, ...] = ()  # in a model's folder
-    learns = False  # its tokens from a text
+    files: tuple[str, ...]  # in a model's folder
+    default_vocab_size: int | None = None  # that it learns; None for as many as there are
+    reason = ""  # why it learned these tokens, where that is to be said
     tokens: list[bytes]
     merges: list[tuple[str, str]] | None = None  # of byte pairs: which are joined, in order
     end: int | None = None  # the id that ends a document, and begins a text without a prompt
@@ -92,13 +143,14 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
         """The tokenizer of a model's folder; UserError for files that are missing or damaged."""
-        return cls()
+        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """Writes `files` to a model's folder."""
+        raise NotImplementedError
 
     @classmethod
-    def train(cls, file: BinaryIO, size: int, vocab_size: int) -> "Tokenizer":
+    def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "Tokenizer":
         """Learns at most `vocab_size` tokens from a file's first `size` bytes.
 
         NotUTF8 if the file is not UTF-8.
@@ -133,6 +185,10 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         raise NotImplementedError
 
+    def encode_known(self, text: str, unknown: Unknown) -> np.ndarray:
+        """The ids of a text without the unknown ones, whose tokens are counted."""
+        return self.encode(text)
+
     @staticmethod
     def boundary(text: str) -> int:
         """The last place found where a token starts whatever follows the text; 0 if none is."""
@@ -142,16 +198,17 @@ class Tokenizer:
         """What tells it from tokenizers that give other ids."""
         return hashlib.sha256(repr((self.name, self.tokens)).encode()).hexdigest()
 
-    def encode_file(self, file: BinaryIO, size: int) -> Iterator[np.ndarray]:
-        """The ids of a file's first `size` bytes, chunk by chunk, without the unknown ones.
+    def encode_file(
+        self, file: BinaryIO, size: int, unknown: Unknown | None = None
+    ) -> Iterator[np.ndarray]:
+        """`encode_known` of a file's first `size` bytes, chunk by chunk.
 
         NotUTF8 if the file is not UTF-8.
         """
-        for ids in self.encode_all(self.chunks(file, size)):
-            yield ids if self.unknown is None else ids[ids != self.unknown]
+        return self.encode_all(self.chunks(file, size), unknown or Unknown())
 
-    def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        return map(self.encode, texts)
+    def encode_all(self, texts: Iterable[str], unknown: Unknown) -> Iterator[np.ndarray]:
+        return (self.encode_known(text, unknown) for text in texts)
 
     @classmethod
     def chunks(cls, file: BinaryIO, size: int) -> Iterator[str]:
@@ -175,20 +232,77 @@ class Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-    """One id for each of 103 characters: most of what English and German texts are made of."""
+    """One id for each character: gpt-burn's 103, most of what English and German texts are made of,
+    or a text's own, in sorted order.
 
-    name = "char"
-    tokens = [character.encode() for character in CHARACTERS] + [b""]
-    # By code point; the last entry stands for all from there on.
-    ids = np.full(257, len(CHARACTERS), np.uint8)
-    ids[[ord(character) for character in CHARACTERS]] = np.arange(len(CHARACTERS))
+    The carriage return of Windows' line breaks is never one, and not counted as unknown.
+    """
+
+    name, files = "char", ("tokenizer.json",)
+    N_OTHERS = 200  # gpt-burn's are enough where all but one character in so many are among them
+
+    def __init__(self, characters: Iterable[str] = CHARACTERS):
+        characters = "".join(characters)
+        self.is_gpt_burns = characters == CHARACTERS
+        self.tokens = [character.encode() for character in characters] + [b""]
+        points = code_points(characters)
+        # By code point; the last entry stands for all from there on.
+        self.ids = np.full(points.max(initial=0) + 2, len(points), self.dtype)
+        self.ids[points] = np.arange(len(points))
+
+    @classmethod
+    def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "CharTokenizer":
+        """gpt-burn's characters, where they are enough and no size is given, or else the text's
+        own: those that occur twice or more, the most frequent `vocab_size - 1` of them."""
+        if vocab_size == 1:
+            raise UserError("the vocabulary size must be 2 or more: a line break takes one id, too")
+        common = "" if vocab_size else CHARACTERS
+        counts, n_characters = count_characters(cls.chunks(file, size), common)
+        n_characters -= int(counts[ord("\r")])
+        counts[ord("\r")] = 0
+        n_others = counts.sum() - counts[code_points(CHARACTERS)].sum()
+        others = Unknown(int(n_others), n_characters)
+        if vocab_size is None and n_others * cls.N_OTHERS <= n_characters:
+            return cls()
+        counts[ord("\n")] = n_characters + 2  # always there: prompts begin with it
+        found = np.flatnonzero(counts > 1)
+        order = np.argsort(-counts[found], kind="stable")[: vocab_size and vocab_size - 1]
+        tokenizer = cls(map(chr, np.sort(found[order])))
+        tokenizer.reason = f"the vocabulary is its own {len(order)} characters, " + (
+            "as --vocab-size asks" if vocab_size else f"for gpt-burn's 103 leave out {others.share}"
+        )
+        return tokenizer
 
     def encode(self, text: str) -> np.ndarray:
-        return self.ids[np.minimum(code_points(text), 256)]
+        return self.ids.take(code_points(text), mode="clip")  # the fastest way in numpy
+
+    def encode_known(self, text: str, unknown: Unknown) -> np.ndarray:
+        points = code_points(text)
+        ids = self.ids.take(points, mode="clip")
+        places = np.flatnonzero(ids == self.unknown)
+        others, counts = np.unique(points[places], return_counts=True)
+        counts = dict(zip(map(chr, others.tolist()), counts.tolist(), strict=True))
+        unknown.add(len(text) - counts.pop("\r", 0), counts)
+        return np.delete(ids, places) if len(places) else ids
 
     @staticmethod
     def boundary(text: str) -> int:
         return len(text)
+
+    def save(self, folder: Path) -> None:
+        """Writes the text's own; without a file they are gpt-burn's."""
+        if not self.is_gpt_burns:
+            write_tokens(folder / "tokenizer.json", self.tokens)
+
+    @classmethod
+    def load(cls, folder: Path) -> "CharTokenizer":
+        if not (folder / "tokenizer.json").is_file():
+            return cls()
+        with loading(folder / "tokenizer.json") as path:
+            characters = read_tokens(path)
+            if longer := [token for token in characters if len(token) != 1]:
+                raise UserError(f"{longer[0]!r:.60} is not one character")
+            return cls(characters)
 
 
 class SimpleVowelTokenizer(Tokenizer):
@@ -198,13 +312,13 @@ class SimpleVowelTokenizer(Tokenizer):
     in sorted order. Of equally frequent tokens it prefers the first in that order.
     """
 
-    name, files, learns = "vowel", ("tokenizer.json",), True
-    catch_all = "<?>"  # what a file lists for `unknown`; no text has it: `<` is a token by itself
+    name, files = "vowel", ("tokenizer.json",)
+    default_vocab_size = 2000
 
     def __init__(self, tokens: Iterable[str], vocab_size: int):
         known = sorted(most_frequent(Counter(tokens), vocab_size - 1))
-        if self.catch_all in known:
-            raise UserError(f"{self.catch_all} stands for unknown tokens and cannot be one")
+        if CATCH_ALL in known:  # no text has it: `<` is a token by itself
+            raise UserError(f"{CATCH_ALL} stands for unknown tokens and cannot be one")
         self.tokens = [token.encode() for token in known] + [b""]
         self.ids = {token: id for id, token in enumerate(self.tokens[:-1])}
         self._fill_slots()
@@ -226,18 +340,25 @@ class SimpleVowelTokenizer(Tokenizer):
         for text in cls.chunks(file, size):
             data = text.encode()
             offsets = token_offsets(text, data)
-            keys, repeats = np.unique(token_keys(data, offsets), return_counts=True)
-            for key, count in zip(keys.tolist(), repeats.tolist(), strict=True):
-                length, *_ = packed = key.to_bytes(8, "little")
-                counts[packed[8 - length :]] += count
-            counts.update(slices(data, offsets, np.flatnonzero(np.diff(offsets) > 7)))
-        del counts[b""]  # the key that long tokens share
+            count_tokens(counts, data, offsets, np.arange(len(offsets) - 1))
         tokens = most_frequent(counts, vocab_size - 1)
         return cls((token.decode() for token in tokens), vocab_size)
 
     def encode(self, text: str) -> np.ndarray:
         data = text.encode("utf-8", "surrogatepass")
+        return self._encode(data, token_offsets(text, data))
+
+    def encode_known(self, text: str, unknown: Unknown) -> np.ndarray:
+        data = text.encode("utf-8", "surrogatepass")
         offsets = token_offsets(text, data)
+        ids = self._encode(data, offsets)
+        is_known = ids != self.unknown
+        counts = count_tokens(Counter(), data, offsets, np.flatnonzero(~is_known))
+        tokens = (token.decode("utf-8", "surrogatepass") for token in counts)
+        unknown.add(len(text), dict(zip(tokens, counts.values(), strict=True)))
+        return ids[is_known]
+
+    def _encode(self, data: bytes, offsets: np.ndarray) -> np.ndarray:
         keys = token_keys(data, offsets)
         slots = self._slots(keys)
         ids = self.slot_ids[slots]
@@ -274,9 +395,7 @@ class SimpleVowelTokenizer(Tokenizer):
         return next(separators, 0)
 
     def save(self, folder: Path) -> None:
-        tokens = [token.decode() for token in self.tokens[:-1]] + [self.catch_all]
-        content = json.dumps({"tokens": tokens}, ensure_ascii=False, indent=1)
-        (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+        write_tokens(folder / "tokenizer.json", self.tokens)
 
     @classmethod
     def load(cls, folder: Path) -> "SimpleVowelTokenizer":
@@ -286,17 +405,11 @@ class SimpleVowelTokenizer(Tokenizer):
     def read(cls, path: Path) -> "SimpleVowelTokenizer":
         """Reads what `save` writes, or the bincode that gpt-burn writes.
 
-        They are told apart by the zero bytes of bincode's first number: JSON has none.
         UserError if the file cannot be read or is neither.
         """
         with loading(path):
-            data = path.read_bytes()
-            tokens = parse_bincode(data) if b"\0" in data[:8] else parse_json(data)
-            if tokens[-1:] != [cls.catch_all]:
-                raise UserError(f"its last token is not {cls.catch_all}")
-            if any(token >= following for token, following in pairwise(tokens[:-1])):
-                raise UserError("its tokens are not in sorted order")
-            return cls(tokens[:-1], len(tokens))
+            known = read_tokens(path)
+            return cls(known, len(known) + 1)
 
 
 class BytePairTokenizer(Tokenizer):
@@ -309,6 +422,8 @@ class BytePairTokenizer(Tokenizer):
     """
 
     name, unknown = "bpe", None
+    default_vocab_size = 4096
+    LEARNED_BYTES = 64 << 20  # of a text, at most
     role_files = ("special_tokens_map.json", "tokenizer_config.json")  # which token pads, say
     files = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json", *role_files)
     roles: Mapping[str, dict] = {}  # the content of a folder's `role_files`
@@ -349,13 +464,27 @@ class BytePairTokenizer(Tokenizer):
             self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
         )
 
+    @classmethod
+    def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "BytePairTokenizer":
+        """The 256 bytes, the pairs that the text has most often, and <|endoftext|>."""
+        vocab_size = vocab_size or cls.default_vocab_size
+        if vocab_size <= len(BYTES):
+            raise UserError("the vocabulary size must be 257 or more: bytes, and an end of text")
+        texts = cls.chunks(file, min(size, cls.LEARNED_BYTES))
+        parts = [part for text in texts for part in text.split(cls.end_of_text)]
+        merges = learned_merges(parts, cls.pattern, vocab_size - 1)
+        tokens = dict.fromkeys([*BYTES, *map("".join, merges), cls.end_of_text])
+        return cls({token: id for id, token in enumerate(tokens)}, merges)
+
     def digest(self) -> str:
         facts = self.name, self.tokens, self.merges
         if self.specials:
             facts += (sorted(self.specials.items()),)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
-    def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    def encode_all(
+        self, texts: Iterable[str], unknown: Unknown | None = None
+    ) -> Iterator[np.ndarray]:
         """On all cores: tiktoken lets other threads run."""
         texts, n = self.with_whole_specials(texts), n_threads()
         with ThreadPoolExecutor(n) as threads:
@@ -588,6 +717,26 @@ def code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
+def count_characters(texts: Iterable[str], common: str = "") -> tuple[np.ndarray, int]:
+    """How often there is each code point, (0x110000,), and the number of all characters.
+
+    Those of `common` that are ASCII may be counted as 2 where they are more: that is 3 times as
+    fast.
+    """
+    counts, n_characters, settled = np.zeros(sys.maxunicode + 1, np.int64), 0, b""
+    common = code_points(common)
+    common = common[common < 128]
+    for text in texts:
+        n_characters += len(text)
+        data = text.encode()
+        if len(data) < 1.2 * len(text):
+            text = data.translate(None, settled).decode()
+        found = np.bincount(code_points(text))
+        counts[: len(found)] += found
+        settled = bytes(common[counts[common] > 1].tolist())
+    return counts, n_characters
+
+
 OTHER, VOWEL, SEPARATOR = range(3)
 KINDS = np.full(0x3002, OTHER, np.uint8)  # by code point; U+3000 is the last separator
 KINDS[[ord(character) for character in VOWELS]] = VOWEL
@@ -648,6 +797,37 @@ def slices(data: bytes, offsets: np.ndarray, indices: np.ndarray) -> Iterator[by
     return (data[start:end] for start, end in zip(starts, ends, strict=True))
 
 
+def count_tokens(
+    counts: Counter[bytes], data: bytes, offsets: np.ndarray, indices: np.ndarray
+) -> Counter[bytes]:
+    """Adds how often there is each of some tokens of a text."""
+    keys, repeats = np.unique(token_keys(data, offsets)[indices], return_counts=True)
+    for key, count in zip(keys.tolist(), repeats.tolist(), strict=True):
+        length, *_ = packed = key.to_bytes(8, "little")
+        counts[packed[8 - length :]] += count
+    del counts[b""]  # the key that long tokens share
+    counts.update(slices(data, offsets, indices[np.diff(offsets)[indices] > 7]))
+    return counts
+
+
+def write_tokens(path: Path, tokens: list[bytes]) -> None:
+    listed = [token.decode() for token in tokens[:-1]] + [CATCH_ALL]
+    content = json.dumps({"tokens": listed}, ensure_ascii=False, indent=1)
+    path.write_text(content, encoding="utf-8")
+
+
+def read_tokens(path: Path) -> list[str]:
+    """The known tokens of a file, as `write_tokens` or gpt-burn writes it."""
+    data = path.read_bytes()
+    # bincode's first number has zero bytes, JSON none
+    tokens = parse_bincode(data) if b"\0" in data[:8] else parse_json(data)
+    if tokens[-1:] != [CATCH_ALL]:
+        raise UserError(f"its last token is not {CATCH_ALL}")
+    if any(token >= following for token, following in pairwise(tokens[:-1])):
+        raise UserError("its tokens are not in sorted order")
+    return tokens[:-1]
+
+
 def parse_json(data: bytes) -> list[str]:
     content = json.loads(data.decode("utf-8-sig"))
     tokens = content.get("tokens") if isinstance(content, dict) else None
@@ -700,6 +880,50 @@ def byte_of(character: str) -> int:
     if character not in BYTE_OF:
         raise UserError(f"{character!r} stands for no byte")
     return BYTE_OF[character]
+
+
+# Run by itself, for Hugging Face's package has the name of this file. A script without spaces has
+# words as long as a sentence: they are cut, and tokens bounded, or rare ones would be whole ones.
+LEARN = """
+import json, os, sys
+given = json.load(sys.stdin)
+sys.path = [path for path in sys.path if os.path.realpath(path) != given["folder"]]
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+split = pre_tokenizers.Split(Regex(given["pattern"].replace("+", "{1,32}")), "isolated")
+to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+tokenizer = Tokenizer(models.BPE())
+tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+trainer = trainers.BpeTrainer(
+    vocab_size=given["vocab_size"], max_token_length=32, show_progress=False,
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+)
+tokenizer.train_from_iterator(given["texts"], trainer)
+merges = json.loads(tokenizer.to_str())["model"]["merges"]
+json.dump([pair.split(" ") if isinstance(pair, str) else pair for pair in merges], sys.stdout)
+"""
+
+
+def learned_merges(texts: list[str], pattern: str, vocab_size: int) -> list[tuple[str, str]]:
+    """The pairs to join, bytes and pairs together `vocab_size`, as Hugging Face's trainer has
+    them; UserError without its package."""
+    try:
+        metadata.version("tokenizers")
+    except metadata.PackageNotFoundError:
+        needs = "learning byte pairs needs Hugging Face's package tokenizers"
+        raise UserError(f"{needs}: pip install '.[bpe]'") from None
+    folder = os.path.dirname(os.path.realpath(__file__))
+    given = {"folder": folder, "pattern": pattern, "vocab_size": vocab_size, "texts": texts}
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", LEARN],
+        input=json.dumps(given),
+        env=os.environ | {"RAYON_NUM_THREADS": str(n_threads())},
+        capture_output=True,
+        text=True,
+    )
+    if process.returncode:
+        *_, reason = process.stderr.splitlines() or [f"status {process.returncode}"]
+        raise UserError(f"byte pairs cannot be learned: {reason}")
+    return list(map(tuple, json.loads(process.stdout)))
 
 
 def tiktoken():

@@ -21,12 +21,11 @@ from models import find_tokenizer, folders
 from training import checkpoint, metrics
 from training.checkpoint import Checkpoint
 from training.checks import check
-from training.config import TRAINING, TrainingConfig, as_option, flat, merge
+from training.config import DEFAULTS, TRAINING, TrainingConfig, as_option, flat, merge
 from training.launch import count_workers, launch
 from training.trainer import Trainer, read_corpus
 from training.workers import World
 
-DEFAULTS = TrainingConfig()
 ROUNDED_ONLY = (
     "warning: --dtype bfloat16: there are no fast products of it here, so operands are rounded and "
     "multiplied in float32"
@@ -40,7 +39,7 @@ def main() -> int:
     with World(command_line.explain) as world:
         start = begin(given, world)
         config = resolve(start, given, parser)
-        if not world.is_under_mpi and (n := count_workers(n_workers)) > 1:
+        if n_workers != 1 and not world.is_under_mpi and (n := count_workers(n_workers)) > 1:
             return launch(n, sys.argv)
         world.take_device()
         if config.files.output_path and not config.files.no_save and world.rank == 0:
@@ -56,15 +55,16 @@ def main() -> int:
 
 
 def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser("Train a GPT on a text.")
+    parser = command_line.ArgumentParser("Train a GPT on a text.", **flat(DEFAULTS))
     size, rate = number(int, 1, 2**31), number(float, 0)
     add = parser.add_argument_group("model").add_argument
     add("-c", "--context-length", type=size, help="tokens that the model sees")
     add("-d", "--d-model", type=size, help="width of the model")
     add("-l", "--n-layers", type=size, help="number of blocks")
     add("-h", "--n-heads", type=size, help="attention heads in a block")
-    add("--tokenizer", help="char, vowel, or GPT-2's: a folder, or gpt2")
-    add("--vocab-size", dest="max_vocab_size", type=size, help="tokens of the vowel tokenizer")
+    add("--tokenizer", help="char, vowel, bpe, or GPT-2's: a folder, or gpt2")
+    vocab_help = "tokens that it learns (default: vowel 2000, bpe 4096, char all that it needs)"
+    add("--vocab-size", dest="max_vocab_size", type=size, help=vocab_help)
     add("--init-from", type=Path, metavar="PATH", help="model to start from: its folder, or gpt2")
     add = parser.add_argument_group("training").add_argument
     add("-n", "--n-steps", type=size, help=f"steps of {DEFAULTS.batches_per_step} batches")
@@ -100,7 +100,6 @@ def make_parser() -> command_line.ArgumentParser:
     add("--checkpoint-every", type=size, help="steps from one checkpoint to the next")
     add("--sample-every", type=size, help="steps from one look at what it writes to the next")
     add("--resume", type=Path, metavar="PATH", help="checkpoint to go on from, or a folder of them")
-    parser.set_defaults(**flat(DEFAULTS))
     return parser
 
 
@@ -145,15 +144,17 @@ def resolve(
         raise UserError(f"{option} is less than the {before.n_steps} of before")
     if config.model.gpt2 and config.files.format == "burn":
         raise UserError("--format burn: gpt-burn has no GPT-2")
+    if config.files.format == "burn" and not getattr(start.tokenizer, "is_gpt_burns", True):
+        raise UserError("--format burn: gpt-burn has no other characters than its own")
     return config
 
 
 def print_start(config: TrainingConfig) -> None:
-    device = devices.in_use()
+    device, settings = devices.in_use(), json.dumps(config.to_json(), indent=2)
     if config.dtype == "bfloat16" and device.startswith("CPU") and not has_fast_bfloat16():
         print(ROUNDED_ONLY, file=sys.stderr)
     print(bold("start training"), f"- parameters: {config.model.n_parameters}, device: {device}")
-    print(json.dumps(config.to_json(), indent=2), flush=True)
+    print(settings, flush=True)
 
 
 def finish(trainer: Trainer, signal_number: int) -> int:

@@ -13,17 +13,17 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import tokenizers
-from backend import caches, files, machine
+from backend import files, machine
 from backend.errors import UserError
 from data.texts import Texts
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, Unknown
 
 DEFAULT_MEGA_BYTES = 999  # gpt-burn's
 FOLDER = Path(".data/ids")
@@ -88,7 +88,7 @@ def read(
     paths: Sequence[Path],
     n_bytes: int | None,
     tokenizer: Tokenizer | type[Tokenizer],
-    vocab_size: int,
+    vocab_size: int | None,
     keep: bool,
     bar: dict[str, object],
     special: bool = True,
@@ -96,12 +96,14 @@ def read(
     """The ids of the first `n_bytes` bytes of texts; with None of gpt-burn's 999 MiB, and a line if
     there are more.
 
-    A tokenizer that learns may be given as its class: it learns `vocab_size` tokens, as one that is
-    given itself has done. With `keep` the ids lie in a folder of FOLDER, where the next training on
-    these texts finds them, else in a temporary one, and in memory where neither can be written.
-    `bar` is options of tqdm. Unless `special`, the tokenizer's special tokens are not looked for,
-    nor put between documents, and go. UserError for texts that can't be read.
+    A tokenizer may be given as its class, to learn `vocab_size` tokens, or with None its default. A
+    line says what of the texts is not in the vocabulary. With `keep` the ids lie in a folder of
+    FOLDER, where the next training on these texts finds them, else in a temporary one, and in
+    memory where neither can be written. `bar` is options of tqdm. Unless `special`, the tokenizer's
+    special tokens are not looked for, nor put between documents, and go. UserError for texts that
+    can't be read.
     """
+    vocab_size = vocab_size or tokenizer.default_vocab_size
     return Encoder(Texts(paths), n_bytes, tokenizer, vocab_size, bar, special).corpus(keep)
 
 
@@ -112,7 +114,7 @@ class Encoder:
     texts: Texts
     n_bytes: int | None
     tokenizer: Tokenizer | type[Tokenizer]
-    vocab_size: int
+    vocab_size: int | None
     bar: dict[str, object]
     special: bool
 
@@ -131,22 +133,31 @@ class Encoder:
         """Bytes."""
         return DEFAULT_MEGA_BYTES << 20 if self.n_bytes is None else self.n_bytes
 
-    @functools.cached_property
-    def folder(self) -> Path:
-        """Where the ids are kept, by the texts and by all else that decides which ids these are."""
-        setting = [self.vocab_size] if self.tokenizer.learns else self.tokenizer.digest()
+    def folder(self, setting: object) -> Path:
+        """Where ids are kept, by the texts and by all else that decides which ids these are."""
         key = json.dumps([self.texts.names, self.limit, setting]).encode()
         name = re.sub(r"[^\w.-]", "_", Path(self.texts.names[0]).name)
         return FOLDER / f"{name}-{hashlib.sha256(key).hexdigest()[:16]}"
 
+    def folders(self) -> list[Path]:
+        """Of ids by a tokenizer that has learned here, and by one that was given."""
+        name = self.tokenizer.name
+        settings = [[self.vocab_size] if name == "vowel" else [self.vocab_size, name]]
+        if isinstance(self.tokenizer, Tokenizer):
+            settings.append(self.tokenizer.digest())
+        return list(map(self.folder, settings))
+
     def corpus(self, keep: bool) -> Corpus:
-        if corpus := self.kept(self.folder):
+        *_, folder = folders = self.folders()
+        if corpus := next(filter(None, map(self.kept, folders)), None):
             return corpus
         if isinstance(self.tokenizer, type):
             with self.reading("counting tokens"):
                 learned = self.tokenizer.train(self.texts, self.limit, self.vocab_size)
             self.tokenizer = self.prepare(learned)
-        folder, temporary = self.folder, None
+            if corpus := self.kept(self.folders()[-1]):
+                return corpus
+        temporary = None
         is_kept = keep and self.texts.is_repeatable
         try:
             if not is_kept and os.name == "nt":  # where no file that is mapped can be removed
@@ -175,7 +186,11 @@ class Encoder:
                     tokenizer = self.prepare(tokenizer.load(folder))
                 corpus = Corpus(self.texts.name, tokenizer, kept["checksum"], folder / IDS)
                 if kept["tokenizer"] == tokenizer.digest() and corpus.ids is not None:
-                    self.warn(kept["is_cut"])
+                    if "unknown" not in kept:  # as earlier versions kept them
+                        self.tokenizer = tokenizer
+                        kept |= self.encode(lambda ids: None)
+                        files.write_file(folder / FACTS, json.dumps(kept, indent=1).encode())
+                    self.say(kept)
                     with contextlib.suppress(OSError):  # of someone else, say
                         os.utime(folder)  # those that are used stay
                     return corpus
@@ -185,17 +200,9 @@ class Encoder:
         """The ids in a new folder, written whole or not at all."""
         with files.new_folder(folder) as new:
             with (new / IDS).open("wb") as file:
-                checksum = self.encode(file.write)
-                n_bytes = file.tell()
-            facts = {
-                "texts": self.texts.facts,
-                "tokenizer": self.tokenizer.digest(),
-                "checksum": checksum,
-                "n_ids_bytes": n_bytes,
-                "is_cut": self.texts.n_read > self.limit,
-            }
-            if self.tokenizer.learns:  # others are there without texts
-                self.tokenizer.save(new)
+                facts = self.encode(file.write)
+                facts["n_ids_bytes"] = file.tell()
+            self.tokenizer.save(new)
             (new / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
             for path in (*new.iterdir(), new):
                 files.sync(path)
@@ -203,7 +210,8 @@ class Encoder:
                 return corpus
             shutil.rmtree(folder, ignore_errors=True)  # of a text as it was before
             os.rename(new, folder)
-        return Corpus(self.texts.name, self.tokenizer, checksum, folder / IDS)
+        self.say(facts)
+        return Corpus(self.texts.name, self.tokenizer, facts["checksum"], folder / IDS)
 
     def in_memory(self) -> Corpus:
         ids, limit = bytearray(), machine.memory() // 2
@@ -213,24 +221,37 @@ class Encoder:
                 raise UserError(f"{self.texts.name} fits neither on the disk nor in memory")
             ids.extend(data)  # grows in place: a list of arrays would be copied to be joined
 
-        checksum = self.encode(append)
+        facts = self.encode(append)
+        self.say(facts)
         stored = np.frombuffer(ids, self.tokenizer.dtype)
-        return Corpus(self.texts.name, self.tokenizer, checksum, stored)
+        return Corpus(self.texts.name, self.tokenizer, facts["checksum"], stored)
 
-    def encode(self, write: Callable[[bytes], object]) -> int:
-        """Passes the ids on, chunk by chunk; their checksum."""
-        checksum, self.texts.end = 0, self.tokenizer.document_end.encode()
+    def encode(self, write: Callable[[bytes], object]) -> dict[str, object]:
+        """Passes the ids on, chunk by chunk; what is to be known of them."""
+        checksum, unknown = 0, Unknown()
+        self.texts.end = self.tokenizer.document_end.encode()
         with self.reading("encoding"):
-            for ids in self.tokenizer.encode_file(self.texts, self.limit):
+            for ids in self.tokenizer.encode_file(self.texts, self.limit, unknown):
                 write(data := ids.tobytes())
                 checksum = zlib.crc32(data, checksum)
-        self.warn(self.texts.n_read > self.limit)
-        return checksum
+        return {
+            "texts": self.texts.facts,
+            "tokenizer": self.tokenizer.digest(),
+            "checksum": checksum,
+            "is_cut": self.texts.n_read > self.limit,
+            "reason": self.tokenizer.reason,
+            "unknown": asdict(unknown) | {"counts": unknown.most_frequent()},
+        }
 
-    def warn(self, is_cut: bool) -> None:
-        if is_cut and self.n_bytes is None:
+    def say(self, facts: dict[str, object]) -> None:
+        """On standard error: what is used of the texts, as which tokens, and what is left out."""
+        name = self.texts.name
+        if facts["is_cut"] and self.n_bytes is None:
             used = f"only the first {DEFAULT_MEGA_BYTES} MiB are used"
-            print(f"{self.texts.name}: {used}; --n-mega-bytes takes more", file=sys.stderr)
+            print(f"{name}: {used}; --n-mega-bytes takes more", file=sys.stderr)
+        if facts["reason"]:
+            print(f"{name}: {facts['reason']}", file=sys.stderr)
+        Unknown(**facts["unknown"]).warn(name, " and left out")
 
     @contextlib.contextmanager
     def reading(self, what: str) -> Iterator[None]:
@@ -252,7 +273,7 @@ def drop_oldest() -> None:
     """Leaves the ids that were used last, KEPT_BYTES of them, and all that is not ours."""
     complete = (facts.parent for facts in FOLDER.glob(f"*/{FACTS}"))
     ours = [folder for folder in complete if KEPT_NAME.fullmatch(folder.name)]
-    caches.drop_oldest(ours, KEPT_BYTES, remove)
+    files.drop_oldest(ours, KEPT_BYTES, remove)
     for unfinished in FOLDER.glob(".gpt-tiny-*"):
         with contextlib.suppress(OSError):
             if time.time() - (unfinished / IDS).stat().st_mtime > A_DAY:  # its training was killed

@@ -12,23 +12,21 @@ from backend.arrays import copy_in, copy_out, from_numpy, zeros
 from backend.errors import UserError
 from backend.jit_cache import CachedJit
 from gpt_tiny import GPT
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, Unknown
 
 BATCH_TOKENS = 2048  # that the model reads at once, in as many windows
 BATCH_LOGITS = 1 << 24  # that it gives at once, 64 MB of them, but for one window at least
 
 
-def known_ids(tokenizer: Tokenizer, file: BinaryIO) -> tuple[np.ndarray, int]:
-    """The ids of a text in UTF-8, of any size, without the unknown ones, and the number of these.
+def known_ids(tokenizer: Tokenizer, file: BinaryIO) -> tuple[np.ndarray, Unknown]:
+    """The ids of a text in UTF-8, of any size, without the unknown ones, and what is unknown.
 
     NotUTF8 if it is not UTF-8.
     """
-    ids, n_unknown = bytearray(), 0  # grows in place
-    for piece in tokenizer.encode_all(tokenizer.chunks(file, sys.maxsize)):
-        known = piece[piece != tokenizer.unknown]
+    ids, unknown = bytearray(), Unknown()  # grows in place
+    for known in tokenizer.encode_file(file, sys.maxsize, unknown):
         ids += known.tobytes()
-        n_unknown += len(piece) - len(known)
-    return np.frombuffer(ids, tokenizer.dtype), n_unknown
+    return np.frombuffer(ids, tokenizer.dtype), unknown
 
 
 def losses(model: GPT, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

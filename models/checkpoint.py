@@ -23,7 +23,7 @@ from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt2, gpt_burn, hub, safetensors
 from models.folders import INDEX, MODEL_FILES, WEIGHT_FILES, replacing
 from models.safetensors import LazyArrays
-from tokenizers import TOKENIZERS, BytePairTokenizer, Tokenizer
+from tokenizers import TOKENIZERS, BytePairTokenizer, CharTokenizer, Tokenizer
 
 
 def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
@@ -61,11 +61,10 @@ def read_tokenizer(folder: Path, config: dict) -> Tokenizer:
 
 
 def find_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer that a user names: one that needs no files, or that of a folder or of a name on
-    the Hugging Face Hub; None for one that learns from a text."""
-    kind = TOKENIZERS.get(name, tokenizers.OF_FOLDERS)
-    if kind.learns or not kind.files:
-        return None if kind.learns else kind()
+    """The tokenizer of a folder or of a name on the Hugging Face Hub; None for one of TOKENIZERS,
+    which learns from a text."""
+    if name in TOKENIZERS:
+        return None
     folder, reason = Path(name), "there is no such folder"
     try:
         if hub.is_name(folder):
@@ -73,12 +72,12 @@ def find_tokenizer(name: str) -> Tokenizer | None:
     except UserError as error:
         reason = str(error)
     if not folder.is_dir():
-        names = [each.name for each in TOKENIZERS.values() if each.learns or not each.files]
         raise UserError(
-            f"--tokenizer {name} is not known: name {', '.join(names)}, or a folder or a model of "
-            f"the Hugging Face Hub with vocab.json and merges.txt, or tokenizer.json ({reason})"
+            f"--tokenizer {name} is not known: name {', '.join(TOKENIZERS)}, or a folder or a "
+            "model of the Hugging Face Hub with vocab.json and merges.txt, or tokenizer.json "
+            f"({reason})"
         )
-    return kind.load(folder)
+    return tokenizers.OF_FOLDERS.load(folder)
 
 
 def find(folder: Path) -> Path:
@@ -88,10 +87,11 @@ def find(folder: Path) -> Path:
         return folder
     repository = hub.Repository(folder.as_posix())
     config = parse_config(repository.fetch("config.json"))  # before the weights of what is no GPT-2
-    kind, optional = TOKENIZERS.get(config.get("tokenizer"), Tokenizer), ["generation_config.json"]
+    kind = TOKENIZERS.get(config.get("tokenizer"), CharTokenizer)
+    optional = ["generation_config.json"]
     if kind is BytePairTokenizer:
         fetch_byte_pairs(repository)
-    else:
+    else:  # gpt-burn's characters are in no file
         optional += kind.files
     files = ("model.safetensors", INDEX)
     if not any(map(repository.cached, files)):  # else all is there, and no one is asked

@@ -4,7 +4,6 @@ import base64
 import gzip
 import hashlib
 import html
-import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,8 @@ import numpy as np
 import ziglang
 from tinygrad.helpers import NUM_CPU_THREADS
 
-from backend.cpu.blas import blas
 from backend.cpu.compiler import FLAGS
+from backend.cpu.native import blas
 from backend.errors import UserError
 
 ZIG = Path(ziglang.__file__).parent / "zig"
@@ -65,13 +64,6 @@ WASM = (
     "-DHALVES_ARE_SINGLE",
 )
 WASM += ("-Wl,--no-entry", "-Wl,-z,stack-size=1048576", "-Wl,--export-memory")
-
-
-def this_machine() -> str:
-    """The name of the target that this machine is."""
-    system = {"Darwin": "macos"}.get(platform.system(), platform.system().lower())
-    is_arm = platform.machine().lower() in ("arm64", "aarch64") and system != "windows"
-    return f"{'aarch64' if is_arm else 'x86_64'}-{system}"
 
 
 def zig(*words: str | Path, folder: Path | None = None) -> None:

@@ -1,7 +1,5 @@
 // What the files of an exported model know of each other. model.h, with the sizes, and kernels.c
 // are written when a model is exported.
-#include <stddef.h>
-
 #include "model.h"
 
 typedef unsigned char byte;
@@ -15,7 +13,7 @@ extern const byte *model;   // weights and tokens, at places that model.h has na
 extern const void *halves;  // its weights in half precision, or, where there is only that, in single
 extern byte memory[MEMORY_BYTES];  // what the kernels write: caches, logits, and all between
 
-// A step of inference/decoder.py, on several cores: each runs all kernels, of those in chunks every
+// A step of inference/generator.py, on several cores: each runs all kernels, of those in chunks every
 // n_cores-th chunk.
 typedef struct {
   int n, end, last;  // as there
@@ -23,13 +21,11 @@ typedef struct {
   long n_done;  // kernels, by all cores together
   int (*yield)(void);  // gives the core to another thread
 } Step;
-
-// steps.c, once for each kind of processor
-typedef void Kernels(Step *, int core);
+typedef void Kernels(Step *, int core);  // steps.c has one for each kind of processor
 
 // system.c
 _Noreturn void fail(int status, const char *format, ...);
-void *resized(void *old, size_t n_bytes);
+void *resized(void *old, long long n_bytes);
 void choose_kernels(void);
 
 // system.c, in a page page.c

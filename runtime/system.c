@@ -21,7 +21,7 @@ void fail(int status, const char *format, ...) {
   exit(status);
 }
 
-void *resized(void *old, size_t n_bytes) {
+void *resized(void *old, long long n_bytes) {
   void *new = realloc(old, n_bytes + 1);
   if (!new) fail(1, "out of memory");
   return new;

@@ -399,7 +399,7 @@ def test_a_program_that_its_system_would_not_load_is_refused(call, folder, monke
 def test_without_a_target_a_program_is_for_this_machine(monkeypatch, system, machine, target):
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    assert build.this_machine() == target and target in build.TARGETS
+    assert export.this_machine() == target and target in build.TARGETS
 
 
 def test_compiling_takes_no_more_cores_than_it_may(monkeypatch, tmp_path):

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GPT2, ROOT, not_on_windows
+from texts import needs_a_learner
 
 from backend import files
 from backend.errors import UserError
@@ -28,7 +29,13 @@ from data import ids
 from data.ids import Corpus
 from data.texts import CORPUS
 from models import find_tokenizer
-from tokenizers import TOKENIZERS, BytePairTokenizer, SimpleVowelTokenizer, Tokenizer
+from tokenizers import (
+    TOKENIZERS,
+    BytePairTokenizer,
+    CharTokenizer,
+    SimpleVowelTokenizer,
+    Tokenizer,
+)
 
 TEXT = "The context of the containers, und über das Übrige. " * 50
 
@@ -50,7 +57,7 @@ def read(
         tokenizer = find_tokenizer(tokenizer) or TOKENIZERS[tokenizer]
     n_bytes = n_mega_bytes and n_mega_bytes << 20
     paths = list(map(Path, paths)) or [CORPUS]
-    return ids.read(paths, n_bytes, tokenizer, 2000, keep, {"disable": True}, special)
+    return ids.read(paths, n_bytes, tokenizer, None, keep, {"disable": True}, special)
 
 
 def decoded(text: Corpus) -> str:
@@ -94,19 +101,58 @@ def test_without_m_it_says_that_it_takes_gpt_burns_999_mebibytes_alone(monkeypat
     assert len(read("b.txt", n_mega_bytes=2).ids) == (1 << 20) + 1
 
 
-def test_characters_that_the_tokenizer_does_not_know_are_dropped():
-    Path("a.txt").write_text("a日b" * 500, encoding="utf-8")
-    text = read("a.txt")
+def test_what_is_left_out_is_said_each_time_also_of_ids_that_an_earlier_version_kept(capsys):
+    Path("a.txt").write_text("a日b" * 500 + "\r本\u200b\t日", encoding="utf-8")
+    share = f"{100 * 504 / 1504:.1f} %"
+    kept_as = "日 U+0009 U+200B 本"
+    line = f"warning: {share} of a.txt is not in the vocabulary and left out: {kept_as}\n"
+    for version in ("new", "kept", "an earlier one's", "kept again"):
+        text = read("a.txt", tokenizer=CharTokenizer())
+        assert decoded(text) == "ab" * 500
+        assert capsys.readouterr().err == line, version
+        facts = text.stored.with_name(ids.FACTS)
+        old = json.loads(facts.read_text())
+        if version == "kept":
+            del old["unknown"], old["reason"]
+            facts.write_text(json.dumps(old))
     assert text.ids.dtype == np.uint8
-    assert decoded(text) == "ab" * 500
+    assert len(list(ids.FOLDER.iterdir())) == 1
+
+    Path("b.txt").write_text(TEXT)
+    given = read("b.txt", tokenizer=CharTokenizer())
+    assert read("b.txt").stored == given.stored  # for gpt-burn's are enough
+
+
+def test_the_vocabulary_is_the_texts_own_where_gpt_burns_leaves_out_more_than_1_in_200(capsys):
+    few, many = "abcdefgh" * 199 + "é" * 8, "abcdefgh" * 199 + "é" * 8 + "ñ"
+    Path("few.txt").write_text(few, encoding="utf-8")
+    Path("many.txt").write_text(many, encoding="utf-8")
+    own = "many.txt: the vocabulary is its own 10 characters, for gpt-burn's 103 leave out 0.6 %\n"
+    lost = "warning: 0.1 % of many.txt is not in the vocabulary and left out: ñ\n"
+    for _ in ("new", "kept"):
+        assert read("few.txt").tokenizer.tokens == CharTokenizer().tokens
+        assert capsys.readouterr().err.endswith("vocabulary and left out: é\n")
+        text = read("many.txt")
+        assert capsys.readouterr().err == own + lost
+        assert decoded(text) == many[:-1]
+        assert text.tokenizer.decode(range(10)) == "\nabcdefghé"
+    read("many.txt", tokenizer=text.tokenizer)  # as a training that goes on has it
+    assert len(list(ids.FOLDER.iterdir())) == 2
+
+
+def test_ids_by_a_given_vocabulary_are_not_taken_for_what_is_learned():
+    Path("a.txt").write_text(TEXT, encoding="utf-8")
+    given = SimpleVowelTokenizer(["The", " "], 3)
+    read("a.txt", tokenizer=given)
+    assert decoded(read("a.txt", tokenizer="vowel")) == TEXT
 
 
 def test_without_a_corpus_it_says_what_it_takes_instead(capsys):
     assert len(read().ids) > 300_000
     message = capsys.readouterr().err
-    assert str(Path(".data/corpus.txt")) in message
-    assert "Python" in message
-    assert len(message.splitlines()) == 1
+    missing, left_out = message.splitlines()
+    assert missing.startswith(str(Path(".data/corpus.txt"))) and "Python" in missing
+    assert left_out.startswith("warning: ") and "of Python's own help is not in" in left_out
 
     Path(".data/corpus.txt").write_text("My own. " * 100)
     assert decoded(read()) == "My own. " * 100
@@ -219,8 +265,10 @@ def test_what_comes_through_a_pipe_may_be_of_another_kind(monkeypatch):
         read("-")
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "vowel"])
+@pytest.mark.parametrize("tokenizer", ["char", "vowel", "bpe"])
 def test_a_later_training_finds_the_ids_until_the_text_changes(encodings, tokenizer):
+    if tokenizer == "bpe":
+        needs_a_learner()
     Path("a.txt").write_text(TEXT)
     first, second = (read("a.txt", tokenizer=tokenizer) for _ in range(2))
     assert encodings == [0]
@@ -374,7 +422,7 @@ def test_a_token_ends_each_document_unless_texts_have_no_special_tokens(byte_pai
 @pytest.mark.parametrize(
     ("tokenizer", "place"),
     [
-        ("char", "a.txt-49345fff4706406f"),
+        (CharTokenizer(), "a.txt-49345fff4706406f"),
         ("vowel", "a.txt-1db029460c7eb2b0"),
         (GPT2, "a.txt-b05beafbeaa061d5"),
     ],
@@ -383,7 +431,8 @@ def test_ids_that_an_earlier_version_kept_are_found(encodings, tokenizer, place)
     if tokenizer == GPT2:
         pytest.importorskip("tiktoken")
     Path("a.txt").write_text("The context. " * 50)
-    text = read("a.txt", tokenizer=str(tokenizer), special=False)
+    tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    text = read("a.txt", tokenizer=tokenizer, special=False)
     assert text.stored.parent.name == place
     facts = json.loads((text.stored.parent / "corpus.json").read_text())
     assert [len(each) for each in facts["texts"]] == [4]
@@ -502,7 +551,7 @@ import numpy as np
 from pathlib import Path
 from data import ids
 from tokenizers import CharTokenizer
-text = ids.read([Path(sys.argv[1])], None, CharTokenizer(), 0, keep=True, bar={"disable": True})
+text = ids.read([Path(sys.argv[1])], None, CharTokenizer, None, keep=True, bar={"disable": True})
 for seed in range(4):
     text.windows(np.random.default_rng(seed).integers(len(text.ids) - 9, size=3000), 9)
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

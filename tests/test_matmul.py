@@ -12,7 +12,7 @@ from tinygrad import Context, Device, Tensor
 
 from backend import matmul
 from backend.cpu import native
-from backend.cpu.blas import blas
+from backend.cpu.native import blas
 from backend.matmul import einsum
 
 QEMU = "qemu-aarch64-static"

@@ -19,7 +19,7 @@ from training.config import TrainingConfig
 
 N_DRAWS = int(os.environ.get("GPT_TINY_FLAGS", "4"))
 MODELS = ["model", "other", REFERENCE, GPT2, "nowhere"]
-NOTES = "^warning: |is missing: using the text"
+NOTES = "^warning: |is missing: using the text|the vocabulary is its own"
 TRAINING = {
     **{"-c": [1, 2, 3, 8, 64, 65], "-d": [1, 3, 4, 8, 48], "-l": [1, 2], "-h": [1, 2, 3, 4]},
     **{"-b": [1, 2, 3, 8], "--accumulate": [1, 2, 3], "-n": [1, 2, 3], "-s": [0, 2**62]},
@@ -28,7 +28,7 @@ TRAINING = {
     **{"--min-learning-rate": [0, 0.1], "--weight-decay": [0, 1, 1e30]},
     **{"--grad-clip": [0, 1e-9, 1], "--dropout": [0, 0.1, 0.99, 1]},
     **{"--dtype": ["float32", "bfloat16"], "--validation-size": [1, 3, 8]},
-    **{"--tokenizer": ["char", "vowel", "x", GPT2], "--vocab-size": [1, 2, 50]},
+    **{"--tokenizer": ["char", "vowel", "bpe", "x", GPT2], "--vocab-size": [1, 2, 50]},
     **{"-t": ["text.txt", "short.txt", "empty.txt", ".", "-", "b.gz", "c.jsonl"], "-m": [1, 2000]},
     **{"-x": [None], "-o": ["model", "other", "text.txt"], "--format": ["tiny", "burn"]},
     **{"--no-special": [None], "--sample-every": [1, 2]},

@@ -12,7 +12,7 @@ from texts import TEXTS, few_examples, mixed_text
 
 import tokenizers
 from gpt_tiny import GPT, GPTConfig, initial_weights
-from inference.decoder import Decoder
+from inference.generator import Decoder
 from inference.sampling import sample
 from runtime import build
 from runtime.sources import write_sources

@@ -1,8 +1,12 @@
 import inspect
 import io
+import json
 import os
 import pickle
 import random
+import subprocess
+import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,11 +21,12 @@ from texts import (
     encode_file,
     few_examples,
     mixed_text,
+    needs_a_learner,
     plain_vowel_tokens,
 )
 
 import tokenizers
-from tokenizers import CharTokenizer, SimpleVowelTokenizer
+from tokenizers import BytePairTokenizer, CharTokenizer, SimpleVowelTokenizer
 
 
 def known(tokenizer, text: str) -> list[int]:
@@ -77,6 +82,89 @@ def test_every_other_code_point_is_unknown_and_never_printed():
     assert CharTokenizer().decode([28, 103, 2]) == "Aa"
     assert CharTokenizer().token_bytes(103) == b""
     assert CharTokenizer().token_bytes(96) == "ä".encode()
+
+
+def train(text: str, vocab_size: int | None = None) -> CharTokenizer:
+    return CharTokenizer.train(io.BytesIO(text.encode()), 1 << 30, vocab_size)
+
+
+@few_examples
+@given(mixed_text | st.text(), st.integers(2, 9) | st.none())
+def test_a_texts_own_characters_are_the_most_frequent_in_sorted_order(text, vocab_size):
+    text = text.encode(errors="ignore").decode() + "日日本"
+    counts = Counter(text.replace("\r", ""))
+    tokenizer = train(text, vocab_size)
+    if (
+        vocab_size is None
+        and sum(counts[c] for c in tokenizers.CHARACTERS) * 200 >= 199 * counts.total()
+    ):
+        assert tokenizer.tokens == CharTokenizer().tokens
+        return
+    of_rank = sorted({*counts, "\n"}, key=lambda c: (c != "\n", -counts[c], c))
+    known = [c for c in of_rank if c == "\n" or counts[c] > 1][: vocab_size and vocab_size - 1]
+    assert tokenizer.decode(range(len(tokenizer.tokens))) == "".join(sorted(known))
+    assert tokenizer.unknown == len(known)
+    ids = {character: id for id, character in enumerate(sorted(known))}
+    assert tokenizer.encode(text).tolist() == [ids.get(c, len(known)) for c in text]
+    found = tokenizers.Unknown()
+    assert tokenizer.encode_known(text, found).tolist() == [ids[c] for c in text if c in ids]
+    lost = {c: n for c, n in counts.items() if c not in ids}
+    assert (found.n, found.n_characters, found.counts) == (sum(lost.values()), counts.total(), lost)
+
+
+def test_20_000_characters_keep_their_ids_in_a_models_folder(tmp_path):
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 20_000))) * 2 + "\n🔥🔥"
+    tokenizer = train(text)
+    tokenizer.save(tmp_path)
+    loaded = tokenizers.load("char", tmp_path)
+    assert loaded.tokens == tokenizer.tokens and loaded.digest() == tokenizer.digest()
+    assert loaded.encode(text).dtype == np.uint16
+    assert loaded.decode(loaded.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        (["ab", "<?>"], "'ab' is not one character"),
+        (["b", "a", "<?>"], "its tokens are not in sorted order"),
+    ],
+)
+def test_a_file_of_what_are_no_characters_is_refused(tmp_path, tokens, reason):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"tokens": tokens}))
+    with pytest.raises(ValueError, match=f"is not a vocabulary: {reason}"):
+        tokenizers.load("char", tmp_path)
+
+
+def test_a_vocabulary_of_characters_has_a_line_break_and_what_is_unknown():
+    assert train("ab" * 9, 2).tokens == [b"\n", b""]
+    with pytest.raises(ValueError, match="vocabulary size must be 2 or more"):
+        train("ab" * 9, 1)
+
+
+@pytest.mark.parametrize(
+    ("n", "of", "share"),
+    [(1, 3, "33.3 %"), (3, 3, "100.0 %"), (1, 1999, "0.1 %"), (1, 2001, "less than 0.1 %")],
+)
+def test_what_is_unknown_is_said_with_its_share_and_so_that_one_sees_it(capsys, n, of, share):
+    unknown = tokenizers.Unknown()
+    unknown.warn("a.txt")
+    assert capsys.readouterr().err == ""
+    unknown.add(of, {"\t": n})
+    unknown.warn("a.txt", " and left out")
+    warning = f"warning: {share} of a.txt is not in the vocabulary and left out: U+0009\n"
+    assert capsys.readouterr().err == warning
+
+
+def test_of_what_is_unknown_the_five_most_frequent_tokens_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(tokenizers, "MAX_COUNTED", 20)
+    tokenizer, unknown = SimpleVowelTokenizer(["so"], 2), tokenizers.Unknown()
+    for number in range(100):
+        text = f"x{number} hour\u200b so {'long words ' * 3}"
+        assert tokenizer.encode_known(text, unknown).tolist() == [0]
+    assert len(unknown.counts) <= 20
+    unknown.warn("the prompt")
+    assert ": U+0020 long words " in capsys.readouterr().err
+    assert unknown.n_characters - unknown.n == 200
 
 
 @few_examples
@@ -258,6 +346,44 @@ def test_the_character_tokenizer_needs_no_file(tmp_path):
     CharTokenizer().save(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert type(tokenizers.load("char", tmp_path)) is CharTokenizer
+
+
+THEIRS = """
+import json, sys
+from tokenizers import ByteLevelBPETokenizer
+tokenizer = ByteLevelBPETokenizer.from_file("vocab.json", "merges.txt")
+print(json.dumps(tokenizer.encode(json.load(sys.stdin)).ids))
+"""
+
+
+def test_byte_pairs_learned_from_a_text_are_read_by_hugging_face_with_equal_ids(tmp_path):
+    needs_a_learner()
+    text = "\n".join(TEXTS) + "日本語のテキスト。чайник на плите поёт<|endoftext|>" * 50
+    file = io.BytesIO(text.encode())
+    tokenizer = BytePairTokenizer.train(file, 1 << 30, 400)
+    assert (tokenizer.vocab_size, tokenizer.end) == (400, 399)
+    assert tokenizer.decode(tokenizer.encode(text)) == text.replace("<|endoftext|>", "")
+    assert tokenizer.encode(text).tolist().count(399) == 50
+    assert not [token for token in tokenizer.tokens if b"|" in token[1:] or b"endof" in token]
+    assert len(tokenizer.encode(text)) < len(text.encode()) / 3
+    tokenizer.save(tmp_path)
+    assert tokenizers.load("bpe", tmp_path).digest() == tokenizer.digest()
+    command = [sys.executable, "-P", "-c", THEIRS]
+    given = json.dumps(text.replace("<|endoftext|>", " "))
+    run = subprocess.run(command, input=given, cwd=tmp_path, capture_output=True, text=True)
+    assert json.loads(run.stdout) == tokenizer.encode(json.loads(given)).tolist()
+
+
+def test_what_learning_byte_pairs_needs_is_said(monkeypatch):
+    with pytest.raises(ValueError, match="vocabulary size must be 257 or more"):
+        BytePairTokenizer.train(io.BytesIO(b"text"), 9, 256)
+    monkeypatch.setattr(tokenizers.metadata, "version", raise_not_found)
+    with pytest.raises(ValueError, match=r"package tokenizers: pip install '\.\[bpe\]'"):
+        BytePairTokenizer.train(io.BytesIO(b"text"), 9, 300)
+
+
+def raise_not_found(name: str):
+    raise tokenizers.metadata.PackageNotFoundError(name)
 
 
 def test_an_unknown_tokenizer_is_refused_with_the_known_ones(tmp_path):

@@ -31,7 +31,9 @@ import train
 from gpt_tiny import GPTConfig
 from models import checkpoint
 from training import checks, trainer
-from training.config import TrainingConfig
+from training.config import TrainingConfig, changed
+from training.trainer import read_corpus
+from training.workers import World
 
 STEP = re.compile(
     r"step {1,3}(\d+)/(\d+): train loss: (\d+\.\d{4}), val loss: (\d+\.\d{4}) "
@@ -231,6 +233,33 @@ def test_vowel_tokenizer_trains_is_saved_and_generates(call, folder, corpus):
     assert re.fullmatch(rf" ({known}){{30}}\n", result.out)
 
 
+def test_a_text_in_another_script_trains_by_default_and_is_continued_in_its_own(call, folder):
+    text = "чайник на плите поёт, дождь идёт. " * 50
+    (folder / "ru.txt").write_text(text, encoding="utf-8")
+    result = call(train.main, *TINY, "-n", "1", "-t", "ru.txt", "-o", "ru")
+    assert result.status == 0
+    n = len(set(text)) + 1  # with the line break, which prompts begin with
+    own = f"ru.txt: the vocabulary is its own {n} characters, for gpt-burn's 103 leave out 76.5 %\n"
+    assert result.err == own
+    for path in ("ru", re.search(r"checkpoint model to: (.+)", result.out)[1]):
+        _, tokenizer = checkpoint.load(folder / path)
+        assert tokenizer.decode(range(tokenizer.vocab_size)) == "".join(sorted({"\n", *text}))
+    result = call(run.main, "ru", "-p", "плита ", "-n", "30")
+    assert (result.status, result.err) == (0, "")
+    assert re.fullmatch(f"плита [{text}\n]{{30}}\n", result.out)
+    refused = call(train.main, "--init-from", "ru", "-t", "ru.txt", "--format", "burn")
+    assert_error(refused, 1, ["--format burn", "no other characters than its own"])
+
+
+def test_a_model_for_gpt_burn_has_its_characters_alone(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    Path("fr.txt").write_text("où été garçon " * 50, encoding="utf-8")
+    config = changed(TrainingConfig(), {"text_corpus": (Path("fr.txt"),), "format": "burn"})
+    assert read_corpus(config, None, World()).tokenizer.tokens == tokenizers.CharTokenizer().tokens
+    lost = "warning: 28.6 % of fr.txt is not in the vocabulary and left out: é ç ù\n"
+    assert capsys.readouterr().err == lost
+
+
 def test_validation_size_and_checkpoint_every(call, folder):
     options = ["--validation-size", "5", "--checkpoint-every", "2", "-n", "3", "-o", "options"]
     result = call(train.main, *TINY, *options)
@@ -265,7 +294,6 @@ def bad_files(folder, corpus) -> None:
     (folder / "empty.txt").write_bytes(b"")
     (folder / "short.txt").write_text("x" * 70)
     (folder / "latin.txt").write_bytes(b"a" * 1234 + b"\xe4" + b"a" * 1234)
-    (folder / "unknown.txt").write_text("日本" * 1000, encoding="utf-8")
     (folder / "notes").mkdir()
     (folder / "notes" / "diary.txt").write_text("dear diary")
 
@@ -277,13 +305,12 @@ def bad_files(folder, corpus) -> None:
         (["-t", "notes"], ["diary.txt is too short", "1 tokens"]),
         (["-t", "notes/diary.txt", "-t", "latin.txt"], ["latin.txt is not UTF-8", "offset 1234"]),
         (["-t", "empty.txt"], ["empty.txt is too short", "0 tokens", "--context-length 8"]),
-        (["-t", "unknown.txt"], ["unknown.txt is too short", "0 tokens"]),
         (["-t", "short.txt"], ["short.txt is too short", "7 tokens", "--context-length 8"]),
         (["-t", "latin.txt"], ["not UTF-8", "0xe4", "offset 1234", "convert"]),
         (["-d", "1000000"], ["GiB", "choose a smaller"]),
         (["-l", "2000000000"], ["GiB", "choose a smaller"]),
         (["-b", "2000000000"], ["GiB", "choose a smaller", "--batch-size"]),
-        (["--tokenizer", "words"], ["--tokenizer words is not known", "char, vowel, or a folder"]),
+        (["--tokenizer", "words"], ["--tokenizer words is not known", "char, vowel, bpe, or a"]),
         (["-o", "corpus.txt"], ["corpus.txt is a file", "name a folder"]),
         (["-o", "corpus.txt/model"], ["cannot save to", "corpus.txt"]),
         pytest.param(

@@ -2,7 +2,9 @@
 
 import io
 import json
+from importlib import metadata
 
+import pytest
 from conftest import DATA
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -20,6 +22,15 @@ few_examples = settings(max_examples=150, deadline=None)
 
 def encode_file(tokenizer, data: bytes, size: int = 1 << 30) -> list[int]:
     return [id for ids in tokenizer.encode_file(io.BytesIO(data), size) for id in ids.tolist()]
+
+
+def needs_a_learner() -> None:
+    """Skips where byte pairs cannot be learned."""
+    for package in ("tiktoken", "tokenizers"):  # the second has the name of our file
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pytest.skip(f"{package} is not installed")
 
 
 def plain_vowel_tokens(text: str) -> list[str]:
