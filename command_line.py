@@ -96,6 +96,8 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     add("-n", "--n-new-tokens", type=count, default=1000, help="tokens to generate")
     add("--stop", metavar="TEXT", help="end a continuation where this text would come")
     add("-i", "--interactive", action="store_true", help="continue each line of standard input")
+    special_help = "take special tokens, as <|endoftext|>, for text like any other"
+    add("--no-special", action="store_true", help=special_help)
     add = parser.add_argument_group("sampling").add_argument
     add("-s", "--seed", type=number(int, 0), default=0, help="of the random numbers")
     add("--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token")

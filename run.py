@@ -35,8 +35,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--score", type=Path, metavar="TEXT_FILE", help=score_help)
     samples_help = "continuations, generated side by side"
     add("--n-samples", type=number(int, 1, 2**31), default=1, help=samples_help)
-    special_help = "take <|endoftext|> for text like any other, also with --score"
-    add("--no-special", action="store_true", help=special_help)
     weights_help = "round the weights: less memory, more speed (default: as they are stored)"
     add("--weights", choices=QMAX, help=weights_help)
     add_text_options(parser)

@@ -10,16 +10,15 @@ static byte shown[sizeof text];
 static long n_undecoded, n_text;
 static Text stop;
 
-// Returns how many tokens of the prompt are unknown; `ids` has twice as much room as it has bytes.
-long set_prompt(Text prompt, Text stop_text, int *ids) {
-  long n = encode(prompt.text, prompt.n, ids, ids + prompt.n), n_unknown = 0;
-  for (long i = 0; i < n; i++) n_unknown += ids[i] == UNKNOWN;
+// Of an empty prompt END is the only token; `ids` has room for one, and five for each byte.
+void set_prompt(Text prompt, Text stop_text, int *ids) {
+  long n = encode(prompt, ids);
+  if (!n) ids[n++] = END;
   n_window = n < CONTEXT_LENGTH ? n : CONTEXT_LENGTH;
   for (int i = 0; i < n_window; i++) window[i] = ids[n - n_window + i];
   n_cached = n_undecoded = n_text = has_ended = 0;
   is_finite = 1;
   stop = stop_text;
-  return n_unknown;
 }
 
 // Runs the model on n tokens to before `end`; leaves the logits after the one with index `last`.
@@ -43,8 +42,8 @@ static const float *logits(void) {
 }
 
 // What is certain of the text with these bytes more: whole characters, and not the stop text.
-static Text add_bytes(const byte *bytes, long n, int is_last) {
-  for (long i = 0; i < n; i++) undecoded[n_undecoded++] = bytes[i];
+static Text add_bytes(Text bytes, int is_last) {
+  for (long i = 0; i < bytes.n; i++) undecoded[n_undecoded++] = bytes.text[i];
   long at = 0, end = 0, equal = 0;
   for (int length; at < n_undecoded; at += length) {
     unsigned code_point;
@@ -71,7 +70,7 @@ static Text add_bytes(const byte *bytes, long n, int is_last) {
   return (Text){shown, end};
 }
 
-Text last_text(void) { return has_ended ? (Text){} : add_bytes(0, 0, 1); }
+Text last_text(void) { return has_ended ? (Text){} : add_bytes((Text){}, 1); }
 
 // The text that is certain after one more token.
 Text next_text(int stride, const Sampling *sampling) {
@@ -88,7 +87,5 @@ Text next_text(int stride, const Sampling *sampling) {
     has_ended = 1;
     return last;
   }
-  long n;
-  const byte *bytes = token(window[n_window++] = id, &n);
-  return add_bytes(bytes, n, 0);
+  return add_bytes(token(window[n_window++] = id), 0);
 }

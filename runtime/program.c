@@ -20,7 +20,7 @@ static const struct option options[] = {
     {"prompt", 1, 0, 'p'},      {"n-new-tokens", 1, 0, 'n'}, {"stop", 1, 0, 'S'},
     {"interactive", 0, 0, 'i'}, {"seed", 1, 0, 's'},         {"temperature", 1, 0, 't'},
     {"top-k", 1, 0, 'K'},       {"top-p", 1, 0, 'P'},        {"stride", 1, 0, 'r'},
-    {"help", 0, 0, 'h'},        {0}};
+    {"no-special", 0, 0, 'N'},  {"help", 0, 0, 'h'},         {0}};
 
 static const char *name, *prompt = "\n", *stop = "";
 static int n_new_tokens = 1000, stride = 1, is_interactive;
@@ -57,6 +57,7 @@ static void parse_options(int argc, char **argv) {
     if (letter == 'n') n_new_tokens = parse_number(option, 1);
     if (letter == 'S') stop = optarg;
     if (letter == 'i') is_interactive = 1;
+    if (letter == 'N') n_specials = 0;
     if (letter == 's' && !seed((byte *)optarg, strlen(optarg)))
       fail(2, "argument --seed: '%s' is not a whole number of at least 0", optarg);
     if (letter == 't') sampling.temperature = parse_number(option, 0);
@@ -74,19 +75,22 @@ static void parse_options(int argc, char **argv) {
     fail(1, "a stride of %d is beyond the context of %d", stride, CONTEXT_LENGTH);
 }
 
-// Standard input up to a line's end, which is left out, or to its own, where `text` is NULL.
+// Standard input up to a line's end, which is left out, or to its own, where `text` is NULL; a byte
+// order mark at its start is left out as well.
 static Text read_input(int is_line) {
   static byte *text;
   static long size;
-  static int letter;
-  long n = 0;
+  static int letter, has_begun;
+  long n = 0, mark = 0;
   for (int previous = letter; (letter = getchar()) != EOF; previous = letter) {
     if (letter == '\n' && previous == '\r') continue;  // a line's end on Windows
     if (is_line && (letter == '\n' || letter == '\r')) break;
     if (n == size) text = resized(text, size = 2 * n + 1000);
     text[n++] = letter == '\r' ? '\n' : letter;
   }
-  return (Text){letter == EOF && !n ? NULL : n ? text : (byte *)"", n};
+  if (!has_begun++ && n >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) mark = 3;
+  n -= mark;
+  return (Text){letter == EOF && !n ? NULL : n ? text + mark : (byte *)"", n};
 }
 
 static void show(Text text) {
@@ -94,14 +98,31 @@ static void show(Text text) {
   if (fflush(stdout)) exit(1);
 }
 
+static void warn_of_unknown(void) {
+  if (!unknown.n) return;
+  double percent = 100.0 * unknown.n / unknown.n_characters;
+  fprintf(stderr, percent < 0.05 ? "warning: less than 0.1 %%" : "warning: %.1f %%", percent);
+  fputs(" of the prompt is not in the vocabulary:", stderr);
+  for (int i = 0; i < N_COUNTS && unknown.counts[i].n; i++) {
+    Text token = unknown.counts[i].token;
+    unsigned code_point;
+    fputc(' ', stderr);
+    for (long at = 0, length; at < token.n; at += length) {
+      length = character(token.text + at, token.n - at, &code_point);
+      if (is_visible(code_point)) fwrite(token.text + at, 1, length, stderr);
+      else fprintf(stderr, "U+%04X", code_point);
+    }
+  }
+  fputc('\n', stderr);
+}
+
 static void continue_text(Text prompt) {
   static int *ids;
-  if (!prompt.n) fail(1, "the prompt is empty: give at least one character");
+  if (!prompt.n && END < 0) fail(1, "the prompt is empty: give at least one character");
   check_utf8("the prompt", prompt);
-  ids = resized(ids, 2 * prompt.n * sizeof(int));
-  long n_unknown = set_prompt(prompt, (Text){(byte *)stop, strlen(stop)}, ids);
-  if (n_unknown)
-    fprintf(stderr, "warning: %ld tokens of the prompt are not in the vocabulary\n", n_unknown);
+  ids = resized(ids, (5ll * prompt.n + 1) * sizeof(int));
+  set_prompt(prompt, (Text){(byte *)stop, strlen(stop)}, ids);
+  warn_of_unknown();
   const char *terminal = getenv("TERM"), *no_color = getenv("NO_COLOR");
   int is_plain = (terminal && !strcmp(terminal, "dumb")) || (no_color && *no_color);
   int is_bold = isatty(1) && !is_interactive && !is_plain;

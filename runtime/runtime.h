@@ -4,6 +4,11 @@
 
 typedef unsigned char byte;
 
+typedef struct {
+  const byte *text;
+  long n;
+} Text;
+
 extern const byte *model;   // weights and tokens, at places that model.h has names of
 extern const void *halves;  // its weights in half precision, or, where there is only that, in single
 extern byte memory[MEMORY_BYTES];  // what the kernels write: caches, logits, and all between
@@ -37,8 +42,18 @@ static inline float widen(unsigned short bits) {
 
 // tokenizer.c
 int character(const byte *text, long n, unsigned *code_point);
-long encode(const byte *text, long n, int *ids, int *scratch);
-const byte *token(int id, long *n);
+int is_visible(unsigned code_point);
+long encode(Text text, int *ids);
+Text token(int id);
+extern int n_specials;
+enum { N_COUNTS = 5 };
+extern struct Unknown {  // of the last text
+  long n, n_characters;
+  struct Count {
+    Text token;
+    int n;
+  } counts[N_COUNTS];  // of the most frequent tokens
+} unknown;
 
 // sampling.c
 typedef struct {
@@ -49,12 +64,8 @@ int seed(const byte *digits, long n);
 int sample(const float *logits, const Sampling *sampling);
 
 // generation.c
-typedef struct {
-  const byte *text;
-  long n;
-} Text;
 enum { LONGEST_STOP = 1000 };  // bytes
-long set_prompt(Text prompt, Text stop, int *ids);
+void set_prompt(Text prompt, Text stop, int *ids);
 Text next_text(int stride, const Sampling *sampling);
 Text last_text(void);
 extern int has_ended, is_finite;

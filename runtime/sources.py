@@ -1,7 +1,9 @@
 """What is compiled for a model: the C of its step, and a file of its weights and tokens."""
 
 import json
+import sys
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,7 @@ from runtime.kernels import Kernels
 from tokenizers import SEPARATORS, TOKENIZERS, VOWELS, WHITE_SPACE, Tokenizer
 
 MIN_SHARED_BYTES = 4 << 20  # with fewer, waking a core costs more than it gives
-N_CODE_POINTS = 0x110000
-OTHER, VOWEL, SEPARATOR, LETTER, NUMBER, SPACE = range(6)  # tokenizer.c's kinds of characters
+OTHER, VOWEL, SEPARATOR, LETTER, NUMBER, SPACE, UNSEEN = range(7)  # tokenizer.c's kinds
 
 
 def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> Kernels:
@@ -26,6 +27,8 @@ def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> Ker
         "VOCAB_SIZE": tokenizer.vocab_size,
         "TOKENIZER": list(TOKENIZERS).index(tokenizer.name),
         "UNKNOWN": -1 if tokenizer.unknown is None else tokenizer.unknown,
+        "END": -1 if tokenizer.end is None else tokenizer.end,
+        "N_TOKENS": len(tokenizer.tokens),
         "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
     }
     steps = {"one": 1, "many": decoder.chunk}
@@ -47,43 +50,55 @@ def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> Ker
         "IS_LARGE": int(kernels.n_file_bytes > MIN_SHARED_BYTES),
     }
     lines = (f"  {name} = {size},\n" for name, size in sizes.items())
-    is_end = " || ".join(f"(id) == {end}" for end in tokenizer.ends) or "0"
-    header = f"enum {{\n{''.join(lines)}}};\n#define IS_END(id) ({is_end})\n"
-    header += f"#define HELP {json.dumps(help)}\n"
+    header = f"enum {{\n{''.join(lines)}}};\n#define HELP {json.dumps(help)}\n"
+    header += f"#define IS_END(id) ({is_one_of(tokenizer.ends)})\n"
+    header += f"#define IS_EXCLUDED(id) ({is_one_of(tokenizer.excluded)})\n"
     (folder / "model.h").write_text(header, encoding="utf-8")
     with (folder / "model.bin").open("wb") as file:
         kernels.write(file)
     return kernels
 
 
+def is_one_of(ids: Sequence[int]) -> str:
+    """C for whether `id` is one of these, of which many may follow one another."""
+    ids = np.sort(np.array(ids, int))
+    runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1) if len(ids) else []
+    return " || ".join(f"((id) >= {run[0]} && (id) <= {run[-1]})" for run in runs) or "0"
+
+
 def tables(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """Arrays of uint32, and one of bytes, by the names that tokenizer.c has for their places.
 
-    TOKEN_STARTS (vocab_size + 1) are the places of the tokens in TOKEN_BYTES. SORTED_TOKENS are
-    the ids of all that a text can have, in the order of their bytes, and RANKS (vocab_size), of
+    TOKEN_STARTS are the places in TOKEN_BYTES of the tokens, then of the spellings of the special
+    ones, the longest first, and the end; SPECIALS are the ids of these. SORTED_TOKENS are the ids
+    of the other tokens that a text can have, in the order of their bytes, and RANKS (n_tokens), of
     byte pairs, which of two is joined first. From each of KIND_STARTS, a code point, to before the
     next one characters are of the same one of KINDS.
     """
-    tokens = tokenizer.tokens
+    tokens, specials = tokenizer.tokens, sorted(tokenizer.specials, key=len, reverse=True)
+    in_bytes = [*tokens, *(spelling.encode() for spelling in specials)]
     known, ranks = [id for id, token in enumerate(tokens) if token], np.zeros(len(tokens))
-    kinds = np.full(N_CODE_POINTS, OTHER)
+    characters = list(map(chr, range(sys.maxunicode + 1)))
+    kinds = np.full(len(characters), OTHER)
     if tokenizer.merges is not None:
         known = tokenizer.ids.tolist()
         ranks[known] = np.arange(len(known))
         letters = {"L": LETTER, "N": NUMBER}
-        categories = map(unicodedata.category, map(chr, range(N_CODE_POINTS)))
+        categories = map(unicodedata.category, characters)
         kinds[:] = [letters.get(category[0], OTHER) for category in categories]
-        kinds[[ord(character) for character in WHITE_SPACE]] = SPACE
     else:
+        kinds[~np.array(list(map(str.isprintable, characters)))] = UNSEEN
         kinds[[ord(character) for character in VOWELS]] = VOWEL
         kinds[[ord(character) for character in SEPARATORS]] = SEPARATOR
+    kinds[[ord(character) for character in WHITE_SPACE]] = SPACE
     starts = np.flatnonzero(np.diff(kinds, prepend=-1))
     numbers = {
-        "TOKEN_STARTS": np.cumsum([0, *map(len, tokens)]),
+        "TOKEN_STARTS": np.cumsum([0, *map(len, in_bytes)]),
+        "SPECIALS": [tokenizer.specials[spelling] for spelling in specials],
         "SORTED_TOKENS": sorted(known, key=lambda id: tokens[id]),
         "RANKS": ranks,
         "KIND_STARTS": starts,
         "KINDS": kinds[starts],
     }
     arrays = {name: np.array(array, "<u4") for name, array in numbers.items()}
-    return {**arrays, "TOKEN_BYTES": np.frombuffer(b"".join(tokens), np.uint8)}
+    return {**arrays, "TOKEN_BYTES": np.frombuffer(b"".join(in_bytes), np.uint8)}

@@ -1,6 +1,7 @@
 // Runs the model beside the page: tells it when the model is there, and then sends text when asked.
 "use strict";
 const PATIENCE = 30; // milliseconds between two pieces of text
+const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
 let model;
 
 const memory = (place, n) => new Uint8Array(model.memory.buffer, place, n);
@@ -27,7 +28,7 @@ async function load({ program, weights, address }) {
   }
   if (n < size) throw Error("the weights are not complete");
   model.widen_halves();
-  postMessage({ isReady: true });
+  postMessage({ hasEnd: model.has_end() });
 }
 
 function copyIn(text) {
@@ -39,13 +40,15 @@ function copyIn(text) {
 
 function start({ prompt, seed, temperature, topK, topP }) {
   if (!model.set_seed(copyIn(seed))) throw Error("the seed is too large");
-  postMessage({ nUnknown: model.start(copyIn(prompt), temperature, topK, topP) });
+  const percent = model.start(copyIn(prompt), temperature, topK, topP);
+  const numbers = new Uint32Array(model.memory.buffer, model.counts_of_unknown(), 15);
+  const token = (i) => decoder.decode(memory(numbers[3 * i], numbers[3 * i + 1]));
+  postMessage({ percent, unknown: [0, 1, 2, 3, 4].map(token).filter(Boolean) });
 }
 
 // Up to so many tokens, as far as they come in a short time.
 function write({ most }) {
   const end = performance.now() + PATIENCE;
-  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   let text = "", nTokens = 0;
   for (; nTokens < most && !model.is_at_end() && performance.now() < end; nTokens++) {
     const n = model.next_token();
