@@ -52,7 +52,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """Errors are of one line, and a path that is empty is one: it would be the working folder."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, **defaults: object):
         super().__init__(
             description=description,
             usage="python %(prog)s [OPTION]...",
@@ -63,6 +63,7 @@ class ArgumentParser(argparse.ArgumentParser):
         )
         self.register("type", Path, path)
         self.add_argument("-h", "--help", action="help", help="show this help")
+        self.set_defaults(**defaults)
 
     def parse_given(self, argv: list[str]) -> dict[str, object]:
         """Only what a command line gives, by destination; of a repeated option a tuple."""
@@ -95,6 +96,8 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     add("-n", "--n-new-tokens", type=count, default=1000, help="tokens to generate")
     add("--stop", metavar="TEXT", help="end a continuation where this text would come")
     add("-i", "--interactive", action="store_true", help="continue each line of standard input")
+    special_help = "take special tokens, as <|endoftext|>, for text like any other"
+    add("--no-special", action="store_true", help=special_help)
     add = parser.add_argument_group("sampling").add_argument
     add("-s", "--seed", type=number(int, 0), default=0, help="of the random numbers")
     add("--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token")

@@ -4,15 +4,17 @@ import command_line  # isort: skip - first, for the time of the imports
 
 import argparse
 import os
+import platform
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from backend import devices
+from tinygrad import Context
+
 from backend.errors import UserError
 from backend.files import check_file, replacing_file, write_file
 from backend.quantized import QMAX
-from inference.decoder import Decoder, quantize
+from inference.generator import Decoder, quantize
 from models import checkpoint
 from runtime import build
 from runtime.kernels import Kernels
@@ -43,13 +45,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments, help_text = parse_arguments(), command_line.program_help()
-    target = build.TARGETS.get(arguments.target or build.this_machine())
+    target = build.TARGETS.get(arguments.target or this_machine())
     if target is None and not arguments.page:
         raise UserError("this machine is none of those that programs are made for: see --target")
     output = arguments.output_path or Path(f"story{'.html' if arguments.page else target.suffix}")
     check(files_of(output, arguments.page and output.is_dir()), arguments.model_path)
     model_folder = checkpoint.find(arguments.model_path)
-    with devices.default_to_cpu(), TemporaryDirectory() as folder:
+    with Context(DEV="CPU"), TemporaryDirectory() as folder:
         model, tokenizer = checkpoint.load(model_folder)
         if arguments.weights:
             quantize(model, arguments.weights)
@@ -64,6 +66,13 @@ def main() -> None:
         else:
             with replacing_file(output) as new:
                 build.program(target, sources, new)
+
+
+def this_machine() -> str:
+    """The name of the target that this machine is."""
+    system = {"Darwin": "macos"}.get(platform.system(), platform.system().lower())
+    is_arm = platform.machine().lower() in ("arm64", "aarch64") and system != "windows"
+    return f"{'aarch64' if is_arm else 'x86_64'}-{system}"
 
 
 def files_of(output: Path, is_folder: bool) -> list[Path]:

@@ -19,8 +19,7 @@ from backend.errors import UserError
 from backend.quantized import QMAX
 from command_line import add_text_options, bold, number
 from gpt_tiny import GPT
-from inference.decoder import quantize
-from inference.generator import Generator
+from inference.generator import Generator, quantize
 from inference.sampling import sample
 from inference.stream import TextStream, added_texts
 from models import checkpoint, folders
@@ -36,8 +35,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--score", type=Path, metavar="TEXT_FILE", help=score_help)
     samples_help = "continuations, generated side by side"
     add("--n-samples", type=number(int, 1, 2**31), default=1, help=samples_help)
-    special_help = "take <|endoftext|> for text like any other, also with --score"
-    add("--no-special", action="store_true", help=special_help)
     weights_help = "round the weights: less memory, more speed (default: as they are stored)"
     add("--weights", choices=QMAX, help=weights_help)
     add_text_options(parser)

@@ -21,12 +21,11 @@ from models import find_tokenizer, folders
 from training import checkpoint, metrics
 from training.checkpoint import Checkpoint
 from training.checks import check
-from training.config import TRAINING, TrainingConfig, as_option, flat, merge
+from training.config import DEFAULTS, TRAINING, TrainingConfig, as_option, flat, merge
 from training.launch import count_workers, launch
 from training.trainer import Trainer, read_corpus
 from training.workers import World
 
-DEFAULTS = TrainingConfig()
 ROUNDED_ONLY = (
     "warning: --dtype bfloat16: there are no fast products of it here, so operands are rounded and "
     "multiplied in float32"
@@ -40,7 +39,7 @@ def main() -> int:
     with World(command_line.explain) as world:
         start = begin(given, world)
         config = resolve(start, given, parser)
-        if not world.is_under_mpi and (n := count_workers(n_workers)) > 1:
+        if n_workers != 1 and not world.is_under_mpi and (n := count_workers(n_workers)) > 1:
             return launch(n, sys.argv)
         world.take_device()
         if config.files.output_path and not config.files.no_save and world.rank == 0:
@@ -56,7 +55,7 @@ def main() -> int:
 
 
 def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser("Train a GPT on a text.")
+    parser = command_line.ArgumentParser("Train a GPT on a text.", **flat(DEFAULTS))
     size, rate = number(int, 1, 2**31), number(float, 0)
     add = parser.add_argument_group("model").add_argument
     add("-c", "--context-length", type=size, help="tokens that the model sees")
@@ -101,7 +100,6 @@ def make_parser() -> command_line.ArgumentParser:
     add("--checkpoint-every", type=size, help="steps from one checkpoint to the next")
     add("--sample-every", type=size, help="steps from one look at what it writes to the next")
     add("--resume", type=Path, metavar="PATH", help="checkpoint to go on from, or a folder of them")
-    parser.set_defaults(**flat(DEFAULTS))
     return parser
 
 
@@ -152,11 +150,11 @@ def resolve(
 
 
 def print_start(config: TrainingConfig) -> None:
-    device = devices.in_use()
+    device, settings = devices.in_use(), json.dumps(config.to_json(), indent=2)
     if config.dtype == "bfloat16" and device.startswith("CPU") and not has_fast_bfloat16():
         print(ROUNDED_ONLY, file=sys.stderr)
     print(bold("start training"), f"- parameters: {config.model.n_parameters}, device: {device}")
-    print(json.dumps(config.to_json(), indent=2), flush=True)
+    print(settings, flush=True)
 
 
 def finish(trainer: Trainer, signal_number: int) -> int:

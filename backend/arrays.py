@@ -11,11 +11,15 @@ from itertools import accumulate, takewhile
 
 import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad.device import BufferSpec
 from tinygrad.dtype import _to_np_dtype
 from tinygrad.helpers import NUM_CPU_THREADS
+from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
+
+from backend.cpu.compiler import ops_cpu
 
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
-MIN_SHARED_BYTES, MIN_HUGE_BYTES = 1 << 20, 1 << 18
+MIN_SHARED_BYTES, MIN_HUGE_BYTES, HUGE_PAGE = 1 << 20, 1 << 18, 2 << 20
 ALIGNMENT = 16  # floats: a cache line, and the longest vector of a processor
 
 
@@ -29,10 +33,7 @@ def zeros(*shape: int) -> Tensor:
 def from_numpy(array: np.ndarray, device: str | None = None) -> Tensor:
     """A realised tensor with a copy of the array, made without tinygrad's scheduler, whose start
     alone takes a tenth of a second."""
-    device, memory = Device.canonicalize(device), None
-    if device.startswith("CPU") and array.nbytes >= MIN_HUGE_BYTES and sys.platform == "linux":
-        memory = huge_pages.take(array.nbytes)
-    tensor = allocated(array, device, memory)
+    tensor = allocated(array, Device.canonicalize(device))
     copy_in(tensor, array)
     return tensor
 
@@ -42,7 +43,7 @@ def tensor_over(array: np.ndarray) -> Tensor:
     return allocated(array, "CPU", array)
 
 
-def allocated(array: np.ndarray, device: str, memory: np.ndarray | None) -> Tensor:
+def allocated(array: np.ndarray, device: str, memory: np.ndarray | None = None) -> Tensor:
     """A tensor of the array's shape and type, in the given memory or its own."""
     uop = UOp.new_buffer(device, array.size, getattr(dtypes, array.dtype.name))
     uop.buffer.memory = memory  # as long as there is the buffer
@@ -50,30 +51,26 @@ def allocated(array: np.ndarray, device: str, memory: np.ndarray | None) -> Tens
     return Tensor(uop.reshape(array.shape))
 
 
-class HugePages:
-    """Memory for many arrays in pages of 2 MB: read up to twice as fast as in those of 4 kB, at
-    whose ends a processor stops to read ahead. It is freed when the last of its arrays is."""
+class CPUAllocator(ops_cpu.CPUAllocator):
+    """Takes large buffers from pages of 2 MB; tinygrad maps each by itself, in pages of 4 kB, at
+    whose ends a processor stops to read ahead: up to twice as slow."""
 
-    SIZE, PAGE = 32 << 20, 2 << 20
+    left = np.empty(0, np.uint8)  # of the last memory that was mapped; freed with its last buffer
 
-    def __init__(self):
-        self.left = np.empty(0, np.uint8)
-
-    def take(self, n_bytes: int) -> np.ndarray:
-        n_aligned = -(-n_bytes // 64) * 64
+    def _alloc(self, size: int, options: BufferSpec) -> HCQBuffer:
+        if options.external_ptr is not None or size < MIN_HUGE_BYTES or sys.platform != "linux":
+            return super()._alloc(size, options)
+        n_aligned = -(-size // 64) * 64
         if n_aligned > len(self.left):
-            memory = mmap.mmap(
-                -1, max(n_aligned, self.SIZE) + self.PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            )
+            n_bytes = max(n_aligned, 16 * HUGE_PAGE) + HUGE_PAGE
+            memory = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError):  # a Linux without them
                 memory.madvise(mmap.MADV_HUGEPAGE)
             self.left = np.frombuffer(memory, np.uint8)
-            self.left = self.left[-self.left.ctypes.data % self.PAGE :]
-        taken, self.left = self.left[:n_bytes], self.left[n_aligned:]
-        return taken
-
-
-huge_pages = HugePages()
+            self.left = self.left[-self.left.ctypes.data % HUGE_PAGE :]
+        taken, self.left = self.left[:size], self.left[n_aligned:]
+        address, view = taken.ctypes.data, MMIOInterface(taken.ctypes.data, size, fmt="B")
+        return HCQBuffer(address, size, meta=taken, view=view, owner=self.dev)
 
 
 def aligned_zeros(n: int) -> np.ndarray:
@@ -149,13 +146,6 @@ class FlatBuffer:
             return self.whole
         of_parts = (tensor for part in self.parts.values() for tensor in part.whole)
         return [*self.whole, *self.views.values(), *of_parts]
-
-    def like(self) -> "FlatBuffer":
-        """Another one, of the same shapes and with the same parts."""
-        other = FlatBuffer(self.shapes)
-        for names in self.parts:
-            other.part(names)
-        return other
 
     def part(self, names: Iterable[str]) -> "FlatBuffer":
         """The tensors of consecutive names, which share the memory of this buffer."""

@@ -8,8 +8,7 @@ from tinygrad.helpers import ContextVar
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo
 
-from backend.cpu.blas import blas
-from backend.cpu.native import address_of
+from backend.cpu.native import address_of, blas
 from backend.cpu.threads import CHUNKS_PER_CORE, chunk_of
 
 ATTENTION_BLOCKS = ContextVar("ATTENTION_BLOCKS", 1)  # 0 leaves it to the plain formula

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from tinygrad import Context, Device
+from tinygrad import Device
 from tinygrad.helpers import DEV
 
 from backend.errors import UserError
@@ -22,11 +22,6 @@ def set_default() -> None:
     names_one = any(os.environ.get(name) == "1" for name in BACKENDS)  # see `in_use`
     if not (DEV.device or has_gpu or names_one):
         DEV.value = os.environ["DEV"] = "CPU"
-
-
-def default_to_cpu() -> Context:
-    """A context in which tensors are on the CPU, unless they name another device."""
-    return Context(DEV="CPU")
 
 
 def in_use() -> str:

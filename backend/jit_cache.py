@@ -22,15 +22,14 @@ from tinygrad.engine.realize import get_call_arg_uops, get_call_outs_ins
 from tinygrad.helpers import ContextVar
 from tinygrad.uop.ops import Ops
 
-from backend import caches
+from backend import files
 from backend.cpu import native
-from backend.cpu.blas import blas
-from backend.cpu.compiler import processor
-from backend.locks import locked
-from backend.machine import cache_folder
+from backend.cpu.compiler import processor, sealed, unsealed
+from backend.cpu.native import blas
+from backend.machine import CACHE
 
 KEPT_BYTES = 128 << 20  # of files of up to a few MB each
-LOCK = ".lock"
+FOLDER, LOCK = CACHE / "gpt-tiny", ".lock"
 FIRST_PLACEHOLDER = 10_000  # tinygrad numbers the arguments of a jit from 0
 
 
@@ -52,12 +51,12 @@ class CachedJit:
             self.buffers = [tensor.uop.base for tensor in buffers]
             shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in self.buffers]
             name = fingerprint(function.__qualname__, key, variables, shapes)
-            self.path = cache_folder() / "gpt-tiny" / name
+            self.path = FOLDER / name
             self.restore()
 
     def restore(self) -> None:
         with contextlib.suppress(Exception):  # to begin with: there is none
-            kept = pickle.loads(caches.unsealed(read_private(self.path)))
+            kept = pickle.loads(unsealed(read_private(self.path)))
             self.jit.captured = restored(kept, self.buffers)
             os.utime(self.path)  # those that are used stay
 
@@ -96,7 +95,7 @@ def alone(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            stack.enter_context(locked(path.with_suffix(LOCK), wait=True))
+            stack.enter_context(files.locked(path.with_suffix(LOCK), wait=True))
         yield
 
 
@@ -126,7 +125,7 @@ def keep(path: Path, jit: CapturedJit, buffers: list[UOp]) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     with open(temporary, "xb", opener=lambda *name: os.open(*name, 0o600)) as file:
-        file.write(caches.sealed(data))
+        file.write(sealed(data))
     temporary.replace(path)
     drop_oldest(path.parent)
 
@@ -134,7 +133,7 @@ def keep(path: Path, jit: CapturedJit, buffers: list[UOp]) -> None:
 def drop_oldest(folder: Path) -> None:
     """Leaves the files that were used last, KEPT_BYTES of them."""
     jits = [path for path in folder.iterdir() if path.suffix != LOCK]
-    caches.drop_oldest(jits, KEPT_BYTES, Path.unlink)
+    files.drop_oldest(jits, KEPT_BYTES, Path.unlink)
 
 
 def restored(kept: tuple, buffers: list[UOp]) -> CapturedJit:

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from backend.errors import UserError
@@ -94,15 +94,6 @@ def physical_memory() -> int:
     return status[1]
 
 
-def wait_call() -> Callable:
-    """What a thread calls that has waited long: on Linux libc's `syscall`, elsewhere a function
-    that lets another thread have the core."""
-    if sys.platform == "win32":
-        return ctypes.windll.kernel32.SwitchToThread
-    libc = ctypes.CDLL(None)
-    return libc.syscall if sys.platform == "linux" else libc.sched_yield
-
-
 def cache_folder() -> Path:
     """Where this user's programs keep what they can make anew."""
     places = {
@@ -126,12 +117,12 @@ def can_be_written(folder: Path) -> bool:
         return False
 
 
-def find_cache() -> None:
-    """Has a folder for this process alone in place of a cache that can't be written, and says so;
-    OSError where there is none either."""
+def find_cache() -> Path:
+    """The user's cache or, where it can't be written, a folder for this process alone, and a line
+    that says so; OSError where there is none either."""
     folder = cache_folder()
     if can_be_written(folder):
-        return
+        return folder
     print(
         f"warning: {folder} can't be written, so what is compiled is not kept for the next start: "
         "XDG_CACHE_HOME can name another folder",
@@ -142,6 +133,7 @@ def find_cache() -> None:
     os.environ["XDG_CACHE_HOME"] = temporary  # for the processes that this one starts as well
     if sys.platform == "win32":  # where zig does not look at it
         os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", temporary)
+    return Path(temporary)
 
 
 def remove_cache(folder: str) -> None:
@@ -152,4 +144,4 @@ def remove_cache(folder: str) -> None:
 
 
 check_variables()
-find_cache()
+CACHE = find_cache()

@@ -1,20 +1,22 @@
-"""Matrix products: `einsum`, on every backend; on the CPU by BLAS."""
+"""Matrix products: `einsum`, on every backend; on the CPU by BLAS, or with few vectors by gemv.c.
+
+A size may vary with a Variable of a jit, which tinygrad calls symbolic: `sint`.
+"""
 
 import functools
 import math
 from dataclasses import dataclass
 
-from tinygrad import Tensor, UOp, dtypes
+from tinygrad import Context, Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.helpers import ContextVar
 from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import KernelInfo, sint
+from tinygrad.uop.ops import KernelInfo, Ops, sint
 
 from backend.cpu import native
-from backend.cpu.blas import blas
-from backend.cpu.gemv import gemv
+from backend.cpu.compiler import processor
+from backend.cpu.native import blas
 from backend.cpu.threads import chunk_of, evenness
-from backend.sizes import at_most, in_kernel, stored
 
 PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")  # that operands are rounded to
 FEW_VECTORS = ContextVar("FEW_VECTORS", 0)  # up to which gemv.c multiplies them, without a gradient
@@ -149,14 +151,14 @@ def gemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
     else:
         indices, n = {columns[-1]: first}, chunk_size
 
-    a, flag_a, step_a = matrix_of(a, letters_a, rows, summed, indices)
-    b, flag_b, step_b = matrix_of(b, letters_b, summed, columns, indices)
-    c, _, step_c = matrix_of(c, letters_c, rows, columns, indices)
+    a, flag_a, lda = matrix_of(a, letters_a, rows, summed, indices)
+    b, flag_b, ldb = matrix_of(b, letters_b, summed, columns, indices)
+    c, _, ldc = matrix_of(c, letters_c, rows, columns, indices)
     row_major, flag_a, flag_b = constants(dtypes.int32, 101, flag_a, flag_b)
     integer = dtypes.int64 if is_bfloat16 else blas().integer
-    m, n, k, step_a, step_b, step_c = constants(integer, m, n, k, step_a, step_b, step_c)
+    m, n, k, lda, ldb, ldc = constants(integer, m, n, k, lda, ldb, ldc)
     alpha, beta = constants(dtypes.float32, 1.0, 0.0)
-    arguments = (row_major, flag_a, flag_b, m, n, k, alpha, a, step_a, b, step_b, beta, c, step_c)
+    arguments = (row_major, flag_a, flag_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
     call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
     name = f"{'sb' if is_bfloat16 else 's'}gemm_{axes.of_a}_{axes.of_b}_{axes.of_c}"
     info = KernelInfo(name=name, opts_to_apply=(), estimates=Estimates())
@@ -165,3 +167,64 @@ def gemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
 
 def constants(dtype: DType, *numbers: float | UOp) -> list[UOp]:
     return [x.cast(dtype) if isinstance(x, UOp) else UOp.const(x, dtype) for x in numbers]
+
+
+def gemv(matrix: Tensor, x: Tensor) -> Tensor:
+    """matrix (n, k), x (t, k) -> x matrix', float32 (t, n).
+
+    x is float32 and the matrix float32 or float16; or x is int16 and the matrix int8, or float16
+    that is rounded to integers. Sums of integers have to fit into 32 bits.
+    """
+    y = Tensor.empty(x.shape[0], matrix.shape[0], device=x.device)
+    address = native.address_of("gemv", x.device)
+    sources = y.uop, matrix.contiguous().uop, x.contiguous().uop, address.uop
+    return Tensor(UOp.custom_kernel(*sources, fxn=gemv_kernel)[0])
+
+
+def gemv_kernel(y: UOp, matrix: UOp, x: UOp, address: UOp) -> UOp:
+    (n, k), n_vectors = matrix.shape, x.shape[0]
+    chunk, first, size = chunk_of(n, 0, n * k * n_vectors)
+    is_integer = x.dtype == dtypes.int16
+    integers = n_vectors, first, first + size, n, k, matrix.dtype.itemsize, is_integer
+    integers = (UOp.const(0, dtypes.weakint) + integer for integer in integers)
+    pointers = (tensor.flatten()[0] for tensor in (y, matrix, x))
+    arguments = *pointers, *(integer.cast(dtypes.int32) for integer in integers)
+    call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
+    info = KernelInfo(name="gemv", opts_to_apply=(), estimates=Estimates())
+    return call.end(chunk).sink(arg=info)
+
+
+def few_vectors() -> Context:
+    """A context for what needs no gradient, in which gemv multiplies as many vectors as it is
+    faster with than BLAS, which copies the matrix."""
+    n_vectors = 256 if "avx512bw" in processor() else 16
+    return Context(FEW_VECTORS=FEW_VECTORS.value or n_vectors)
+
+
+def at_most(size: sint) -> int:
+    return size if isinstance(size, int) else size.vmax
+
+
+def in_kernel(size: sint) -> sint:
+    """The size as an expression of a kernel's parameters, which the Variables are there."""
+    if isinstance(size, int):
+        return size
+    size, values = size.unbind_all()
+    return size.substitute({variable: variable.replace(op=Ops.PARAM) for variable in values})
+
+
+def positions(n: sint) -> Tensor:
+    """The integers (n,) from 0; `Tensor.arange` computes them as sums of ones where n varies."""
+    return Tensor.arange(at_most(n))[:n]
+
+
+def stored(x: Tensor) -> Tensor:
+    """x in memory; if a size varies, at the start of a buffer of the largest shape of x."""
+    shape = tuple(at_most(size) for size in x.shape)
+    if x.shape == shape:
+        return x.contiguous()
+    if x.uop.op is Ops.SHRINK and x.uop.src[0].shape == shape:
+        return Tensor(x.uop.src[0])  # a KV cache, which x is the filled part of
+    whole = Tensor.empty(*shape, device=x.device, dtype=x.dtype)
+    filled = whole.shrink(tuple((0, size) for size in x.shape))
+    return Tensor(whole.uop.after(filled.uop.store(x.uop)))

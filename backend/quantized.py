@@ -9,10 +9,9 @@ from tinygrad import Tensor, dtypes
 from tinygrad.helpers import NUM_CPU_THREADS
 
 from backend.arrays import as_numpy, from_numpy
-from backend.cpu.blas import blas
-from backend.cpu.gemv import gemv
+from backend.cpu.native import blas
 from backend.lookup import look_up
-from backend.matmul import einsum
+from backend.matmul import einsum, gemv
 
 # the greatest value of a quantized matrix: of float16, the greatest integer that 11 bits hold
 QMAX = {"int8": 127, "float16": 2047}

@@ -3,17 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from unittest.mock import patch
 
-from tinygrad import Context, Device, Tensor, UOp, Variable
+from tinygrad import Context, Tensor, UOp, Variable
 from tinygrad.device import Buffer
 from tinygrad.engine.jit import jit_lower
 from tinygrad.engine.realize import capturing, get_call_arg_uops
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.uop.ops import Ops, buffers
-
-from backend.cpu import native
-from backend.jit_cache import kernels_of
 
 N_CHUNKS = 24  # of which 2, 3, 4, 6, 8, 12 or 24 cores have equal numbers
 
@@ -43,22 +39,18 @@ def rendered(function: Callable, *tensors: Tensor, **variables: range) -> list[C
         name: Variable(name, numbers[0], numbers[-1]).bind(numbers[0])
         for name, numbers in variables.items()
     }
-    compiler, kernels = Device["CPU"].renderer.compiler, []
+    kernels = []
     # what tinygrad gives kernels to in place of running them, as it does to capture a jit
     recorder = SimpleNamespace(add_linear=lambda linear, _: kernels.extend(linear.src))
     chunks = {"NUM_CPU_THREADS": N_CHUNKS, "CHUNKS_PER_CORE": 1}
-    with (
-        Context(SPEC=0, PARALLEL=0, FEW_VECTORS=2**31 - 1, **chunks),
-        patch.object(compiler, "compile_cached", lambda source: b""),
-        patch.object(native, "address", lambda name: 0),
-    ):
+    with Context(RENDER_ONLY=1, SPEC=0, PARALLEL=0, JIT=2, FEW_VECTORS=2**31 - 1, **chunks):
         capturing.append(recorder)
         try:
             function(*tensors, **bound)
         finally:
             capturing.clear()
         linear = jit_lower(UOp(Ops.LINEAR, src=tuple(kernels)), set(buffers), [])
-    return [call_of(kernel) for kernel in kernels_of(linear)]
+    return [call_of(kernel) for kernel in linear.src]
 
 
 def call_of(kernel: UOp) -> Call:

@@ -13,8 +13,7 @@ from worker import peak_memory, serve
 from backend.arrays import copy_out
 from data.ids import Corpus
 from gpt_tiny import GPT, GPTConfig, initial_weights
-from inference.decoder import quantize
-from inference.generator import Generator
+from inference.generator import Generator, quantize
 from tokenizers import CharTokenizer
 from training.batches import capture_training, make_plan
 from training.checkpoint import Checkpoint
@@ -33,7 +32,7 @@ def train(config: GPTConfig, n: int, **settings):
     ids = rng.integers(config.model.vocab_size, size=500_000).astype(np.uint16)
     corpus = Corpus("made up", CharTokenizer(), 0, ids)
     trainer = Trainer(config, corpus, Checkpoint(config), None, WORLD)
-    learned = trainer.model, trainer.parameters, trainer.optimizer, trainer.losses
+    learned = trainer.model, trainer.optimizer, trainer.losses
     train_batch = capture_training(config, *learned, WORLD)
     plan = make_plan(config, corpus, trainer.optimizer, 0, rng, WORLD)
 

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tokenizers
-from backend import caches, files, machine
+from backend import files, machine
 from backend.errors import UserError
 from data.texts import Texts
 from tokenizers import Tokenizer, Unknown
@@ -273,7 +273,7 @@ def drop_oldest() -> None:
     """Leaves the ids that were used last, KEPT_BYTES of them, and all that is not ours."""
     complete = (facts.parent for facts in FOLDER.glob(f"*/{FACTS}"))
     ours = [folder for folder in complete if KEPT_NAME.fullmatch(folder.name)]
-    caches.drop_oldest(ours, KEPT_BYTES, remove)
+    files.drop_oldest(ours, KEPT_BYTES, remove)
     for unfinished in FOLDER.glob(".gpt-tiny-*"):
         with contextlib.suppress(OSError):
             if time.time() - (unfinished / IDS).stat().st_mtime > A_DAY:  # its training was killed

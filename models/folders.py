@@ -10,7 +10,6 @@ from pathlib import Path
 import tokenizers
 from backend import files
 from backend.errors import UserError
-from backend.locks import locked
 
 INDEX = "model.safetensors.index.json"  # of weights in several files, as Hugging Face cuts them
 WEIGHT_FILES = ("model.safetensors", "model.mpk", INDEX)  # what we write comes first
@@ -62,7 +61,7 @@ def reserved(folder: Path) -> Iterator[None]:
     """Keeps other trainings out of a folder; UserError if one is at work there."""
     folder = Path(os.path.realpath(folder))
     # beside it: the folder itself is another one when its model has been replaced
-    with locked(folder.with_name(f".gpt-tiny-{folder.name}.lock")) as is_ours:
+    with files.locked(folder.with_name(f".gpt-tiny-{folder.name}.lock")) as is_ours:
         if not is_ours:
             raise UserError(
                 f"another training is writing to {folder}: wait for its end, or name another folder"

@@ -4,7 +4,6 @@ import base64
 import gzip
 import hashlib
 import html
-import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,8 @@ import numpy as np
 import ziglang
 from tinygrad.helpers import NUM_CPU_THREADS
 
-from backend.cpu.blas import blas
 from backend.cpu.compiler import FLAGS
+from backend.cpu.native import blas
 from backend.errors import UserError
 
 ZIG = Path(ziglang.__file__).parent / "zig"
@@ -40,7 +39,7 @@ _linked: .incbin "model.bin"
 
 @dataclass(frozen=True)
 class Target:
-    """A platform as zig names it, and what its processors may be: a step's name, and zig's."""
+    """A platform as zig names it, and zig's name of each kind of processor by that in system.c."""
 
     triple: str
     processors: dict[str, str]
@@ -57,15 +56,14 @@ TARGETS = {
     "x86_64-macos": Target("x86_64-macos", X86, links_model=True),
     "aarch64-macos": Target("aarch64-macos", ARM, links_model=True),
 }
-WASM = ("-target", "wasm32-freestanding", "-msimd128", "-DSTEP=step_any", "-DHALVES_ARE_SINGLE")
+WASM = (
+    "-target",
+    "wasm32-freestanding",
+    "-msimd128",
+    "-DKERNELS=kernels_any",
+    "-DHALVES_ARE_SINGLE",
+)
 WASM += ("-Wl,--no-entry", "-Wl,-z,stack-size=1048576", "-Wl,--export-memory")
-
-
-def this_machine() -> str:
-    """The name of the target that this machine is."""
-    system = {"Darwin": "macos"}.get(platform.system(), platform.system().lower())
-    is_arm = platform.machine().lower() in ("arm64", "aarch64") and system != "windows"
-    return f"{'aarch64' if is_arm else 'x86_64'}-{system}"
 
 
 def zig(*words: str | Path, folder: Path | None = None) -> None:
@@ -90,13 +88,18 @@ def program(target: Target, sources: Path, output: Path) -> None:
         need = f"the program would need {n_bytes / 1e9:.1f} GB, and its system allows 4.3"
         raise UserError(f"{need}: try --weights int8")
 
-    def step(name: str) -> Path:
-        flags = f"-mcpu={target.processors[name]}", f"-DSTEP=step_{name}", "-target", target.triple
+    def kernels(name: str) -> Path:
+        flags = (
+            f"-mcpu={target.processors[name]}",
+            f"-DKERNELS=kernels_{name}",
+            "-target",
+            target.triple,
+        )
         flags += (f"-DHALVES_ARE_SINGLE={int(name == 'sse2')}",)
         return compiled(sources, sources / f"{name}.o", "-c", *flags, RUNTIME / "steps.c")
 
     with ThreadPoolExecutor(NUM_CPU_THREADS.value) as threads:
-        objects = list(threads.map(step, target.processors))
+        objects = list(threads.map(kernels, target.processors))
     files = ["-target", target.triple, *target.flags, *OF_PROGRAMS, *SHARED, *objects]
     if target.links_model:
         seal(model, 0)

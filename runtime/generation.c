@@ -10,41 +10,40 @@ static byte shown[sizeof text];
 static long n_undecoded, n_text;
 static Text stop;
 
-// Returns how many tokens of the prompt are unknown; `ids` has twice as much room as it has bytes.
-long begin(Text prompt, Text stop_text, int *ids) {
-  long n = encode(prompt.text, prompt.n, ids, ids + prompt.n), n_unknown = 0;
-  for (long i = 0; i < n; i++) n_unknown += ids[i] == UNKNOWN;
+// Of an empty prompt END is the only token; `ids` has room for one, and five for each byte.
+void set_prompt(Text prompt, Text stop_text, int *ids) {
+  long n = encode(prompt, ids);
+  if (!n) ids[n++] = END;
   n_window = n < CONTEXT_LENGTH ? n : CONTEXT_LENGTH;
   for (int i = 0; i < n_window; i++) window[i] = ids[n - n_window + i];
   n_cached = n_undecoded = n_text = has_ended = 0;
   is_finite = 1;
   stop = stop_text;
-  return n_unknown;
 }
 
 // Runs the model on n tokens to before `end`; leaves the logits after the one with index `last`.
-static void read(int n, int end, int last) {
+static void decode_tokens(int n, int end, int last) {
   int *ids = (int *)(memory + (n == 1 ? ID : IDS));
   for (int i = 0; i < n; i++) ids[i] = i <= last ? window[end - n + i] : 0;
-  Team team = {.n = n, .end = end, .last = last};
-  run(&team);
+  Step step = {.n = n, .end = end, .last = last};
+  decode(&step);
 }
 
 // Brings the cache up to the window's end; the logits after it.
 static const float *logits(void) {
-  if (n_window - n_cached == 1) read(1, n_window, 0), n_cached++;
+  if (n_window - n_cached == 1) decode_tokens(1, n_window, 0), n_cached++;
   for (; n_cached < n_window; n_cached += CHUNK) {
     int first = n_cached < CONTEXT_LENGTH - CHUNK ? n_cached : CONTEXT_LENGTH - CHUNK;
     int left = n_window - first;
-    read(CHUNK, first + CHUNK, (left < CHUNK ? left : CHUNK) - 1);
+    decode_tokens(CHUNK, first + CHUNK, (left < CHUNK ? left : CHUNK) - 1);
   }
   n_cached = n_window;
   return (const float *)(memory + LOGITS);
 }
 
 // What is certain of the text with these bytes more: whole characters, and not the stop text.
-static Text add(const byte *bytes, long n, int is_last) {
-  for (long i = 0; i < n; i++) undecoded[n_undecoded++] = bytes[i];
+static Text add_bytes(Text bytes, int is_last) {
+  for (long i = 0; i < bytes.n; i++) undecoded[n_undecoded++] = bytes.text[i];
   long at = 0, end = 0, equal = 0;
   for (int length; at < n_undecoded; at += length) {
     unsigned code_point;
@@ -71,10 +70,10 @@ static Text add(const byte *bytes, long n, int is_last) {
   return (Text){shown, end};
 }
 
-Text rest(void) { return has_ended ? (Text){} : add(0, 0, 1); }
+Text last_text(void) { return has_ended ? (Text){} : add_bytes((Text){}, 1); }
 
 // The text that is certain after one more token.
-Text next(int stride, const Sampling *sampling) {
+Text next_text(int stride, const Sampling *sampling) {
   if (n_window > CONTEXT_LENGTH) {
     for (int i = stride; i < n_window; i++) window[i - stride] = window[i];
     n_window -= stride;
@@ -84,11 +83,9 @@ Text next(int stride, const Sampling *sampling) {
   for (int i = 0; i < VOCAB_SIZE; i++) is_finite &= scores[i] - scores[i] == 0;
   int id = is_finite ? sample(scores, sampling) : 0;
   if (!is_finite || IS_END(id)) {
-    Text last = rest();
+    Text last = last_text();
     has_ended = 1;
     return last;
   }
-  long n;
-  const byte *bytes = token(window[n_window++] = id, &n);
-  return add(bytes, n, 0);
+  return add_bytes(token(window[n_window++] = id), 0);
 }

@@ -60,7 +60,7 @@ class Kernels:
         for call in calls:
             name = self.names.setdefault(call.source, f"k{len(self.names)}_{call.name}")
             buffers = (self.argument(*buffer) for buffer in call.buffers)
-            lines.append(f"RUN({call.n_chunks}, {name}({', '.join([*buffers, *call.variables])}))")
+            lines.append(f"CALL({call.n_chunks}, {name}({', '.join([*buffers, *call.variables])}))")
         return "\n".join(lines)
 
     def source(self) -> str:

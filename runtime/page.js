@@ -5,7 +5,7 @@ const { prompt, tokens, temperature, topK, topP, seed, write, goOn, copy, stop, 
   form.elements;
 const element = (id) => document.getElementById(id);
 const SIMD = "AGFzbQEAAAABBQFgAAF7AwIBAAoKAQgAQQD9D/1iCw=="; // a program with such an instruction
-let worker, isStopped;
+let worker, hasEnd, isStopped;
 
 const ask = (message) => new Promise((resolve, reject) => {
   worker.onmessage = ({ data }) => {
@@ -28,20 +28,26 @@ async function load() {
     throw Error("A page on disk cannot read its model: run `python -m http.server` in the folder");
   worker = new Worker(URL.createObjectURL(new Blob([element("worker").textContent])));
   const address = new URL(dataset.address, location).href; // the worker is at another place
-  await ask({ task: "load", program: element("program").textContent, weights, address });
+  const program = element("program").textContent;
+  ({ hasEnd } = await ask({ task: "load", program, weights, address }));
+  if (hasEnd) prompt.placeholder = "How the text begins, or nothing. Ctrl+Enter writes on.";
   element("weights").remove();
   show("Ready");
 }
 
-async function begin() {
+async function setPrompt() {
   text.innerHTML = "<b></b>";
-  text.firstChild.textContent = prompt.value || "\n";
-  const { nUnknown: n } = await ask({ task: "begin", prompt: text.textContent, seed: seed.value,
-    temperature: temperature.valueAsNumber, topK: topK.valueAsNumber || 0,
+  text.firstChild.textContent = prompt.value || (hasEnd ? "" : "\n");
+  const { percent, unknown } = await ask({ task: "start", prompt: text.textContent,
+    seed: seed.value, temperature: temperature.valueAsNumber, topK: topK.valueAsNumber || 0,
     topP: topP.value ? topP.valueAsNumber : Infinity });
-  const be = n < 2 ? "character or word of the prompt is" : "characters or words of the prompt are";
-  element("warning").textContent = n ? `${n} ${be} not in the model's vocabulary` : "";
+  const share = percent < 0.05 ? "Less than 0.1 %" : `${percent.toFixed(1)} %`;
+  const lack = `${share} of the prompt is not in the model's vocabulary: `;
+  element("warning").textContent = percent ? lack + unknown.map(visible).join(" ") : "";
 }
+
+const visible = (token) => token.replace(/[\p{C}\p{Z}]/gu, (character) =>
+  `U+${character.codePointAt().toString(16).toUpperCase().padStart(4, "0")}`);
 
 form.onsubmit = async (event) => {
   event.preventDefault();
@@ -49,7 +55,7 @@ form.onsubmit = async (event) => {
   let nTokens = 0, piece, speed;
   isStopped = false;
   show("Writing", { isWriting: true });
-  if (event.submitter !== goOn) await begin();
+  if (event.submitter !== goOn) await setPrompt();
   do {
     piece = await ask({ task: "write", most: most - nTokens });
     const isEndInSight = text.getBoundingClientRect().bottom <= innerHeight;

@@ -1,7 +1,6 @@
 // A model as a program, with the flags of run.py. whole.c finds the model.
 #include <getopt.h>
 #include <math.h>
-#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,95 +16,81 @@
 #include <shellapi.h>
 #endif
 
-const void *halves;
-byte memory[MEMORY_BYTES] __attribute__((aligned(64)));
-
-void fail(int status, const char *format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  fputs("error: ", stderr);
-  vfprintf(stderr, format, arguments);
-  fputc('\n', stderr);
-  exit(status);
-}
-
-static void *resized(void *old, size_t n_bytes) {
-  void *new = realloc(old, n_bytes + 1);
-  if (!new) fail(1, "out of memory");
-  return new;
-}
-
-static const struct option known[] = {
+static const struct option options[] = {
     {"prompt", 1, 0, 'p'},      {"n-new-tokens", 1, 0, 'n'}, {"stop", 1, 0, 'S'},
     {"interactive", 0, 0, 'i'}, {"seed", 1, 0, 's'},         {"temperature", 1, 0, 't'},
     {"top-k", 1, 0, 'K'},       {"top-p", 1, 0, 'P'},        {"stride", 1, 0, 'r'},
-    {"help", 0, 0, 'h'},        {0}};
+    {"no-special", 0, 0, 'N'},  {"help", 0, 0, 'h'},         {0}};
 
-static const char *program, *prompt = "\n", *stop = "";
+static const char *name, *prompt = "\n", *stop = "";
 static int n_new_tokens = 1000, stride = 1, is_interactive;
 static Sampling sampling = {.temperature = 1, .top_p = INFINITY};
 
-static double number(const char *option, int is_count) {
+static double parse_number(const char *option, int is_count) {
   char *end;
   double number = strtod(optarg, &end);
   int is_number = *optarg && !*end && number >= is_count && number < INFINITY;
   if (!is_number || (is_count && (number > INT32_MAX || number != (int)number)))
     fail(2, "argument --%s: '%s' is not a %snumber of at least %d; see %s --help", option, optarg,
-         is_count ? "whole " : "", is_count, program);
+         is_count ? "whole " : "", is_count, name);
   return number;
 }
 
-static void check_utf8(const char *name, Text text) {
+static void check_utf8(const char *what, Text text) {
   unsigned code_point;
   for (long at = 0, length; at < text.n; at += length)
     if ((length = character(text.text + at, text.n - at, &code_point)) <= 0)
-      fail(1, "%s is not UTF-8: invalid byte 0x%02x at offset %ld; convert it to UTF-8", name,
+      fail(1, "%s is not UTF-8: invalid byte 0x%02x at offset %ld; convert it to UTF-8", what,
            text.text[at], at);
 }
 
-static void parse(int n_words, char **words) {
-  program = words[0];
+static void parse_options(int argc, char **argv) {
+  name = argv[0];
   seed((byte *)"0", 1);
   opterr = 0;
   for (int at = 1, letter, i;
-       (letter = getopt_long(n_words, words, "+:p:n:s:ih", known, NULL)) != -1; at = optind) {
-    for (i = 0; known[i].val && known[i].val != letter;) i++;
-    const char *option = known[i].name;
-    if (letter == 'h') exit(printf("usage: %s [OPTION]...\n\n%s", program, HELP) < 0);
+       (letter = getopt_long(argc, argv, "+:p:n:s:ih", options, NULL)) != -1; at = optind) {
+    for (i = 0; options[i].val && options[i].val != letter;) i++;
+    const char *option = options[i].name;
+    if (letter == 'h') exit(printf("usage: %s [OPTION]...\n\n%s", name, HELP) < 0);
     if (letter == 'p') prompt = optarg;
-    if (letter == 'n') n_new_tokens = number(option, 1);
+    if (letter == 'n') n_new_tokens = parse_number(option, 1);
     if (letter == 'S') stop = optarg;
     if (letter == 'i') is_interactive = 1;
+    if (letter == 'N') n_specials = 0;
     if (letter == 's' && !seed((byte *)optarg, strlen(optarg)))
       fail(2, "argument --seed: '%s' is not a whole number of at least 0", optarg);
-    if (letter == 't') sampling.temperature = number(option, 0);
-    if (letter == 'K') sampling.top_k = number(option, 1);
-    if (letter == 'P') sampling.top_p = number(option, 0);
-    if (letter == 'r') stride = number(option, 1);
+    if (letter == 't') sampling.temperature = parse_number(option, 0);
+    if (letter == 'K') sampling.top_k = parse_number(option, 1);
+    if (letter == 'P') sampling.top_p = parse_number(option, 0);
+    if (letter == 'r') stride = parse_number(option, 1);
     if (letter == 'S' && (!*stop || strlen(stop) > LONGEST_STOP))
       fail(2, "--stop is empty or too long: give 1 to %d bytes", LONGEST_STOP);
     if (letter == 'S') check_utf8("--stop", (Text){(byte *)stop, strlen(stop)});
-    if (letter == ':') fail(2, "argument %s: expected one argument", words[at]);
-    if (letter == '?') fail(2, "unrecognized arguments: %s; see %s --help", words[at], program);
+    if (letter == ':') fail(2, "argument %s: expected one argument", argv[at]);
+    if (letter == '?') fail(2, "unrecognized arguments: %s; see %s --help", argv[at], name);
   }
-  if (optind < n_words) fail(2, "unrecognized arguments: %s; see %s --help", words[optind], program);
+  if (optind < argc) fail(2, "unrecognized arguments: %s; see %s --help", argv[optind], name);
   if (stride > CONTEXT_LENGTH)
     fail(1, "a stride of %d is beyond the context of %d", stride, CONTEXT_LENGTH);
 }
 
-// Standard input up to a line's end, which is left out, or to its own, where `text` is NULL.
+// Standard input up to a line's end, which is left out, or to its own, where `text` is NULL; a byte
+// order mark at its start is left out as well.
 static Text read_input(int is_line) {
   static byte *text;
   static long size;
-  static int letter;
-  long n = 0;
+  static int letter, has_begun;
+  long n = 0, mark = 0;
   for (int previous = letter; (letter = getchar()) != EOF; previous = letter) {
     if (letter == '\n' && previous == '\r') continue;  // a line's end on Windows
     if (is_line && (letter == '\n' || letter == '\r')) break;
     if (n == size) text = resized(text, size = 2 * n + 1000);
     text[n++] = letter == '\r' ? '\n' : letter;
   }
-  return (Text){letter == EOF && !n ? NULL : n ? text : (byte *)"", n};
+  if (!has_begun++ && n >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) mark = 3;
+  n -= mark;
+  return (Text){letter == EOF && !n ? NULL : n ? text + mark : (byte *)"", n};
 }
 
 static void show(Text text) {
@@ -113,40 +98,57 @@ static void show(Text text) {
   if (fflush(stdout)) exit(1);
 }
 
+static void warn_of_unknown(void) {
+  if (!unknown.n) return;
+  double percent = 100.0 * unknown.n / unknown.n_characters;
+  fprintf(stderr, percent < 0.05 ? "warning: less than 0.1 %%" : "warning: %.1f %%", percent);
+  fputs(" of the prompt is not in the vocabulary:", stderr);
+  for (int i = 0; i < N_COUNTS && unknown.counts[i].n; i++) {
+    Text token = unknown.counts[i].token;
+    unsigned code_point;
+    fputc(' ', stderr);
+    for (long at = 0, length; at < token.n; at += length) {
+      length = character(token.text + at, token.n - at, &code_point);
+      if (is_visible(code_point)) fwrite(token.text + at, 1, length, stderr);
+      else fprintf(stderr, "U+%04X", code_point);
+    }
+  }
+  fputc('\n', stderr);
+}
+
 static void continue_text(Text prompt) {
   static int *ids;
-  if (!prompt.n) fail(1, "the prompt is empty: give at least one character");
+  if (!prompt.n && END < 0) fail(1, "the prompt is empty: give at least one character");
   check_utf8("the prompt", prompt);
-  ids = resized(ids, 2 * prompt.n * sizeof(int));
-  long n_unknown = begin(prompt, (Text){(byte *)stop, strlen(stop)}, ids);
-  if (n_unknown)
-    fprintf(stderr, "warning: %ld tokens of the prompt are not in the vocabulary\n", n_unknown);
+  ids = resized(ids, (5ll * prompt.n + 1) * sizeof(int));
+  set_prompt(prompt, (Text){(byte *)stop, strlen(stop)}, ids);
+  warn_of_unknown();
   const char *terminal = getenv("TERM"), *no_color = getenv("NO_COLOR");
   int is_plain = (terminal && !strcmp(terminal, "dumb")) || (no_color && *no_color);
   int is_bold = isatty(1) && !is_interactive && !is_plain;
   if (is_bold) fputs("\033[1m", stdout);
   if (!is_interactive) show(prompt);
   if (is_bold) fputs("\033[0m", stdout);
-  for (int i = 0; i < n_new_tokens && !has_ended; i++) show(next(stride, &sampling));
-  show(rest());
+  for (int i = 0; i < n_new_tokens && !has_ended; i++) show(next_text(stride, &sampling));
+  show(last_text());
   if (!is_finite) fail(1, "the model's logits are not finite: its weights are far too large");
   show((Text){(byte *)"\n", 1});
 }
 
-int main(int n_words, char **words) {
+int main(int argc, char **argv) {
 #if _WIN32
-  wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n_words);
-  for (int i = 0; i < n_words; i++) {
+  wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &argc);
+  for (int i = 0; i < argc; i++) {
     int n = WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, NULL, 0, NULL, NULL);
-    words[i] = resized(NULL, n);
-    WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, words[i], n, NULL, NULL);
+    argv[i] = resized(NULL, n);
+    WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, argv[i], n, NULL, NULL);
   }
   _setmode(0, _O_BINARY);
   _setmode(1, _O_BINARY);
   SetConsoleOutputCP(CP_UTF8);
 #endif
-  parse(n_words, words);
-  choose_step();
+  parse_options(argc, argv);
+  choose_kernels();
   if (!is_interactive) {
     int is_given = strcmp(prompt, "-");
     continue_text(is_given ? (Text){(byte *)prompt, strlen(prompt)} : read_input(0));

@@ -88,14 +88,15 @@ static double sum(int n) {
 }
 
 int sample(const float *logits, const Sampling *sampling) {
-  int likeliest = UNKNOWN == 0;  // UNKNOWN stands for no text
-  for (int i = 0; i < VOCAB_SIZE; i++)
-    if (i != UNKNOWN && logits[i] > logits[likeliest]) likeliest = i;
+  int likeliest = 0;
+  while (IS_EXCLUDED(likeliest)) likeliest++;
+  for (int i = likeliest; i < VOCAB_SIZE; i++)
+    if (!IS_EXCLUDED(i) && logits[i] > logits[likeliest]) likeliest = i;
   if (sampling->temperature == 0) return likeliest;
 
   for (int i = 0; i < VOCAB_SIZE; i++) {
     float below = logits[i] - logits[likeliest];
-    weights[i].value = i == UNKNOWN ? 0 : exp(below / sampling->temperature);
+    weights[i].value = IS_EXCLUDED(i) ? 0 : exp(below / sampling->temperature);
     weights[i].id = i;
   }
   sort();

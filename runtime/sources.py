@@ -1,19 +1,36 @@
 """What is compiled for a model: the C of its step, and a file of its weights and tokens."""
 
 import json
+import sys
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from backend.rendered import N_CHUNKS, rendered
 from runtime.kernels import Kernels
-from runtime.tables import tables
-from tokenizers import TOKENIZERS, Tokenizer
+from tokenizers import SEPARATORS, TOKENIZERS, VOWELS, WHITE_SPACE, Tokenizer
 
 MIN_SHARED_BYTES = 4 << 20  # with fewer, waking a core costs more than it gives
+OTHER, VOWEL, SEPARATOR, LETTER, NUMBER, SPACE, UNSEEN = range(7)  # tokenizer.c's kinds
 
 
 def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> Kernels:
     """Writes, of a step of inference's Decoder, kernels.c, with one.c and many.c, which call these
     for one token and for many; model.h, sizes and help; and model.bin, the weights and tokens."""
+    arrays = tables(tokenizer)
+    sizes = {
+        "CONTEXT_LENGTH": decoder.context_length,
+        "CHUNK": decoder.chunk,
+        "N_CHUNKS": N_CHUNKS,
+        "VOCAB_SIZE": tokenizer.vocab_size,
+        "TOKENIZER": list(TOKENIZERS).index(tokenizer.name),
+        "UNKNOWN": -1 if tokenizer.unknown is None else tokenizer.unknown,
+        "END": -1 if tokenizer.end is None else tokenizer.end,
+        "N_TOKENS": len(tokenizer.tokens),
+        "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
+    }
     steps = {"one": 1, "many": decoder.chunk}
     calls = [rendered(decoder.step, decoder.ids[n], **decoder.ranges[n]) for n in steps.values()]
     kernels = Kernels(decoder.weights)
@@ -21,31 +38,67 @@ def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> Ker
         (folder / f"{name}.c").write_text(kernels.calls(calls_of_step), encoding="utf-8")
     (folder / "kernels.c").write_text(kernels.source(), encoding="utf-8")
 
-    sizes = {
-        "CONTEXT_LENGTH": decoder.context_length,
-        "VOCAB_SIZE": tokenizer.vocab_size,
-        "CHUNK": decoder.chunk,
-        "N_CHUNKS": N_CHUNKS,
+    for name, array in arrays.items():
+        sizes |= {name: kernels.add(array), f"N_{name}": len(array)}
+    sizes |= {
         "ID": kernels.place_of(decoder.ids[1]),
         "IDS": kernels.place_of(decoder.ids[decoder.chunk]),
         "LOGITS": kernels.place_of(decoder.logits),
-        "TOKENIZER": list(TOKENIZERS).index(tokenizer.name),
-        "UNKNOWN": -1 if tokenizer.unknown is None else tokenizer.unknown,
-        "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
-    }
-    for name, array in tables(tokenizer).items():
-        sizes |= {name: kernels.add(array), f"N_{name}": len(array)}
-    sizes |= {
         "N_HALVES": kernels.n_halves,
         "MODEL_BYTES": kernels.n_file_bytes,
         "MEMORY_BYTES": kernels.n_memory_bytes,
         "IS_LARGE": int(kernels.n_file_bytes > MIN_SHARED_BYTES),
     }
     lines = (f"  {name} = {size},\n" for name, size in sizes.items())
-    is_end = " || ".join(f"(id) == {end}" for end in tokenizer.ends) or "0"
-    header = f"enum {{\n{''.join(lines)}}};\n#define IS_END(id) ({is_end})\n"
-    header += f"#define HELP {json.dumps(help)}\n"
+    header = f"enum {{\n{''.join(lines)}}};\n#define HELP {json.dumps(help)}\n"
+    header += f"#define IS_END(id) ({is_one_of(tokenizer.ends)})\n"
+    header += f"#define IS_EXCLUDED(id) ({is_one_of(tokenizer.excluded)})\n"
     (folder / "model.h").write_text(header, encoding="utf-8")
     with (folder / "model.bin").open("wb") as file:
         kernels.write(file)
     return kernels
+
+
+def is_one_of(ids: Sequence[int]) -> str:
+    """C for whether `id` is one of these, of which many may follow one another."""
+    ids = np.sort(np.array(ids, int))
+    runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1) if len(ids) else []
+    return " || ".join(f"((id) >= {run[0]} && (id) <= {run[-1]})" for run in runs) or "0"
+
+
+def tables(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """Arrays of uint32, and one of bytes, by the names that tokenizer.c has for their places.
+
+    TOKEN_STARTS are the places in TOKEN_BYTES of the tokens, then of the spellings of the special
+    ones, the longest first, and the end; SPECIALS are the ids of these. SORTED_TOKENS are the ids
+    of the other tokens that a text can have, in the order of their bytes, and RANKS (n_tokens), of
+    byte pairs, which of two is joined first. From each of KIND_STARTS, a code point, to before the
+    next one characters are of the same one of KINDS.
+    """
+    tokens, specials = tokenizer.tokens, sorted(tokenizer.specials, key=len, reverse=True)
+    in_bytes = [*tokens, *(spelling.encode() for spelling in specials)]
+    known, ranks = [id for id, token in enumerate(tokens) if token], np.zeros(len(tokens))
+    characters = list(map(chr, range(sys.maxunicode + 1)))
+    kinds = np.full(len(characters), OTHER)
+    if tokenizer.merges is not None:
+        known = tokenizer.ids.tolist()
+        ranks[known] = np.arange(len(known))
+        letters = {"L": LETTER, "N": NUMBER}
+        categories = map(unicodedata.category, characters)
+        kinds[:] = [letters.get(category[0], OTHER) for category in categories]
+    else:
+        kinds[~np.array(list(map(str.isprintable, characters)))] = UNSEEN
+        kinds[[ord(character) for character in VOWELS]] = VOWEL
+        kinds[[ord(character) for character in SEPARATORS]] = SEPARATOR
+    kinds[[ord(character) for character in WHITE_SPACE]] = SPACE
+    starts = np.flatnonzero(np.diff(kinds, prepend=-1))
+    numbers = {
+        "TOKEN_STARTS": np.cumsum([0, *map(len, in_bytes)]),
+        "SPECIALS": [tokenizer.specials[spelling] for spelling in specials],
+        "SORTED_TOKENS": sorted(known, key=lambda id: tokens[id]),
+        "RANKS": ranks,
+        "KIND_STARTS": starts,
+        "KINDS": kinds[starts],
+    }
+    arrays = {name: np.array(array, "<u4") for name, array in numbers.items()}
+    return {**arrays, "TOKEN_BYTES": np.frombuffer(b"".join(in_bytes), np.uint8)}

@@ -1,11 +1,31 @@
-// What a program asks of the system that it runs on: cores, and the processor's kind.
+// What a program asks of the system that it runs on: memory, cores, and the processor's kind.
 #include <pthread.h>
 #include <sched.h>
+#include <stdarg.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 
 #include "runtime.h"
+
+const void *halves;
+byte memory[MEMORY_BYTES] __attribute__((aligned(64)));
+
+void fail(int status, const char *format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  fputs("error: ", stderr);
+  vfprintf(stderr, format, arguments);
+  fputc('\n', stderr);
+  exit(status);
+}
+
+void *resized(void *old, long long n_bytes) {
+  void *new = realloc(old, n_bytes + 1);
+  if (!new) fail(1, "out of memory");
+  return new;
+}
 
 #if __x86_64__
 #include <cpuid.h>
@@ -23,29 +43,26 @@ static int vectors(void) {
 }
 #endif
 
-static Step *step;
+static Kernels *kernels;
 
-// The step for this processor; VECTORS=0 or 1 has it do without the newest vectors.
-void choose_step(void) {
+// The kernels for this processor; VECTORS=0 or 1 has them do without the newest vectors.
+void choose_kernels(void) {
   halves = model;
 #if __x86_64__
-  extern Step step_sse2, step_avx2, step_avx512;
-  Step *const steps[] = {step_sse2, step_avx2, step_avx512};
+  extern Kernels kernels_sse2, kernels_avx2, kernels_avx512;
+  Kernels *const kinds[] = {kernels_sse2, kernels_avx2, kernels_avx512};
   const char *limit = getenv("VECTORS");
   int best = vectors(), most = limit ? atoi(limit) : best;
-  step = steps[best < most ? best : most < 0 ? 0 : most];
-  if (step != step_sse2) return;
-  float *single = malloc(4ll * N_HALVES + 1);
-  if (!single) fail(1, "out of memory");
+  kernels = kinds[best < most ? best : most < 0 ? 0 : most];
+  if (kernels != kernels_sse2) return;
+  float *single = resized(NULL, 4ll * N_HALVES);
   for (long long i = 0; i < N_HALVES; i++) single[i] = widen(((const unsigned short *)model)[i]);
   halves = single;
 #else
-  extern Step step_any;
-  step = step_any;
+  extern Kernels kernels_any;
+  kernels = kernels_any;
 #endif
 }
-
-void give_way(void) { sched_yield(); }
 
 static int n_cores(void) {
   const char *limit = getenv("NUM_CPU_THREADS");
@@ -58,22 +75,23 @@ static int n_cores(void) {
   return n < 1 || !IS_LARGE ? 1 : n < N_CHUNKS ? n : N_CHUNKS;
 }
 
-static Team *running;
+static Step *current;
 
 static void *run_core(void *core) {
-  step(running, (intptr_t)core);
+  kernels(current, (intptr_t)core);
   return NULL;
 }
 
-void run(Team *team) {
+void decode(Step *step) {
   static int n;
   pthread_t threads[N_CHUNKS];
   if (!n) n = n_cores();
-  running = team;
-  team->n_cores = n;
+  current = step;
+  step->n_cores = n;
+  step->yield = sched_yield;
   for (intptr_t core = 1; core < n; core++)
     if (pthread_create(threads + core, NULL, run_core, (void *)core))
       fail(1, "the system gives no thread: set NUM_CPU_THREADS=1");
-  step(team, 0);
+  kernels(step, 0);
   for (int core = 1; core < n; core++) pthread_join(threads[core], NULL);
 }

@@ -1,15 +1,16 @@
 // Runs the model beside the page: tells it when the model is there, and then sends text when asked.
 "use strict";
 const PATIENCE = 30; // milliseconds between two pieces of text
+const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
 let model;
 
 const memory = (place, n) => new Uint8Array(model.memory.buffer, place, n);
 
 function unpacked(base64) {
-  const pieces = [], step = 1 << 20; // letters at once; 4 of them are 3 bytes
+  const pieces = [], length = 1 << 20; // letters at once; 4 of them are 3 bytes
   const code = (letter) => letter.charCodeAt(0);
-  for (let at = 0; at < base64.length; at += step)
-    pieces.push(Uint8Array.from(atob(base64.slice(at, at + step)), code));
+  for (let at = 0; at < base64.length; at += length)
+    pieces.push(Uint8Array.from(atob(base64.slice(at, at + length)), code));
   return new Response(new Blob(pieces).stream().pipeThrough(new DecompressionStream("gzip")));
 }
 
@@ -27,25 +28,27 @@ async function load({ program, weights, address }) {
   }
   if (n < size) throw Error("the weights are not complete");
   model.widen_halves();
-  postMessage({ isReady: true });
+  postMessage({ hasEnd: model.has_end() });
 }
 
-function put(text) {
+function copyIn(text) {
   const bytes = new TextEncoder().encode(text);
   if (bytes.length > model.most_input()) throw Error("the prompt is too long");
   memory(model.input_place(), bytes.length).set(bytes);
   return bytes.length;
 }
 
-function begin({ prompt, seed, temperature, topK, topP }) {
-  if (!model.set_seed(put(seed))) throw Error("the seed is too large");
-  postMessage({ nUnknown: model.set_prompt(put(prompt), temperature, topK, topP) });
+function start({ prompt, seed, temperature, topK, topP }) {
+  if (!model.set_seed(copyIn(seed))) throw Error("the seed is too large");
+  const percent = model.start(copyIn(prompt), temperature, topK, topP);
+  const numbers = new Uint32Array(model.memory.buffer, model.counts_of_unknown(), 15);
+  const token = (i) => decoder.decode(memory(numbers[3 * i], numbers[3 * i + 1]));
+  postMessage({ percent, unknown: [0, 1, 2, 3, 4].map(token).filter(Boolean) });
 }
 
 // Up to so many tokens, as far as they come in a short time.
 function write({ most }) {
   const end = performance.now() + PATIENCE;
-  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   let text = "", nTokens = 0;
   for (; nTokens < most && !model.is_at_end() && performance.now() < end; nTokens++) {
     const n = model.next_token();
@@ -57,5 +60,5 @@ function write({ most }) {
 
 onmessage = ({ data }) =>
   Promise.resolve(data)
-    .then({ load, begin, write }[data.task])
+    .then({ load, start, write }[data.task])
     .catch((error) => postMessage({ error: error.message }));

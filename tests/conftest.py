@@ -16,7 +16,7 @@ import pytest
 from tinygrad import TinyJit, helpers
 
 import command_line
-from backend import machine
+from backend import jit_cache, machine
 from backend.cpu import native
 from backend.cpu.compiler import load_c
 from models import checkpoint
@@ -73,7 +73,8 @@ def cache_folder(tmp_path_factory) -> Path:
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"
     folder.mkdir(exist_ok=True)
     os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(Path.home() / ".cache" / "zig"))
-    os.environ["XDG_CACHE_HOME"] = str(folder)
+    os.environ["XDG_CACHE_HOME"] = str(folder)  # of the processes that the tests start
+    jit_cache.FOLDER = folder / "gpt-tiny"
     return folder
 
 

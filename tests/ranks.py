@@ -17,8 +17,8 @@ N_NOTED = 50  # a step's first batches: by its end, rounding has grown
 record = {"losses": []}
 
 
-def sum_and_note(world, array):
-    total = distributed_sum(world, array)
+def reduce_and_note(world, array):
+    total = all_reduce(world, array)
     if total.shape == (train.DEFAULTS.batches_per_step,):
         record["losses"] += total[:N_NOTED].tolist()
     return total
@@ -31,7 +31,7 @@ def train_and_note(self, *arguments):
     return status
 
 
-distributed_sum, workers.World.sum = workers.World.sum, sum_and_note
+all_reduce, workers.World.all_reduce = workers.World.all_reduce, reduce_and_note
 train_of_trainer, trainer.Trainer.train = trainer.Trainer.train, train_and_note
 train.print_example = lambda *_: None
 

@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import DATA, GPT2, REFERENCE, assert_error, not_on_windows
 from tinygrad.helpers import Context
@@ -21,9 +22,9 @@ from tinygrad.helpers import Context
 import export
 import run
 from gpt_tiny import GPTConfig, initial_weights
-from models import checkpoint
+from models import checkpoint, safetensors
 from runtime import build, sources
-from tokenizers import SimpleVowelTokenizer
+from tokenizers import CharTokenizer, SimpleVowelTokenizer, Tokenizer
 
 PROMPTS = json.loads((REFERENCE / "expected.json").read_text())
 GREEDY = ["-n", "200", "--temperature", "0"]
@@ -72,23 +73,42 @@ def output(*words, **options) -> str:
     return process.stdout.decode()
 
 
-@pytest.fixture(scope="module")
-def pieces(tmp_path_factory) -> Path:
-    """A model of two shares of one piece each, with the tokenizer for pieces of words."""
-    tokenizer = SimpleVowelTokenizer.read(DATA / "tokenizers" / "vowel.bin")
+def saved(folder: Path, tokenizer: Tokenizer) -> Path:
+    """A model of two shares of one piece each, with a tokenizer."""
     config = GPTConfig(9, tokenizer.vocab_size, n_layers=1, n_heads=3, d_model=21, d_hidden=50)
-    folder = tmp_path_factory.mktemp("models") / "pieces"
-    weights = initial_weights(config, 1)
-    settings = {name: value for name, value in vars(config).items() if name != "gpt2"}
-    checkpoint.save(folder, {"model": settings}, weights, tokenizer)
+    settings = {name: value for name, value in vars(config).items() if value is not False}
+    checkpoint.save(folder, {"model": settings}, initial_weights(config, 1), tokenizer)
     return folder
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory) -> Path:
-    """A GPT-2 whose texts end at two ids."""
-    folder = shutil.copytree(GPT2, tmp_path_factory.mktemp("models") / "ends")
-    (folder / "generation_config.json").write_text('{"eos_token_id": [511, 309]}')
+def pieces(tmp_path_factory) -> Path:
+    tokenizer = SimpleVowelTokenizer.read(DATA / "tokenizers" / "vowel.bin")
+    return saved(tmp_path_factory.mktemp("models") / "pieces", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def russian(tmp_path_factory) -> Path:
+    """A model of characters that are not gpt-burn's."""
+    tokenizer = CharTokenizer(["\n", *" ',1Het", *map(chr, range(0x430, 0x450)), *"日語🔥"])
+    return saved(tmp_path_factory.mktemp("models") / "russian", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory) -> Path:
+    """A GPT-2 whose texts end at two ids, with a token more, one that pads, and rows without a
+    token, which would be the likeliest."""
+    folder = shutil.copytree(GPT2, tmp_path_factory.mktemp("models") / "marked")
+    config = json.loads((GPT2 / "config.json").read_text()) | {"vocab_size": 520}
+    roles = {"eos_token_id": [511, 309], "pad_token_id": 513}
+    files = {"config.json": config, "generation_config.json": roles}
+    files["added_tokens.json"] = {"<|user|>": 512, "<|pad|>": 513}
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    tensors = dict(safetensors.read(GPT2 / "model.safetensors"))
+    table = tensors["transformer.wte.weight"]
+    tensors["transformer.wte.weight"] = np.concatenate([table, 1.5 * table[262:270]])
+    safetensors.write(folder / "model.safetensors", tensors)
     return folder
 
 
@@ -101,12 +121,12 @@ def test_greedy_texts_are_gpt_burns_with_all_vectors_that_processors_have(progra
 
 @pytest.mark.parametrize(
     ("model", "weights"),
-    [("char", None), ("char", "int8"), ("pieces", "int8"), ("ends", None), ("gpt2", "float16")],
+    [("char", None), ("russian", "int8"), ("pieces", "float16"), ("marked", None)],
 )
 def test_a_program_writes_what_run_py_writes(program, call, request, model, weights):
-    if model in ("ends", "gpt2"):
+    if model == "marked":
         pytest.importorskip("tiktoken")
-    folder = {"char": REFERENCE, "gpt2": GPT2}.get(model) or request.getfixturevalue(model)
+    folder = REFERENCE if model == "char" else request.getfixturevalue(model)
     options = ["--weights", weights] if weights else []
     story = program(folder, *options)
     for words in (GREEDY, *DRAWN):
@@ -114,13 +134,36 @@ def test_a_program_writes_what_run_py_writes(program, call, request, model, weig
         assert output(story, *words) == call(run.main, folder, *options, *words).out
 
 
-def test_a_program_ends_its_text_at_each_id_that_ends_one(program, call, ends):
+def test_a_program_ends_its_text_at_each_id_that_ends_one(program, call, marked):
     pytest.importorskip("tiktoken")
     greedy = json.loads((GPT2 / "expected.json").read_text(encoding="utf-8"))[0]
     words = ["-p", greedy["text"], "-n", "8", "--temperature", "0"]
-    text = output(program(ends), *words)
-    assert text == call(run.main, ends, *words).out
+    text = output(program(marked), *words)
+    assert text == call(run.main, marked, *words).out
     assert len(text) < len(call(run.main, GPT2, *words).out)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["-p", ""], ""),
+        (["-p", "-"], "\ufeff"),
+        (["-p", "-"], "\ufeffThe<|user|>"),
+        (["-p", "the<|user|> the<|endoftext|>"], ""),
+        (["-p", "the<|user|> the<|endoftext|>", "--no-special"], ""),
+        (["-i"], "\ufeff\n\ufeffA<|endoftext|>\n<|pad|>"),
+    ],
+)
+def test_special_tokens_are_spelled_and_begin_a_text_as_in_run_py(
+    program, call, pipe, marked, words, text
+):
+    pytest.importorskip("tiktoken")
+    words = [*words, "-n", "9", "-s", "3"]
+    pipe(text.encode())
+    ours = call(run.main, marked, *words)
+    theirs = started(program(marked), *words, stdin=text)
+    assert (ours.status, ours.out) == (theirs.returncode, theirs.stdout.decode())
+    assert ours.err == theirs.stderr.decode() == ""
 
 
 def test_prompts_come_from_standard_input_whole_or_line_by_line(program, call):
@@ -133,7 +176,12 @@ def test_prompts_come_from_standard_input_whole_or_line_by_line(program, call):
 
 @pytest.mark.parametrize("flags", [["-p", "-"], ["-i"]])
 @pytest.mark.parametrize(
-    "text", [b"The\r\n\r\nclass\rA\n", b"The \xc3\xa9\r\n\r\na\xe9b", b"a\xc3"]
+    "text",
+    [
+        b"The\r\n\r\nclass\rA\n",
+        b"\xef\xbb\xbfThe \xc3\xa9\xe2\x80\x8b\r\n\r\na\xe9b",
+        b"\xef\xbb\xbfa\xc3",
+    ],
 )
 def test_a_program_reads_standard_input_as_run_py_does(program, call, pipe, flags, text):
     words = [*flags, "-n", "9", "--temperature", "0"]
@@ -158,10 +206,17 @@ def test_a_prompt_is_bold_on_a_terminal_that_knows_bold(program, environment, is
     os.close(shown)
 
 
-def test_unknown_characters_are_a_warning_and_characters_come_whole(program):
-    process = started(program(REFERENCE), "-p", "日本The ", "-n", "5")
-    assert process.stderr.decode().startswith("warning: 2 tokens of the prompt")
-    assert process.stdout.decode().startswith("日本The ")
+@pytest.mark.parametrize(
+    "prompt", ["日本The é日\t\u3000🔥\u200b", "The " * 600 + "\r\né"], ids=["some", "one"]
+)
+@pytest.mark.parametrize("model", ["char", "pieces"])
+def test_what_is_unknown_is_warned_of_as_by_run_py(program, call, pieces, model, prompt):
+    folder, options = (pieces, ["--weights", "float16"]) if model == "pieces" else (REFERENCE, [])
+    words = ["-p", prompt, "-n", "5"]
+    ours = call(run.main, folder, *options, *words)
+    theirs = started(program(folder, *options), *words)
+    assert (ours.out, ours.err) == (theirs.stdout.decode(), theirs.stderr.decode())
+    assert ours.err.startswith("warning: ")
 
 
 @pytest.mark.parametrize(
@@ -232,10 +287,10 @@ def test_weights_are_in_the_precision_of_their_file(program):
 
 
 @pytest.mark.parametrize("cores", ["1", "2", "3", "24"])
-def test_any_number_of_cores_writes_the_same(program, cores):
-    story = program(REFERENCE, "--weights", "int8")
+def test_any_number_of_cores_writes_the_same(program, russian, cores):
+    story = program(russian, "--weights", "int8")
     assert output(story, *GREEDY, NUM_CPU_THREADS=cores) == output(
-        program(REFERENCE, "--weights", "int8"), *GREEDY, NUM_CPU_THREADS="1"
+        story, *GREEDY, NUM_CPU_THREADS="1"
     )
 
 
@@ -344,7 +399,7 @@ def test_a_program_that_its_system_would_not_load_is_refused(call, folder, monke
 def test_without_a_target_a_program_is_for_this_machine(monkeypatch, system, machine, target):
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    assert build.this_machine() == target and target in build.TARGETS
+    assert export.this_machine() == target and target in build.TARGETS
 
 
 def test_compiling_takes_no_more_cores_than_it_may(monkeypatch, tmp_path):

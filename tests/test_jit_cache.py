@@ -13,17 +13,16 @@ from tinygrad import Device, Tensor
 from backend import jit_cache
 from backend.arrays import copy_in, copy_out, from_numpy, zeros
 from backend.cpu import native
-from backend.cpu.gemv import gemv
 from backend.jit_cache import CachedJit
-from backend.matmul import einsum
+from backend.matmul import einsum, gemv
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="jits are kept for the CPU")
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "gpt-tiny"
+    monkeypatch.setattr(jit_cache, "FOLDER", tmp_path / "gpt-tiny")
+    return jit_cache.FOLDER
 
 
 def powers() -> tuple[list[float], int]:

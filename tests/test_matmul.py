@@ -12,7 +12,7 @@ from tinygrad import Context, Device, Tensor
 
 from backend import matmul
 from backend.cpu import native
-from backend.cpu.blas import blas
+from backend.cpu.native import blas
 from backend.matmul import einsum
 
 QEMU = "qemu-aarch64-static"
@@ -115,10 +115,10 @@ static bfloat16 a[MOST], b[MOST], numbers[] = {0, 0x3f80, 0xbf80, 0x4000, 0xc040
 static float c[MOST], expected[MOST];
 static bfloat16 number(long i) { return numbers[i * i % 97 % 6]; }
 static int is_wrong(long m, long n, long k, int t_a, int t_b, long more) {
-  long a_step = (t_a ? m : k) + more, b_step = (t_b ? k : n) + more, c_step = n + more;
+  long lda = (t_a ? m : k) + more, ldb = (t_b ? k : n) + more, ldc = n + more;
   for (long i = 0; i < MOST; i++) a[i] = number(i), b[i] = number(i + 5), c[i] = expected[i] = 7;
-  sbgemm(101, 111 + t_a, 111 + t_b, m, n, k, 1, a, a_step, b, b_step, 0, c, c_step);
-  plain_sbgemm(101, 111 + t_a, 111 + t_b, m, n, k, 1, a, a_step, b, b_step, 0, expected, c_step);
+  sbgemm(101, 111 + t_a, 111 + t_b, m, n, k, 1, a, lda, b, ldb, 0, c, ldc);
+  plain_sbgemm(101, 111 + t_a, 111 + t_b, m, n, k, 1, a, lda, b, ldb, 0, expected, ldc);
   for (long i = 0; i < MOST; i++)
     if (c[i] != expected[i]) return 1;
   return 0;

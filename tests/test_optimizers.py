@@ -15,7 +15,7 @@ from backend.arrays import FlatBuffer
 from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt_burn
 from training.config import OptimizerConfig, TrainingConfig
-from training.optimizers import AdamW, Muon, clipped, learning_rate, learning_rates
+from training.optimizers import AdamW, Muon, clipped, learning_rate, muon_learning_rate
 
 FIGURES = json.loads((DATA / "options.json").read_text())
 
@@ -27,17 +27,17 @@ def test_five_training_steps_equal_gpt_burns():
     parameters = FlatBuffer(AdamW.layout(shapes(config)))
     model = GPT(config, parameters.views)
     parameters.write(before)
-    optimizer = AdamW(parameters, OptimizerConfig())
-    gradients = parameters.like()
+    optimizer = AdamW(parameters, TrainingConfig())
+    gradients = optimizer.gradients.views.values()
     batches = json.loads((folder / "batches.json").read_text())
 
     def train(x: Tensor, y: Tensor, rates: Tensor) -> Tensor:
         loss = model.loss(x, y)
         of_loss = loss.gradient(*parameters.views.values())
-        for view, gradient in zip(gradients.views.values(), of_loss, strict=True):
+        for view, gradient in zip(gradients, of_loss, strict=True):
             view.assign(gradient)
-        Tensor.realize(loss, *gradients.views.values())
-        optimizer.step(gradients, rates)
+        Tensor.realize(loss, *gradients)
+        optimizer.step(rates)
         return loss
 
     train = at_once(train)
@@ -46,7 +46,7 @@ def test_five_training_steps_equal_gpt_burns():
             Tensor(np.array(batch[name], np.int32).reshape(-1, config.context_length)).realize()
             for name in "xy"
         )
-        loss = train(x, y, Tensor(optimizer.rates(0.003, number)).realize())
+        loss = train(x, y, Tensor(optimizer.rates(number)).realize())
         assert abs(loss.item() - batch["loss"]) < 1e-5
         if number in (1, 5):
             theirs = gpt_burn.read_record(folder / f"after_{number}.mpk")
@@ -72,11 +72,10 @@ def test_muons_learning_rate_keeps_its_share_of_adamws():
     schedule = {"n_steps": 2, "warmup": 8, "decay": "cosine", "min_learning_rate": 0.0003}
     config = TrainingConfig(optimizer=optimizer, muon_learning_rate=0.03, **schedule)
     for number in (1, 8, 100, 200):
-        rate, muon_rate = learning_rates(config, number)
-        assert rate == learning_rate(config, number)
-        assert muon_rate == pytest.approx(10 * rate, rel=1e-9)
+        rate = learning_rate(config, number)
+        assert muon_learning_rate(config, number) == pytest.approx(10 * rate, rel=1e-9)
     config = TrainingConfig(optimizer=optimizer, learning_rate=0, decay="cosine")
-    assert learning_rates(config, 1)[0] == 0 < learning_rates(config, 1)[1]
+    assert learning_rate(config, 1) == 0 < muon_learning_rate(config, 1)
 
 
 def test_gradients_are_clipped_as_by_pytorch():
@@ -92,12 +91,12 @@ def test_weight_decay_equals_pytorchs_adamw():
     start = np.array(figures["start"], np.float32)
     parameters = FlatBuffer({"weight": start.shape})
     parameters.write({"weight": start})
-    gradients = parameters.like()
-    optimizer = AdamW(parameters, OptimizerConfig(weight_decay=figures["weight_decay"]))
+    settings = OptimizerConfig(weight_decay=figures["weight_decay"])
+    config = TrainingConfig(learning_rate=figures["learning_rate"], optimizer=settings)
+    optimizer = AdamW(parameters, config)
     for number, gradient in enumerate(figures["gradients"], 1):
-        rates = Tensor(optimizer.rates(figures["learning_rate"], number))
-        gradients.write({"weight": np.array(gradient)})
-        optimizer.step(gradients, rates)
+        optimizer.gradients.write({"weight": np.array(gradient)})
+        optimizer.step(Tensor(optimizer.rates(number)))
         expected = figures["parameters"][number - 1]
         np.testing.assert_allclose(parameters.read()["weight"], expected, atol=1e-6)
 
@@ -121,16 +120,16 @@ def muon_in_numpy(start: list, gradients: list, config: OptimizerConfig, rate: f
     return matrices
 
 
-def muon_in_ours(shapes: dict, start: dict, gradients: list, config: OptimizerConfig) -> list:
+def muon_in_ours(shapes: dict, start: dict, gradients: list, config: TrainingConfig) -> list:
     """All parameters after each of the updates, by a jit as in a training."""
     parameters = FlatBuffer(Muon.layout(shapes))
     parameters.write(start)
-    optimizer, of_loss = Muon(parameters, config), parameters.like()
-    step = at_once(lambda rates: optimizer.step(of_loss, rates))
+    optimizer = Muon(parameters, config)
+    step = at_once(lambda rates: optimizer.step(rates))
     results = []
     for number, of_update in enumerate(gradients, 1):
-        of_loss.write(of_update)
-        step(Tensor(optimizer.rates(0.003, 0.02, number)).realize())
+        optimizer.gradients.write(of_update)
+        step(Tensor(optimizer.rates(number)).realize())
         results.append({name: array.copy() for name, array in parameters.read().items()})
     return results
 
@@ -159,23 +158,23 @@ def test_six_steps_of_muon_equal_those_in_numpy_beside_adamw(monkeypatch, device
         {name: rng.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
         for _ in range(7)
     )
-    config = OptimizerConfig(algorithm="muon", weight_decay=0.1)
+    config = TrainingConfig(optimizer=OptimizerConfig(algorithm="muon", weight_decay=0.1))
     ours = muon_in_ours(SHAPES, start, gradients, config)[-1]
 
     names = [name for name in SHAPES if name.startswith("blocks.") and "bias" not in name]
     start_of_matrices, *of_matrices = (
         [arrays[name] for name in names] for arrays in (start, *gradients)
     )
-    expected = muon_in_numpy(start_of_matrices, of_matrices, config, 0.02)
+    expected = muon_in_numpy(start_of_matrices, of_matrices, config.optimizer, 0.02)
     for name, array in zip(names, expected, strict=True):
         np.testing.assert_allclose(ours[name], array, atol=1e-5, err_msg=name)
 
     parameters = FlatBuffer(SHAPES)
     parameters.write(start)
-    adamw, of_loss = AdamW(parameters, config), parameters.like()
+    adamw = AdamW(parameters, config)
     for number, of_update in enumerate(gradients, 1):
-        of_loss.write(of_update)
-        adamw.step(of_loss, Tensor(adamw.rates(0.003, number)))
+        adamw.gradients.write(of_update)
+        adamw.step(Tensor(adamw.rates(number)))
     for name, array in parameters.read().items():
         if name not in names:
             np.testing.assert_allclose(ours[name], array, atol=1e-6, err_msg=name)
@@ -188,8 +187,8 @@ def test_muon_equals_pytorchs_with_its_newton_schulz_steps_in_float32():
         for matrices in ([*some, [0]] for some in (figures["start"], *figures["gradients"]))
     )
     shapes = {name: array.shape for name, array in start.items()}
-    config = OptimizerConfig(algorithm="muon", weight_decay=figures["weight_decay"])
-    results = muon_in_ours(shapes, start, gradients, config)
+    settings = OptimizerConfig(algorithm="muon", weight_decay=figures["weight_decay"])
+    results = muon_in_ours(shapes, start, gradients, TrainingConfig(optimizer=settings))
     for ours, expected in zip(results, figures["parameters"], strict=True):
         for i, theirs in enumerate(expected):
             np.testing.assert_allclose(ours[f"blocks.{i}.weight"], theirs, atol=1e-5)

@@ -34,9 +34,10 @@ def exported_as_folder(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def text_of_run_py(*words: str | Path) -> str:
+def text_of_run_py(*words: str | Path, stdin: str = "") -> str:
     command = [sys.executable, ROOT / "run.py", *words]
-    out = subprocess.run(command, check=True, capture_output=True).stdout.decode()
+    options = {"check": True, "capture_output": True, "input": stdin.encode()}
+    out = subprocess.run(command, **options).stdout.decode()
     return out.removesuffix("\n")
 
 
@@ -169,8 +170,9 @@ def test_it_follows_the_end_of_the_text_unless_the_reader_is_elsewhere(page):
 
 
 def test_unknown_characters_are_told(page):
-    assert write(page, "日本The ", tokens=5).startswith("日本The ")
-    expect(page.get_by_text("2 characters or words of the prompt")).to_be_visible()
+    assert write(page, "日The\ufeff 日 \t", tokens=5).startswith("日The")
+    warning = "44.4 % of the prompt is not in the model's vocabulary: 日 U+0009 U+FEFF"
+    expect(page.get_by_text(warning)).to_be_visible()
 
 
 def test_a_field_that_is_wrong_does_not_start(page):
@@ -201,12 +203,17 @@ def test_the_page_of_a_small_model_is_small(story):
     assert story.stat().st_size <= 450_000
 
 
-def test_a_gpt2_writes_in_8_bits(browser, tmp_path):
+def test_a_gpt2_writes_in_8_bits_also_from_its_end_of_text_alone(browser, tmp_path):
     pytest.importorskip("tiktoken")
     page = browser.new_page()
     page.goto(exported(tmp_path, GPT2, "--weights", "int8").as_uri())
-    words = ["-p", "It's 2 o'clock", "-n", "70", "-s", "1", "--weights", "int8"]
-    assert write(page, "It's 2 o'clock", tokens=70, seed=1) == text_of_run_py(GPT2, *words)
+    prompts = ["It's 2 o'clock", "The<|endoftext|>", "<|endoftext|>"]
+    words = ["-i", "-n", "70", "--temperature", "0", "--weights", "int8"]
+    theirs = text_of_run_py(GPT2, *words, stdin="\n".join(prompts))
+    expect(page.get_by_placeholder("or nothing")).to_be_visible()
+    ours = [write(page, each, tokens=70, temperature=0).removeprefix(each) for each in prompts]
+    assert "\n".join(ours) == theirs
+    assert write(page, "") == ours[-1]
     page.close()
 
 

@@ -12,11 +12,10 @@ import run
 from backend import einsum, look_up
 from backend.cpu import native
 from backend.cpu.compiler import load_c
-from backend.cpu.gemv import gemv
+from backend.matmul import gemv
 from backend.quantized import QMAX, QuantizedMatrix
 from gpt_tiny import GPT, GPTConfig, initial_weights
-from inference.decoder import quantize
-from inference.generator import Generator
+from inference.generator import Generator, quantize
 from inference.scoring import losses
 from models import checkpoint
 

@@ -12,11 +12,12 @@ from texts import TEXTS, few_examples, mixed_text
 
 import tokenizers
 from gpt_tiny import GPT, GPTConfig, initial_weights
-from inference.decoder import Decoder
+from inference.generator import Decoder
 from inference.sampling import sample
 from runtime import build
 from runtime.sources import write_sources
 
+SPECIALS = ("<|", "<| b", "b <|", "  ", "日\n")
 # a digit, a fraction and letters that are not ASCII's, a mark that joins, a space of no width
 MARKS = "the ing's 've\n\r \u0661\xbd\xb2x \u017f\u0308 \u200b\U0001f525"
 
@@ -24,10 +25,15 @@ MARKS = "the ing's 've\n\r \u0661\xbd\xb2x \u017f\u0308 \u200b\U0001f525"
 def tokenizer_of(name: str) -> tokenizers.Tokenizer:
     if name == "bpe":
         pytest.importorskip("tiktoken")
-        return tokenizers.load("bpe", GPT2)
+        tokenizer = tokenizers.load("bpe", GPT2)
+        for spelling in SPECIALS:
+            tokenizer.specials = {**tokenizer.specials, spelling: len(tokenizer.tokens)}
+            tokenizer.tokens.append(spelling.encode())
+        tokenizer.padding, tokenizer.n_surplus = (512, 514), 59
+        return tokenizer
     if name == "vowel":
         return tokenizers.SimpleVowelTokenizer.read(DATA / "tokenizers" / "vowel.bin")
-    return tokenizers.CharTokenizer()
+    return tokenizers.CharTokenizer(sorted({"\n", *"".join(TEXTS)} - set("\réß \u3000")))
 
 
 class Sampling(ctypes.Structure):
@@ -41,7 +47,7 @@ def both(request, tmp_path_factory):
     tokenizer, folder = tokenizer_of(request.param), tmp_path_factory.mktemp(request.param)
     config = GPTConfig(4, tokenizer.vocab_size, n_layers=1, n_heads=1, d_model=4, d_hidden=4)
     write_sources(Decoder(GPT(config, initial_weights(config, 0))), tokenizer, "", folder)
-    files = ["-shared", "-fPIC", "-DSTEP=step_any", "-DHALVES_ARE_SINGLE", "-Wno-everything"]
+    files = ["-shared", "-fPIC", "-DKERNELS=kernels_any", "-DHALVES_ARE_SINGLE", "-Wno-everything"]
     files += [build.RUNTIME / name for name in ("page.c", "steps.c")] + build.SHARED
     library = ctypes.CDLL(str(build.compiled(folder, folder / "model.so", *files)))
     library.model_place.restype = ctypes.c_void_p
@@ -50,23 +56,55 @@ def both(request, tmp_path_factory):
     return tokenizer, library
 
 
+class Text(ctypes.Structure):
+    _fields_ = (("text", ctypes.c_void_p), ("n", ctypes.c_long))
+
+
+def encoded(library: ctypes.CDLL, text: bytes) -> list[int]:
+    ids = np.zeros(5 * len(text) + 1, np.int32)
+    prompt = Text(ctypes.cast(text, ctypes.c_void_p), len(text))
+    return ids[: library.encode(prompt, ids.ctypes)].tolist()
+
+
 @few_examples
-@given(st.text() | mixed_text | st.text(st.sampled_from(MARKS)))
+@given(st.text() | mixed_text | st.text(st.sampled_from(MARKS + "<|b日\n")))
 def test_texts_are_encoded_as_in_python(both, text):
     tokenizer, library = both
     text = text.encode(errors="replace")
-    ids, scratch = (np.zeros(len(text) + 1, np.int32) for _ in range(2))
-    n = library.encode(text, len(text), ids.ctypes, scratch.ctypes)
-    assert ids[:n].tolist() == tokenizer.encode(text.decode()).tolist()
+    assert encoded(library, text) == tokenizer.encode(text.decode()).tolist()
+
+
+class Count(ctypes.Structure):
+    _fields_ = (("token", Text), ("n", ctypes.c_int))
+
+
+class Unknown(ctypes.Structure):
+    _fields_ = (("n", ctypes.c_long), ("n_characters", ctypes.c_long), ("counts", 5 * Count))
+
+
+@few_examples
+@given(mixed_text | st.text(st.sampled_from("abé日\r 🔥\u3000x.")))
+def test_what_is_unknown_is_counted_as_in_python(both, text):
+    tokenizer, library = both
+    text = text.encode(errors="replace")
+    encoded(library, text)
+    tokenizer.encode_known(text.decode(), theirs := tokenizers.Unknown())
+    ours = Unknown.in_dll(library, "unknown")
+    counts = [
+        (ctypes.string_at(each.token.text, each.token.n).decode(), each.n)
+        for each in ours.counts
+        if each.n
+    ]
+    assert (ours.n, counts) == (theirs.n, list(theirs.most_frequent().items()))
+    if tokenizer.unknown is not None:
+        assert ours.n_characters == theirs.n_characters
 
 
 def test_a_long_text_is_encoded_as_in_python(both):
     tokenizer, library = both
-    text = "".join(TEXTS) + " " * 300 + "a" * 300
+    text = "".join(TEXTS) + " " * 300 + "the ing" * 300 + "a" * 3000 + "日本語" * 3000
     data = text.encode(errors="replace")
-    ids, scratch = (np.zeros(len(data), np.int32) for _ in range(2))
-    n = library.encode(data, len(data), ids.ctypes, scratch.ctypes)
-    assert ids[:n].tolist() == tokenizer.encode(data.decode()).tolist()
+    assert encoded(library, data) == tokenizer.encode(data.decode()).tolist()
 
 
 @few_examples
@@ -88,9 +126,7 @@ def test_a_seed_draws_the_tokens_that_it_draws_in_python(
     logits = np.random.default_rng(0).normal(0, spread, (20, 1, tokenizer.vocab_size))
     for row in np.round(logits.astype(np.float32), 1):  # so that some are equal
         ours = library.sample(row.ctypes, ctypes.byref(sampling))
-        if tokenizer.unknown is not None:
-            row[:, tokenizer.unknown] = -np.inf
-        assert ours == sample(row, temperature, rng, top_k, top_p)[0]
+        assert ours == sample(row, temperature, rng, top_k, top_p, tokenizer.excluded)[0]
 
 
 def test_what_is_no_number_is_no_seed(both):

@@ -167,7 +167,7 @@ def test_gradients_outside_the_cpus_memory_are_summed_in_one_message():
     world.size, world.ranks, world.mpi = 2, Ranks(), SimpleNamespace(IN_PLACE=None)
     buffer.write({"ones": np.ones((2, 3)), "numbers": np.arange(5)})
     buffer.memory = None  # as on a GPU
-    world.all_reduce(buffer)
+    buffer.apply_in_place(world.all_reduce)
     ones, numbers = buffer.read().values()
     assert np.all(ones == 2) and ones.shape == (2, 3)
     np.testing.assert_array_equal(numbers, 2 * np.arange(5))

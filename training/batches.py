@@ -6,13 +6,12 @@ from collections.abc import Callable
 import numpy as np
 from tinygrad import Context, Tensor, Variable
 
-from backend.arrays import FlatBuffer, copy_in, copy_out, from_numpy, zeros
-from backend.cpu.threads import largest_divisor
+from backend.arrays import copy_in, copy_out, from_numpy, zeros
 from backend.jit_cache import CachedJit
 from data.ids import Corpus
 from gpt_tiny import GPT, Dropout
 from training.config import TrainingConfig
-from training.optimizers import AdamW, Muon, learning_rates
+from training.optimizers import AdamW, Muon
 from training.workers import World
 
 
@@ -34,7 +33,7 @@ def make_plan(
     keys = np.random.default_rng([config.seed, step, 1])
     keys = keys.integers(2**32, size=(n_batches, config.accumulate * world.size))
     updates = range(step * n_batches + 1, (step + 1) * n_batches + 1)
-    rates = [optimizer.rates(*learning_rates(config, n), number=n) for n in updates]
+    rates = [optimizer.rates(n) for n in updates]
     plan = (windows, world.shard(keys).astype(np.uint32), np.array(rates, np.float32))
     return [from_numpy(array) for array in plan]
 
@@ -45,58 +44,69 @@ def draw_starts(rng: np.random.Generator, n: int, shape: tuple[int, int]) -> np.
 
 
 def capture_training(
-    config: TrainingConfig,
-    model: GPT,
-    parameters: FlatBuffer,
-    optimizer: AdamW | Muon,
-    losses: Tensor,
-    world: World,
+    config: TrainingConfig, model: GPT, optimizer: AdamW | Muon, losses: Tensor, world: World
 ) -> Callable[..., None]:
     """One batch as captured jits: a function of the plan and of a `batch` in it, which updates the
     parameters and the moments, and leaves its loss, of all a shard, in `losses`."""
-    gradients, n_parts = parameters.like(), config.accumulate
-    part_size = config.batch_size // world.size // n_parts
 
-    def compute_gradients(windows: Tensor, keys: Tensor, batch: Variable) -> None:
+    def compute(windows: Tensor, keys: Tensor, batch: Variable) -> None:
         windows, keys = windows[batch].contiguous(), keys[batch].contiguous()
-        total = None
-        for part in range(n_parts):
-            of_part = windows[part * part_size : (part + 1) * part_size]
-            inputs, targets = of_part[:, :-1], of_part[:, 1:]
-            dropout = Dropout(config.model.dropout, keys[part : part + 1])
-            with Context(PRODUCT_DTYPE=config.dtype):
-                loss = model.loss(inputs, targets, dropout) / (n_parts * world.size)
-                of_part = loss.gradient(*parameters.views.values())
-            for gradient, more in zip(gradients.views.values(), of_part, strict=True):
-                gradient.assign(gradient + more if part else more)
-            total = total + loss if part else loss
-            # before the update changes what they depend on, and the next part takes the memory
-            Tensor.realize(total, *gradients.views.values())
-        losses[batch].assign(total).realize()
+        loss = compute_gradients(config, model, optimizer, windows, keys, world.size)
+        losses[batch].assign(loss).realize()
 
     def update(rates: Tensor, batch: Variable) -> None:
-        optimizer.step(gradients, rates[batch].contiguous())
+        optimizer.step(rates[batch].contiguous())
 
     def compute_and_update(windows: Tensor, keys: Tensor, rates: Tensor, batch: Variable) -> None:
-        compute_gradients(windows, keys, batch)
+        compute(windows, keys, batch)
         update(rates, batch)
 
-    buffers = [*parameters.tensors, *gradients.tensors, *optimizer.state, losses]
-    key = (config.model, config.optimizer, config.dtype, n_parts, part_size, world.size)
+    buffers, sizes = [*optimizer.buffers, losses], (config.batch_size, config.accumulate)
+    key = (config.model, config.optimizer, config.dtype, *sizes, world.size)
 
     def cached(function: Callable) -> CachedJit:
         return CachedJit(function, buffers, key, batch=range(config.batches_per_step))
 
     if world.size == 1:
         return cached(compute_and_update)
-    compute_jit, update_jit = cached(compute_gradients), cached(update)
+    compute_jit, update_jit = cached(compute), cached(update)
 
     def train_batch(windows: Tensor, keys: Tensor, rates: Tensor, batch: int) -> None:
         compute_jit(windows, keys, batch=batch)
-        world.all_reduce(gradients)
+        optimizer.gradients.apply_in_place(world.all_reduce)
         update_jit(rates, batch=batch)
 
     return train_batch
+
+
+def compute_gradients(
+    config: TrainingConfig,
+    model: GPT,
+    optimizer: AdamW | Muon,
+    windows: Tensor,
+    keys: Tensor,
+    n_shards: int,
+) -> Tensor:
+    """The loss of a shard's windows (n, time + 1), in a part for each key of dropout; leaves its
+    gradients in the optimizer's buffer. The losses and the gradients of the shards add up."""
+    parameters, gradients = (
+        buffer.views.values() for buffer in (optimizer.parameters, optimizer.gradients)
+    )
+    n_parts, total = config.accumulate, None
+    size = windows.shape[0] // n_parts
+    for part in range(n_parts):
+        of_part = windows[part * size : (part + 1) * size]
+        inputs, targets = of_part[:, :-1], of_part[:, 1:]
+        dropout = Dropout(config.model.dropout, keys[part : part + 1])
+        with Context(PRODUCT_DTYPE=config.dtype):
+            loss = model.loss(inputs, targets, dropout) / (n_parts * n_shards)
+            of_part = loss.gradient(*parameters)
+        for gradient, more in zip(gradients, of_part, strict=True):
+            gradient.assign(gradient + more if part else more)
+        total = total + loss if part else loss
+        # before the update changes what they depend on, and the next part takes the memory
+        Tensor.realize(total, *gradients)
+    return total
 
 
 def capture_validation(
@@ -105,8 +115,9 @@ def capture_validation(
     """A function that draws windows with a random generator and returns their mean loss."""
     length = config.model.context_length + 1
     # no more memory than training takes
-    limit = config.batch_size // config.accumulate // world.size
-    size = largest_divisor(config.validation_size, limit)
+    n_windows = config.validation_size
+    limit = min(n_windows, config.batch_size // config.accumulate // world.size)
+    size = max(n for n in range(1, limit + 1) if n_windows % n == 0)
     windows, loss = from_numpy(np.zeros((size, length), np.int32)), zeros(1)
 
     def compute_loss(windows: Tensor) -> None:
@@ -118,12 +129,12 @@ def capture_validation(
 
     def validate(rng: np.random.Generator) -> float:
         n_starts = len(corpus.ids) - corpus.n_training - length + 1
-        starts = rng.integers(n_starts, size=(config.validation_size // size, size))
+        starts = rng.integers(n_starts, size=(n_windows // size, size))
         losses = np.zeros(len(starts))
         for i in range(world.rank, len(starts), world.size):
             copy_in(windows, corpus.windows(corpus.n_training + starts[i], length))
             loss_jit(windows)
             losses[i] = copy_out(loss).item()
-        return float(world.sum(losses).mean())
+        return float(world.all_reduce(losses).mean())
 
     return validate

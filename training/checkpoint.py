@@ -20,7 +20,17 @@ from models import checkpoint as models
 from models import folders, safetensors
 from tokenizers import Tokenizer
 from training import metrics
-from training.config import MODEL, NEW, TRAINING, TrainingConfig, as_option, changed, flat, kinds
+from training.config import (
+    DEFAULTS,
+    MODEL,
+    NEW,
+    TRAINING,
+    TrainingConfig,
+    as_option,
+    changed,
+    flat,
+    kinds,
+)
 from training.optimizers import OPTIMIZERS
 
 CHECKPOINTS = Path(".data/checkpoints")
@@ -77,7 +87,7 @@ def from_model(path: Path, context_length: int | None) -> Checkpoint:
             raise UserError(f"{option} is beyond the model's {model.context_length}")
         positions = "positional_embedding.weight"
         weights = ChainMap({positions: weights[positions][:context_length]}, weights)
-    return Checkpoint(changed(TrainingConfig(), asdict(model) | own), MODEL, tokenizer, weights)
+    return Checkpoint(changed(DEFAULTS, asdict(model) | own), MODEL, tokenizer, weights)
 
 
 def load(path: Path, config_of: Callable[[list[str]], TrainingConfig]) -> Checkpoint:
@@ -141,7 +151,7 @@ def settings_to_json(config: TrainingConfig) -> dict[str, object]:
 def settings_from_json(saved: dict[str, object]) -> TrainingConfig:
     """What `settings_to_json` wrote; TypeError for a value of the wrong kind."""
     saved, settings = EARLIER | saved, {}
-    for name, kind in kinds(TrainingConfig()).items():
+    for name, kind in kinds(DEFAULTS).items():
         value = saved[name]
         if name == "text_corpus":
             settings[name] = tuple(found_from(saved["directory"], path) for path in value)
@@ -151,7 +161,7 @@ def settings_from_json(saved: dict[str, object]) -> TrainingConfig:
             settings[name] = value
         else:
             raise TypeError(f"{name} is {value!r:.60}")
-    return changed(TrainingConfig(), settings)
+    return changed(DEFAULTS, settings)
 
 
 def found_from(directory: str, path: str) -> Path:

@@ -19,9 +19,10 @@ def check(config: TrainingConfig, corpus: Corpus, world: World) -> None:
     """UserError for a training that can't be: a corpus that is too short, too little memory, a
     batch that workers can't share, or workers that differ."""
     check_sizes(config, corpus, world)
-    world.share(config.batch_size, "--batch-size", config.accumulate)
-    code = sources(), version("tinygrad"), version("numpy")
-    world.check_same(code=code, corpus=corpus.checksum, command=flat(config))
+    if world.size > 1:
+        world.share(config.batch_size, "--batch-size", config.accumulate)
+        code = sources(), version("tinygrad"), version("numpy")
+        world.check_same(code=code, corpus=corpus.checksum, command=flat(config))
 
 
 def check_sizes(config: TrainingConfig, corpus: Corpus, world: World) -> None:

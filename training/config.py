@@ -71,10 +71,6 @@ class TrainingConfig:
     no_special: bool = False  # whether texts have no special tokens
     files: Files = field(default_factory=Files)
 
-    @property
-    def tokens_per_batch(self) -> int:
-        return self.batch_size * self.model.context_length
-
     def to_json(self) -> dict:
         """The content of `config.json`: gpt-burn's settings as it writes them, and a tokenizer."""
         settings = asdict(self)
@@ -123,6 +119,8 @@ def sections(config) -> list[tuple[str, object]]:
     return [(each.name, getattr(config, each.name)) for each in fields(config)]
 
 
+DEFAULTS = TrainingConfig()
+
 # What a start decides, so that no given setting may contradict it. A corpus that has moved is known
 # by its checksum.
 NEW, MODEL, TRAINING = "nothing", "the model to start from", "the training to go on with"
@@ -131,7 +129,7 @@ MAY_CHANGE |= {"checkpoint_every", "sample_every"}
 FIXED = {
     NEW: set(),
     MODEL: {"d_model", "n_layers", "n_heads", "tokenizer", "max_vocab_size"},
-    TRAINING: flat(TrainingConfig()).keys() - MAY_CHANGE,
+    TRAINING: flat(DEFAULTS).keys() - MAY_CHANGE,
 }
 
 

@@ -1,41 +1,37 @@
 """How gradients change the parameters: AdamW or Muon, and the learning rate over a training."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 
-import numpy as np
 from tinygrad import Tensor
 
 from backend import einsum
 from backend.arrays import FlatBuffer, Shapes
-from training.config import OptimizerConfig, TrainingConfig
+from training.config import TrainingConfig
 
 
 class Optimizer:
-    """An optimizer with a state in one buffer, `memory`."""
+    """The parameters, their gradients, laid out alike, and the state, each in one buffer."""
 
-    memory: FlatBuffer
-
-    def read(self) -> dict[str, np.ndarray]:
-        """The state, with the names of `state_shapes` and in its order."""
-        return self.memory.read()
-
-    def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Takes the state that `read` gave."""
-        self.memory.write(arrays)
+    parameters: FlatBuffer
+    gradients: FlatBuffer
+    memory: FlatBuffer  # of `state`, the tensors that `step` reads and writes
+    state: list[Tensor]
+    buffers: list[Tensor]  # all that a jit of `step` reads and writes
 
 
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2017), on every parameter alike."""
 
-    def __init__(self, parameters: FlatBuffer, config: OptimizerConfig, memory=None):
+    def __init__(self, parameters: FlatBuffer, config: TrainingConfig, gradients=None, memory=None):
         self.parameters, self.config = parameters, config
+        self.gradients = gradients or FlatBuffer(parameters.shapes)
         self.memory = memory or FlatBuffer(self.state_shapes(parameters.shapes))
         names, n = list(self.memory.shapes), len(parameters.shapes)
         self.moments_1, self.moments_2 = (self.memory.part(x) for x in (names[:n], names[n:]))
         self.state = [*self.moments_1.whole, *self.moments_2.whole]
+        self.buffers = [*parameters.tensors, *self.gradients.tensors, *self.state]
 
     @staticmethod
     def layout(shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -48,21 +44,19 @@ class AdamW(Optimizer):
         kinds = ("moments_1", "moments_2")
         return {f"{kind}.{name}": shape for kind in kinds for name, shape in shapes.items()}
 
-    def rates(self, learning_rate: float, number: int) -> list[float]:
+    def rates(self, number: int) -> list[float]:
         """What `step` needs for the update with this number, counted from 1."""
-        return [
-            learning_rate,
-            1 / (1 - self.config.beta_1**number),  # moments start at 0: these undo the bias of that
-            1 / (1 - self.config.beta_2**number),
-        ]
+        betas = self.config.optimizer.beta_1, self.config.optimizer.beta_2
+        # moments start at 0: the factors undo the bias of that
+        return [learning_rate(self.config, number), *(1 / (1 - beta**number) for beta in betas)]
 
-    def step(self, gradients: FlatBuffer, rates: Tensor) -> None:
-        """Updates the parameters in place by gradients that are laid out alike; `rates` (3,) are
-        those of the method above."""
-        self.update(clipped(gradients.whole, self.config.grad_clipping), rates)
+    def step(self, rates: Tensor) -> None:
+        """Updates the parameters in place by the gradients; `rates` (3,) are those of the method
+        above."""
+        self.update(clipped(self.gradients.whole, self.config.optimizer.grad_clipping), rates)
 
     def update(self, gradients: list[Tensor], rates: Tensor) -> None:
-        config, parameters = self.config, self.parameters.whole
+        config, parameters = self.config.optimizer, self.parameters.whole
         learning_rate, unbias_1, unbias_2 = rates.split(1)
         wholes = parameters, self.moments_1.whole, self.moments_2.whole, gradients
         for p, m, v, g in zip(*wholes, strict=True):
@@ -77,15 +71,21 @@ class Muon(Optimizer):
     """Muon (Jordan et al., 2024), with decoupled weight decay, on the matrices of the blocks; AdamW
     on all other parameters."""
 
-    def __init__(self, parameters: FlatBuffer, config: OptimizerConfig):
-        self.config, self.groups = config, grouped(parameters.shapes)
-        *self.matrices, others = (parameters.part(names) for names in self.groups)
+    def __init__(self, parameters: FlatBuffer, config: TrainingConfig):
+        self.parameters, self.config = parameters, config
+        self.gradients = FlatBuffer(parameters.shapes)
         self.memory = FlatBuffer(self.state_shapes(parameters.shapes))
-        *of_groups, _ = self.groups
-        self.momenta = [self.memory.part(f"momentum.{x}" for x in names) for names in of_groups]
-        self.adamw = AdamW(others, config, self.memory.part(AdamW.state_shapes(others.shapes)))
+        *groups, names = grouped(parameters.shapes)
+        self.matrices, self.matrix_gradients = (
+            [buffer.part(group) for group in groups] for buffer in (parameters, self.gradients)
+        )
+        self.momenta = [self.memory.part(f"momentum.{x}" for x in group) for group in groups]
+        others, gradients = parameters.part(names), self.gradients.part(names)
+        state = self.memory.part(AdamW.state_shapes(others.shapes))
+        self.adamw = AdamW(others, config, gradients, state)
         self.state = [tensor for momentum in self.momenta for tensor in momentum.whole]
         self.state += self.adamw.state
+        self.buffers = [*parameters.tensors, *self.gradients.tensors, *self.state]
 
     @staticmethod
     def layout(shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -100,27 +100,25 @@ class Muon(Optimizer):
         momenta = {f"momentum.{name}": shapes[name] for group in matrices for name in group}
         return momenta | AdamW.state_shapes({name: shapes[name] for name in others})
 
-    def rates(self, learning_rate: float, muon_learning_rate: float, number: int) -> list[float]:
+    def rates(self, number: int) -> list[float]:
         """What `step` needs for the update with this number, counted from 1."""
-        return [muon_learning_rate, *self.adamw.rates(learning_rate, number)]
+        return [muon_learning_rate(self.config, number), *self.adamw.rates(number)]
 
-    def step(self, gradients: FlatBuffer, rates: Tensor) -> None:
-        """Updates the parameters in place by gradients that are laid out alike; `rates` (4,) are
-        those of the method above."""
-        wholes = (tensor for names in self.groups for tensor in gradients.part(names).whole)
-        rest, decay = (
-            iter(clipped(list(wholes), self.config.grad_clipping)),
-            self.config.weight_decay,
-        )
+    def step(self, rates: Tensor) -> None:
+        """Updates the parameters in place by the gradients; `rates` (4,) are those of the method
+        above."""
+        config, buffers = self.config.optimizer, (*self.matrix_gradients, self.adamw.gradients)
+        wholes = [tensor for buffer in buffers for tensor in buffer.whole]
+        rest = iter(clipped(wholes, config.grad_clipping))
         for matrices, momentum in zip(self.matrices, self.momenta, strict=True):
             updates = []
             for m, g in zip(momentum.whole, islice(rest, len(momentum.whole)), strict=True):
-                m.assign(m + (1 - self.config.momentum) * (g - m))
-                updates.append(g + self.config.momentum * (m - g))  # Nesterov's
+                m.assign(m + (1 - config.momentum) * (g - m))
+                updates.append(g + config.momentum * (m - g))  # Nesterov's
             update = orthogonalised(matrices.stack(updates))  # (n, rows, columns)
             update = update * math.sqrt(max(1, update.shape[1] / update.shape[2]))
             for p, u in zip(matrices.whole, matrices.unstack(update), strict=True):
-                p.assign(p - rates[:1] * (u + decay * p))
+                p.assign(p - rates[:1] * (u + config.weight_decay * p))
             Tensor.realize(*matrices.whole, *momentum.whole)
         self.adamw.update(list(rest), rates[1:])
 
@@ -178,11 +176,3 @@ def muon_learning_rate(config: TrainingConfig, number: int) -> float:
     share = config.min_learning_rate / config.learning_rate if config.learning_rate else 0
     config = replace(config, learning_rate=rate, min_learning_rate=share * rate)
     return learning_rate(config, number)
-
-
-def learning_rates(config: TrainingConfig, number: int) -> list[float]:
-    """All that the optimizer takes for the update with this number."""
-    rates = [learning_rate(config, number)]
-    if config.optimizer.algorithm == "muon":
-        rates.append(muon_learning_rate(config, number))
-    return rates

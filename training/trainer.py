@@ -43,6 +43,7 @@ class Trainer:
     ):
         self.config, self.corpus, self.folder, self.world = config, corpus, folder, world
         self.progress, self.latest = start.progress, start.folder
+        self.tokens_per_batch = config.batch_size * config.model.context_length
         self.folder_before = start.config.files.output_path
         if start.folder and self.progress.corpus_checksum != corpus.checksum:
             raise UserError(
@@ -51,33 +52,30 @@ class Trainer:
             )
         self.progress.corpus_checksum = corpus.checksum
 
-        optimizer = OPTIMIZERS[config.optimizer.algorithm]
-        self.parameters = FlatBuffer(optimizer.layout(shapes(config.model)))
-        self.model = GPT(config.model, self.parameters.views)
-        self.optimizer = optimizer(self.parameters, config.optimizer)
+        weights, kind = start.weights, OPTIMIZERS[config.optimizer.algorithm]
+        if not weights and world.rank == 0:
+            weights = initial_weights(config.model, config.seed)
+        self.optimizer = kind(FlatBuffer(kind.layout(shapes(config.model))), config)
+        self.parameters = self.optimizer.parameters
         self.losses = zeros(config.batches_per_step)  # of this rank's shards of the batches
         if world.rank == 0:
-            self.parameters.write(start.weights or initial_weights(config.model, config.seed))
+            self.parameters.write(weights)
             if start.moments:
-                self.optimizer.write(start.moments)
+                self.optimizer.memory.write(start.moments)
             losses = np.array(self.progress.losses, np.float32)
             copy_in(self.losses, np.pad(losses, (0, config.batches_per_step - len(losses))))
+        self.model = GPT(config.model, self.parameters.views)
         start.weights = start.moments = {}
         world.broadcast_tensors([*self.parameters.whole, *self.optimizer.state])
 
-    def train(
-        self,
-        announce: Callable[[str], None],
-        show_sample: Callable[["Trainer"], None] = lambda trainer: None,
-    ) -> int:
+    def train(self, announce: Callable, show_sample: Callable = lambda trainer: None) -> int:
         """Trains to the end, or to a signal that asks to stop: the signal's number, or 0.
 
-        `announce` is told of each checkpoint, and rank 0 calls `show_sample` every `sample_every`
-        steps. UserError when the loss is no longer finite.
+        `announce` is told of each checkpoint, in words, and rank 0 calls `show_sample` with the
+        trainer every `sample_every` steps. UserError when the loss is no longer finite.
         """
         config, progress, world = self.config, self.progress, self.world
-        learned = self.model, self.parameters, self.optimizer, self.losses
-        train_batch = capture_training(config, *learned, world)
+        train_batch = capture_training(config, self.model, self.optimizer, self.losses, world)
         validate = capture_validation(config, self.corpus, self.model, world)
         if self.folder and progress.step:
             self.take_folder()
@@ -98,7 +96,7 @@ class Trainer:
                     if signal_number := world.max(max(signals, default=0)):
                         break
                 progress.seconds = time.time() - started
-                losses = world.sum(copy_out(self.losses))[: progress.batch]
+                losses = world.all_reduce(copy_out(self.losses))[: progress.batch]
                 if signal_number:
                     progress.losses = losses.tolist()
                     self.keep_checkpoint(step)
@@ -129,7 +127,7 @@ class Trainer:
             return copy_out(self.losses)[batch] * world.size
 
         description = f"step {step + 1}/{config.n_steps}"
-        return metrics.bar(batches, description, config.tokens_per_batch, loss_of, world.bar())
+        return metrics.bar(batches, description, self.tokens_per_batch, loss_of, world.bar())
 
     def weights(self) -> dict[str, np.ndarray]:
         """The parameters by name; UserError if one of them is not finite."""
@@ -159,7 +157,7 @@ class Trainer:
             changed(self.config, {"output_path": self.folder}),
             self.corpus.tokenizer,
         )
-        arrays = self.weights(), self.optimizer.read()
+        arrays = self.weights(), self.optimizer.memory.read()
         Checkpoint(config, TRAINING, tokenizer, *arrays, self.progress).save(folder)
         if self.latest:
             checkpoint.drop_progress(self.latest)
@@ -173,9 +171,9 @@ class Trainer:
         if progress.step == 0:  # not before: a training that fails at once changes nothing
             self.take_folder()
         n_batches = (progress.step + 1) * config.batches_per_step
-        row = [progress.step + 1, n_batches, n_batches * config.tokens_per_batch]
+        row = [progress.step + 1, n_batches, n_batches * self.tokens_per_batch]
         row += [train_loss, progress.validation_loss, learning_rate(config, n_batches)]
-        row += [batches_per_second * config.tokens_per_batch, progress.seconds]
+        row += [batches_per_second * self.tokens_per_batch, progress.seconds]
         metrics.append(self.folder, row)
 
     def keep_if_best(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, Target
 
 from backend import devices, machine
-from backend.arrays import FlatBuffer, copy_in, copy_out
+from backend.arrays import copy_in, copy_out
 from backend.errors import UserError
 
 # what the launchers of MPICH, Intel MPI, Open MPI and Slurm tell a rank
@@ -60,8 +60,6 @@ class World:
 
     def check_same(self, **facts: object) -> None:
         """ValueError, with its name, if one of the facts is not the same on every rank."""
-        if self.size == 1:
-            return
         gathered = self.ranks.allgather((socket.gethostname(), facts))
         for rank, (host, others) in enumerate(gathered):
             for name, fact in gathered[0][1].items():
@@ -81,16 +79,11 @@ class World:
         width = rows.shape[1] // self.size
         return rows[:, self.rank * width : (self.rank + 1) * width]
 
-    def sum(self, array: np.ndarray) -> np.ndarray:
+    def all_reduce(self, array: np.ndarray) -> np.ndarray:
         """The sum over all ranks, the same bits on each, in place of the array."""
         if self.size > 1:
             self.ranks.Allreduce(self.mpi.IN_PLACE, array)
         return array
-
-    def all_reduce(self, buffer: FlatBuffer) -> None:
-        """`sum` of all numbers of a buffer, in one message."""
-        if self.size > 1:
-            buffer.apply_in_place(self.sum)
 
     def max(self, number: int) -> int:
         """The greatest of the ranks' numbers."""

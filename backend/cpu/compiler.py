@@ -19,10 +19,10 @@ from types import SimpleNamespace
 
 from tinygrad import Device, helpers
 from tinygrad.device import TinyELF
+from tinygrad.helpers import ContextVar
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
-from backend.caches import sealed, unsealed
 from backend.errors import UserError
 
 # tinygrad 0.14.0's CPU device imports two renderers that nothing here uses: a tenth of a start.
@@ -47,6 +47,7 @@ FREESTANDING = "-c -x c -fPIC -ffreestanding -nostdlib -fno-ident"
 DEFINITIONS = [f"-DABI={ClangRenderer.abi}"]
 if sys.platform == "win32":  # it gives a stack its memory page by page, in their order
     DEFINITIONS += ["-Xclang", "-fstack-clash-protection"]
+RENDER_ONLY = ContextVar("RENDER_ONLY", 0)  # kernels are not compiled, nor what they call
 SAID = "GPT_TINY_SAID"  # a variable for the processes that this one starts
 # What tinygrad writes is C with clang's vectors.
 PROBE = "typedef float f4 __attribute__((ext_vector_type(4))); f4 f(f4 x) { return x + x.wzyx; }"
@@ -76,6 +77,8 @@ class CPUCompiler(ClangCompiler):
         return run.stdout
 
     def compile_cached(self, source: str) -> bytes:
+        if RENDER_ONLY:
+            return b""
         return self.cached(source) or self.keep(source, self.compile(source))
 
     def cached_or_source(self, source: str) -> bytes:
@@ -121,6 +124,19 @@ class CPUCompiler(ClangCompiler):
             reason = "no C compiler: pip install ziglang, or put a clang on the PATH"
             raise UserError(reason) from None
         return [str(Path(ziglang.__file__).parent / "zig"), "clang"]
+
+
+def sealed(data: bytes) -> bytes:
+    """To be kept: `unsealed` gives it back."""
+    return hashlib.sha256(data).digest() + data
+
+
+def unsealed(kept: bytes) -> bytes:
+    """What was sealed; ValueError for anything else, damaged or foreign, be it by one bit."""
+    data = kept[hashlib.sha256().digest_size :]
+    if sealed(data) != kept:
+        raise ValueError("it is not what was kept")
+    return data
 
 
 def warn_once(line: str) -> None:

@@ -14,14 +14,14 @@ static float widened(bfloat16 x) {
 }
 
 ABI void sbgemm(int order, int flag_a, int flag_b, long m, long n, long k, float alpha, bfloat16 *a,
-                long a_step, bfloat16 *b, long b_step, float beta, float *c, long c_step) {
+                long lda, bfloat16 *b, long ldb, float beta, float *c, long ldc) {
   for (long i = 0; i < m; i++)
     for (long j = 0; j < n; j++) {
       float sum = 0;
       for (long l = 0; l < k; l++)
-        sum += widened(flag_a == 112 ? a[l * a_step + i] : a[i * a_step + l]) *
-               widened(flag_b == 112 ? b[j * b_step + l] : b[l * b_step + j]);
-      c[i * c_step + j] = sum;
+        sum += widened(flag_a == 112 ? a[l * lda + i] : a[i * lda + l]) *
+               widened(flag_b == 112 ? b[j * ldb + l] : b[l * ldb + j]);
+      c[i * ldc + j] = sum;
     }
 }
 #else
@@ -53,7 +53,7 @@ typedef VECTOR(bfloat16, ACROSS *GROUP) groups;
 typedef VECTOR(bfloat16, ACROSS *ALONG) block;
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
-INLINE long round_up(long n, long step) { return (n + step - 1) / step * step; }
+INLINE long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
 INLINE floats add_products(floats sums, words a, words b) {
 #if __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
@@ -68,7 +68,7 @@ INLINE floats add_products(floats sums, words a, words b) {
 }
 
 // A tile of c, as a whole.
-INLINE void whole_tile(float *c, long c_step, bfloat16 *a, bfloat16 *b, long depth, int is_first) {
+INLINE void whole_tile(float *c, long ldc, bfloat16 *a, bfloat16 *b, long depth, int is_first) {
   floats sums[HEIGHT / ROWS][WIDTH / COLUMNS] = {};
   for (long k = 0; k < depth; k += GROUP, a += GROUP * HEIGHT, b += GROUP * WIDTH)
 #pragma unroll
@@ -83,21 +83,21 @@ INLINE void whole_tile(float *c, long c_step, bfloat16 *a, bfloat16 *b, long dep
 #pragma unroll
     for (int j = 0; j < WIDTH / COLUMNS; j++) {
       floats_of_row sum = ((floats_of_row *)&sums[i / ROWS][j])[i % ROWS];
-      floats_of_row *place = (floats_of_row *)(c + i * c_step + j * COLUMNS);
+      floats_of_row *place = (floats_of_row *)(c + i * ldc + j * COLUMNS);
       *place = is_first ? sum : *place + sum;
     }
 }
 
 // A tile of c, of which there may be fewer rows or columns.
-INLINE void tile(float *c, long c_step, bfloat16 *a, bfloat16 *b, long depth, int is_first,
+INLINE void tile(float *c, long ldc, bfloat16 *a, bfloat16 *b, long depth, int is_first,
                  long height, long width) {
   float sums[HEIGHT * WIDTH];
   int is_whole = height >= HEIGHT && width >= WIDTH;
-  whole_tile(is_whole ? c : sums, is_whole ? c_step : WIDTH, a, b, depth, is_first || !is_whole);
+  whole_tile(is_whole ? c : sums, is_whole ? ldc : WIDTH, a, b, depth, is_first || !is_whole);
   if (is_whole) return;
   for (int i = 0; i < least(height, HEIGHT); i++)
     for (int j = 0; j < least(width, WIDTH); j++)
-      c[i * c_step + j] = sums[i * WIDTH + j] + (is_first ? 0 : c[i * c_step + j]);
+      c[i * ldc + j] = sums[i * WIDTH + j] + (is_first ? 0 : c[i * ldc + j]);
 }
 
 // The index in a block as it is read, by that in a packed one: in turn a group of each row.
@@ -110,21 +110,21 @@ INLINE void tile(float *c, long c_step, bfloat16 *a, bfloat16 *b, long depth, in
 #define ALL(f) SIXTEEN(f, 0), SIXTEEN(f, 16)
 
 // Packs a block of a panel, for which x has n more rows, and `depth` more numbers of each.
-INLINE void pack_block(bfloat16 *out, int width, bfloat16 *x, long step, int is_along, long n,
+INLINE void pack_block(bfloat16 *out, int width, bfloat16 *x, long ldx, int is_along, long n,
                        long depth) {
   block read = {};
   if (n < ACROSS || depth < ALONG) {
     for (int i = 0; i < least(n, ACROSS); i++)
       for (int k = 0; k < least(depth, ALONG); k++)
         if (is_along)
-          read[i * ALONG + k] = x[i * step + k];
+          read[i * ALONG + k] = x[i * ldx + k];
         else
-          read[k * ACROSS + i] = x[k * step + i];
+          read[k * ACROSS + i] = x[k * ldx + i];
   } else if (is_along)
-    for (int i = 0; i < ACROSS; i++) ((numbers_along *)&read)[i] = *(numbers_along *)(x + i * step);
+    for (int i = 0; i < ACROSS; i++) ((numbers_along *)&read)[i] = *(numbers_along *)(x + i * ldx);
   else
     for (int k = 0; k < ALONG; k++)
-      ((numbers_across *)&read)[k] = *(numbers_across *)(x + k * step);
+      ((numbers_across *)&read)[k] = *(numbers_across *)(x + k * ldx);
   read = is_along ? __builtin_shufflevector(read, read, ALL(READ_ALONG))
                   : __builtin_shufflevector(read, read, ALL(READ_ACROSS));
   for (int k = 0; k < ALONG / GROUP; k++)
@@ -133,12 +133,11 @@ INLINE void pack_block(bfloat16 *out, int width, bfloat16 *x, long step, int is_
 
 // Packs n rows of a, or columns of b, in panels of `width` of them: for each group along k, the
 // group of one row after that of another. x has them along k or across. A last panel ends in zeros.
-INLINE void pack(bfloat16 *out, int width, bfloat16 *x, long step, int is_along, long n,
+INLINE void pack(bfloat16 *out, int width, bfloat16 *x, long ldx, int is_along, long n,
                  long depth) {
 #define BLOCK(i, k)                                                                            \
   pack_block(out + i / width * width * round_up(depth, ALONG) + k * width + i % width * GROUP, \
-             width, x + (is_along ? i * step + k : k * step + i), step, is_along, n - i,       \
-             depth - k)
+             width, x + (is_along ? i * ldx + k : k * ldx + i), ldx, is_along, n - i, depth - k)
   if (is_along)  // in the order of memory
     for (long i = 0; i < round_up(n, width); i += ACROSS)
       for (long k = 0; k < depth; k += ALONG) BLOCK(i, k);
@@ -150,22 +149,22 @@ INLINE void pack(bfloat16 *out, int width, bfloat16 *x, long step, int is_along,
 // c (m, n) = a (m, k) b (k, n), a and b row by row or, where a flag is 112, column by column: BLAS's
 // cblas_sgemm for bfloat16, where order is 101, alpha 1 and beta 0. Threads may call it at once.
 ABI void sbgemm(int order, int flag_a, int flag_b, long m, long n, long k, float alpha, bfloat16 *a,
-                long a_step, bfloat16 *b, long b_step, float beta, float *c, long c_step) {
+                long lda, bfloat16 *b, long ldb, float beta, float *c, long ldc) {
   __attribute__((aligned(64))) bfloat16 of_a[MOST_ROWS * DEPTH], of_b[MOST_COLUMNS * DEPTH];
   int is_a_along = flag_a != 112, is_b_along = flag_b == 112;
   for (long column = 0; column < n; column += MOST_COLUMNS)
     for (long start = 0; start < k; start += DEPTH) {
       long width = least(n - column, MOST_COLUMNS), depth = least(k - start, DEPTH);
       long padded = round_up(depth, ALONG);
-      bfloat16 *x = b + (is_b_along ? column * b_step + start : start * b_step + column);
-      pack(of_b, WIDTH, x, b_step, is_b_along, width, depth);
+      bfloat16 *x = b + (is_b_along ? column * ldb + start : start * ldb + column);
+      pack(of_b, WIDTH, x, ldb, is_b_along, width, depth);
       for (long row = 0; row < m; row += MOST_ROWS) {
         long height = least(m - row, MOST_ROWS);
-        x = a + (is_a_along ? row * a_step + start : start * a_step + row);
-        pack(of_a, HEIGHT, x, a_step, is_a_along, height, depth);
+        x = a + (is_a_along ? row * lda + start : start * lda + row);
+        pack(of_a, HEIGHT, x, lda, is_a_along, height, depth);
         for (long j = 0; j < width; j += WIDTH)
           for (long i = 0; i < height; i += HEIGHT)
-            tile(c + (row + i) * c_step + column + j, c_step, of_a + i * padded, of_b + j * padded,
+            tile(c + (row + i) * ldc + column + j, ldc, of_a + i * padded, of_b + j * padded,
                  padded, !start, height - i, width - j);
       }
     }

@@ -115,7 +115,7 @@ INLINE void unpack(char *row, void *matrix, long at, int n, int n_bytes, int is_
 }
 
 // y[t][i] += the product of n elements of row i and of vector t, for `tile` vectors.
-INLINE void one_tile(float *y, char *rows, char *x, int n_rows, long y_step, long x_step, int n,
+INLINE void one_tile(float *y, char *rows, char *x, int n_rows, long ldy, long ldx, int n,
                      int tile, int is_integer, int is_first) {
   floats sums[TILE][N_ROWS] = {};
   ints integer_sums[TILE][N_ROWS] = {};
@@ -123,7 +123,7 @@ INLINE void one_tile(float *y, char *rows, char *x, int n_rows, long y_step, lon
   for (; at + (int)sizeof(floats) <= end; at += sizeof(floats))
     for (int t = 0; t < tile; t++)
       for (int i = 0; i < N_ROWS; i++) {
-        char *a = rows + i * ROW_BYTES + at, *b = x + t * x_step + at;
+        char *a = rows + i * ROW_BYTES + at, *b = x + t * ldx + at;
         if (is_integer)
           integer_sums[t][i] = add_pairs(integer_sums[t][i], *(shorts *)a, *(shorts *)b);
         else
@@ -135,11 +135,11 @@ INLINE void one_tile(float *y, char *rows, char *x, int n_rows, long y_step, lon
     floats_4 totals = four_sums(sums[t]);
     for (int rest = at; rest < end; rest += size)
       for (int i = 0; i < N_ROWS; i++) {
-        char *a = rows + i * ROW_BYTES + rest, *b = x + t * x_step + rest;
+        char *a = rows + i * ROW_BYTES + rest, *b = x + t * ldx + rest;
         totals[i] += is_integer ? *(short *)a * *(short *)b : *(float *)a * *(float *)b;
       }
     for (int i = 0; i < n_rows; i++)
-      y[t * y_step + i] = is_first ? totals[i] : y[t * y_step + i] + totals[i];
+      y[t * ldy + i] = is_first ? totals[i] : y[t * ldy + i] + totals[i];
   }
 }
 
@@ -148,7 +148,7 @@ INLINE void several_vectors(float *y, void *matrix, char *x, int n_vectors, int 
                             long n, int k, int n_bytes, int is_integer) {
   __attribute__((aligned(64))) char rows[N_ROWS * ROW_BYTES];  // a load across lines takes two
   int size = is_integer ? 2 : 4, most = ROW_BYTES / size;
-  long step = (long)k * size;
+  long ldx = (long)k * size;
   for (int start = 0; start < k; start += most)
     for (int row = first; row < last; row += N_ROWS) {
       int n_rows = last - row < N_ROWS ? last - row : N_ROWS, t = 0;
@@ -160,10 +160,10 @@ INLINE void several_vectors(float *y, void *matrix, char *x, int n_vectors, int 
           __builtin_prefetch((char *)matrix + next * n_bytes + byte, 0, 1);
       }
       for (; t + TILE <= n_vectors; t += TILE)
-        one_tile(y + t * n + row, rows, x + t * step + start * size, n_rows, n, step, n_now, TILE,
+        one_tile(y + t * n + row, rows, x + t * ldx + start * size, n_rows, n, ldx, n_now, TILE,
                  is_integer, !start);
       for (; t < n_vectors; t++)
-        one_tile(y + t * n + row, rows, x + t * step + start * size, n_rows, n, step, n_now, 1,
+        one_tile(y + t * n + row, rows, x + t * ldx + start * size, n_rows, n, ldx, n_now, 1,
                  is_integer, !start);
     }
 }

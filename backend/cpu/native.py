@@ -1,17 +1,22 @@
-"""Functions in C that kernels call: gemv.c, gemm.c, attention.c, and the matrix product of BLAS.
+"""Functions in C that kernels call: gemv.c, gemm.c, attention.c, and sgemm of numpy's BLAS.
 
 A kernel reads a function's address from a buffer: kernels are kept, and an address differs from run
 to run. `names` tells these buffers from others: a kept jit holds the name of the function instead.
 """
 
+import ctypes
 import functools
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from tinygrad import Tensor, UOp
+from tinygrad import Tensor, UOp, dtypes
+from tinygrad.dtype import DType
 
 from backend.arrays import from_numpy
-from backend.cpu.blas import blas
-from backend.cpu.compiler import CPUProgram, load_c
+from backend.cpu.compiler import RENDER_ONLY, CPUProgram, load_c
 
 FILES = {"gemv": "gemv.c", "sbgemm": "gemm.c"}  # by function
 FILES |= {"attention": "attention.c", "attention_gradients": "attention.c"}
@@ -33,6 +38,8 @@ def address_buffer(name: str, address: int, device: str) -> Tensor:
 def address(name: str) -> int | None:
     """The address of "sgemm", BLAS's, or of a function of ours, which is compiled when it is first
     asked for; None where there is no BLAS, or where the processor is no faster with "sbgemm"."""
+    if RENDER_ONLY:
+        return 0
     if name == "sgemm":
         return blas() and blas().sgemm
     program = load(name)
@@ -47,3 +54,30 @@ def load(name: str) -> CPUProgram | None:
         if "no fast products of bfloat16" not in str(error):  # as gemm.c says
             raise
         return None
+
+
+@dataclass(frozen=True)
+class Blas:
+    sgemm: int  # the address of cblas_sgemm
+    integer: DType  # of its sizes
+
+
+@functools.cache
+def blas() -> Blas | None:
+    """The BLAS that numpy was built with (OpenBLAS, MKL or Accelerate), unless BLAS=0."""
+    if os.environ.get("BLAS") == "0":
+        return None
+    # Symbols are looked for in what this module was linked with, too, except by Windows.
+    module = np._core._multiarray_umath.__file__
+    if sys.platform == "win32":
+        module = next(Path(np.__file__).parents[1].glob("numpy.libs/*openblas*.dll"), module)
+    library = ctypes.CDLL(str(module))
+    for name in ("scipy_{}64_", "{}64_", "scipy_{}", "{}"):
+        if sgemm := getattr(library, name.format("cblas_sgemm"), None):
+            # A kernel runs on all cores already, each of which calls BLAS for its chunk.
+            for setter in (name.format("openblas_set_num_threads"), "MKL_Set_Num_Threads"):
+                if hasattr(library, setter):
+                    getattr(library, setter)(1)
+            address = ctypes.cast(sgemm, ctypes.c_void_p).value
+            return Blas(address, dtypes.int64 if "64" in name else dtypes.int32)
+    return None

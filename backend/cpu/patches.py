@@ -5,17 +5,14 @@ Importing this module is enough. A patch can go as soon as tinygrad does what th
 
 import functools
 import platform
-import sys
 
 import tinygrad.codegen.opt.heuristic as heuristic
 import tinygrad.engine.realize as realize
-from tinygrad.device import BufferSpec
 from tinygrad.helpers import getenv
 from tinygrad.renderer import cstyle
-from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
 from tinygrad.runtime.support.hcq2 import HCQ2Compiled
 
-from backend.arrays import MIN_HUGE_BYTES, huge_pages
+from backend.arrays import CPUAllocator
 from backend.cpu.compiler import CPUCompiler, CPUProgram, ops_cpu
 from backend.cpu.processes import Progress, compiling_processes
 from backend.cpu.threads import CPUGraph, count_cores, plain_loops
@@ -30,17 +27,6 @@ class ClangRenderer(cstyle.ClangRenderer):
     def __init__(self, target):
         super().__init__(target)
         self.compiler = compiler_for(tuple(target.arch.split(",")))
-
-
-class CPUAllocator(ops_cpu.CPUAllocator):
-    """Takes large buffers from huge pages; tinygrad maps each by itself, in pages of 4 kB."""
-
-    def _alloc(self, size: int, options: BufferSpec) -> HCQBuffer:
-        if options.external_ptr is not None or size < MIN_HUGE_BYTES or sys.platform != "linux":
-            return super()._alloc(size, options)
-        memory = huge_pages.take(size)
-        address, view = memory.ctypes.data, MMIOInterface(memory.ctypes.data, size, fmt="B")
-        return HCQBuffer(address, size, meta=memory, view=view, owner=self.dev)
 
 
 class CPUDevice(ops_cpu.CPUDevice):
@@ -59,16 +45,7 @@ class CPUDevice(ops_cpu.CPUDevice):
         self.graph = CPUGraph
 
 
-tinygrads_optimizations = heuristic.hand_coded_optimizations
-
-
-def optimizations(kernel):
-    """Leaves loops to clang; tinygrad's own unroll them, which clang vectorises less well."""
-    is_ours = isinstance(kernel.ren, ClangRenderer)
-    return plain_loops(kernel) if is_ours else tinygrads_optimizations(kernel)
-
-
-heuristic.hand_coded_optimizations = optimizations
+heuristic.hand_coded_optimizations = plain_loops  # tinygrad's unroll loops
 ops_cpu.ClangRenderer, ops_cpu.CPUDevice = ClangRenderer, CPUDevice
 # tinygrad's pool starts processes that import all anew, and its bar stays on the terminal
 realize.get_worker_pool, realize.tqdm = compiling_processes, Progress

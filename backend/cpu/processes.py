@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from unittest.mock import patch
 
 import tinygrad.engine.worker as worker
 from tinygrad import Device, UOp, helpers
@@ -60,8 +59,7 @@ class ForkedPool:
 def compile_some(work: tuple[Callable, list[tuple]]) -> list[tuple[int, UOp]]:
     """Kernels by tinygrad's function for one, but for clang, which compiles them together."""
     compile_one, tasks = work
-    with patch.object(CPUCompiler, "compile_cached", CPUCompiler.cached_or_source):
-        results = [compile_one(task) for task in tasks]
+    results = [compile_one(task) for task in tasks]
     sources = [program.src[-1].arg for _, program in results]
     sources = {lib.decode() for lib in sources if not lib.startswith(ELF)}
     if not sources:
@@ -81,6 +79,7 @@ forked_pool = functools.cache(ForkedPool)
 def start_worker() -> None:
     begin_fork()
     worker._init_worker()
+    CPUCompiler.compile_cached = CPUCompiler.cached_or_source  # for `compile_some`
 
 
 tinygrads_pool = worker.get_worker_pool
@@ -98,13 +97,13 @@ class Progress:
     """A line on a terminal while kernels are compiled; it goes away."""
 
     def __init__(self, total: int, **_):
-        self.n_done, self.total = 0, total
+        self.n_done, self.total, self.is_shown = 0, total, sys.stderr.isatty()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
-        if sys.stderr.isatty():
+        if self.is_shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     def set_description(self, _: str) -> None:
@@ -112,5 +111,5 @@ class Progress:
 
     def update(self, n: int) -> None:
         self.n_done += n
-        if sys.stderr.isatty():
+        if self.is_shown:
             print(f"\rcompiling {self.n_done}/{self.total}", end="", file=sys.stderr, flush=True)

@@ -6,16 +6,19 @@ import functools
 import math
 import os
 import platform
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from tinygrad import UOp
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
+from tinygrad.codegen.opt.heuristic import hand_coded_optimizations
 from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.engine.jit import GraphRunner
 from tinygrad.helpers import NUM_CPU_THREADS, PARALLEL, ContextVar
 from tinygrad.renderer import Estimates
+from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.uop.ops import AxisType, Ops
 
 from backend import machine
@@ -35,10 +38,6 @@ def count_cores() -> None:
                 variable.value = min(variable.value, machine.n_cores())
 
 
-def largest_divisor(n: int, limit: int) -> int:
-    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
-
-
 class Kernel(Scheduler):
     """A kernel with chunks of unequal sizes, for which tinygrad can't estimate the operations."""
 
@@ -47,12 +46,15 @@ class Kernel(Scheduler):
         return ast.replace(arg=replace(ast.arg, estimates=Estimates()))
 
 
-def plain_loops(kernel: Scheduler) -> Kernel:
-    """Leaves loops as they are: clang vectorises them better than tinygrad unrolls them."""
+def plain_loops(kernel: Scheduler) -> Scheduler:
+    """Leaves loops to clang, where it compiles them: it vectorises them better than those that
+    tinygrad has unrolled."""
+    if not isinstance(kernel.ren, ClangRenderer):
+        return hand_coded_optimizations(kernel)  # tinygrad's own
     kernel = Kernel(kernel.ast, kernel.ren)
     # A sum down the columns of a matrix: clang can't swap the loops, so sum 8 columns at once.
     for axis in columns_summed(kernel)[-1:]:
-        width = largest_divisor(kernel.full_shape[axis], 8)
+        width = max(n for n in range(1, 9) if kernel.full_shape[axis] % n == 0)
         if width > 1:
             with contextlib.suppress(KernelOptError):
                 kernel.apply_opt(Opt(OptOps.UPCAST, axis, width))
@@ -158,5 +160,9 @@ def thread_pool(**macros: object) -> tuple[ThreadPoolExecutor, Callable, ctypes.
     arguments = pointer, word, word, word, pointer, pointer, pointer, word
     function = ctypes.CFUNCTYPE(None, *arguments)(program.addr)
     function.program = program  # which holds the code
-    call = ctypes.cast(machine.wait_call(), pointer)
-    return ThreadPoolExecutor(NUM_CPU_THREADS.value, "core"), function, call
+    if sys.platform == "win32":  # whose threads let another one have the core
+        call = ctypes.windll.kernel32.SwitchToThread
+    else:
+        libc = ctypes.CDLL(None)
+        call = libc.syscall if sys.platform == "linux" else libc.sched_yield
+    return ThreadPoolExecutor(NUM_CPU_THREADS.value, "core"), function, ctypes.cast(call, pointer)
