@@ -11,7 +11,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from backend import einsum, from_numpy, look_up, positions, zeros
+from backend import attention, einsum, from_numpy, look_up, positions, zeros
 
 
 @dataclass(frozen=True)
@@ -139,17 +139,17 @@ class MultiHeadAttention:
 
     def __call__(self, x: Tensor, dropout: Callable, cache, start) -> Tensor:
         batch, time, d_model = x.shape
-        d_k = d_model // self.n_heads
         query, key, value = (
-            project(x).reshape(batch, time, self.n_heads, d_k)
+            project(x).reshape(batch, time, self.n_heads, -1)
             for project in (self.query, self.key, self.value)
         )
         if cache is not None:  # of all positions: (b, k, h, d)
             key, value = cache.store(key, value, start)
-        scores = einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(d_k)  # (b, h, q, k)
-        is_past = positions(key.shape[1]) <= (positions(time) + start).unsqueeze(-1)  # (q, k)
-        weights = dropout(softmax(is_past.where(scores, -math.inf)))  # (b, h, q, k)
-        mixed = einsum("bhqk,bkhd->bqhd", weights, value)  # (b, q, h, d)
+        if cache or (mixed := attention(query, key, value, dropout)) is None:  # no faster way here
+            scores = einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
+            is_past = positions(key.shape[1]) <= (positions(time) + start).unsqueeze(-1)  # (q, k)
+            weights = dropout(softmax(is_past.where(scores, -math.inf)))  # (b, h, q, k)
+            mixed = einsum("bhqk,bkhd->bqhd", weights, value)  # (b, q, h, d)
         return self.out(dropout(mixed.reshape(batch, time, d_model)))
 
 
@@ -236,10 +236,13 @@ class Dropout:
     def __call__(self, x: Tensor) -> Tensor:
         if self.rate == 0:
             return x
+        bits = hash_32(Tensor.arange(x.numel(), dtype=dtypes.uint32) + self.next_key())
+        return (bits.reshape(x.shape) >= int(self.rate * 2**32)).where(x / (1 - self.rate), 0)
+
+    def next_key(self) -> Tensor:
         # stored: the kernels of all blocks are then the same, and compiled once
         self.key = hash_32(self.key + 0x9E3779B9).contiguous()
-        bits = hash_32(Tensor.arange(x.numel(), dtype=dtypes.uint32) + self.key).reshape(x.shape)
-        return (bits >= int(self.rate * 2**32)).where(x / (1 - self.rate), 0)
+        return self.key
 
 
 def hash_32(x: Tensor) -> Tensor:

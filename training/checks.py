@@ -4,6 +4,7 @@ import sys
 from importlib.metadata import version
 
 from backend import devices, machine
+from backend.attention import is_in_blocks
 from backend.errors import UserError
 from backend.jit_cache import sources
 from data.ids import Corpus
@@ -58,9 +59,11 @@ def memory_taken(config: TrainingConfig, n_tokens: int) -> tuple[int, int]:
     and those of all. The counts of floats are fitted to what trainings on a CPU took."""
     model = config.model
     scores = model.n_heads * model.context_length  # of a token in a block
+    if is_in_blocks(devices.in_use(), model.d_model // model.n_heads):
+        scores = 0  # which are never in memory
     # of a small vocabulary there are one-hot rows, too, beside the logits and their gradient
     logits = model.vocab_size * (3 if model.vocab_size <= 4096 else 2)
-    of_block = 3 * scores + 9 * model.d_model + 2 * model.d_hidden
+    of_block = 3 * scores + 11 * model.d_model + 2 * model.d_hidden
     n_floats = n_tokens * (model.n_layers * of_block + max(scores, logits) + 4 * model.d_model)
     # gradients take the place of activations; and there are the parameters, their stored gradients
     # and two moments

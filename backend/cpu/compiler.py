@@ -105,8 +105,7 @@ class CPUCompiler(ClangCompiler):
         code = self.compile("\n".join(renamed))
         places, libs = symbols(code), {}
         for source, name in zip(sources, names, strict=True):
-            lib = code[:ENTRY] + places[name].to_bytes(8, "little") + code[ENTRY + 8 :]
-            libs[source.encode()] = self.keep(source, lib)
+            libs[source.encode()] = self.keep(source, beginning_at(places[name], code))
         return libs
 
     def find(self) -> list[str]:
@@ -161,6 +160,11 @@ def symbols(code: bytes) -> dict[str, int]:
     return places
 
 
+def beginning_at(place: int, code: bytes) -> bytes:
+    """An ELF file whose header says that its function begins there."""
+    return code[:ENTRY] + place.to_bytes(8, "little") + code[ENTRY + 8 :]
+
+
 class CPUProgram(ops_cpu.CPUProgram):
     """tinygrad's, which begins where the ELF file's header says."""
 
@@ -172,12 +176,13 @@ class CPUProgram(ops_cpu.CPUProgram):
         self.fxn = ctypes.CFUNCTYPE(None)(self.addr)
 
 
-def load_c(file: str, **macros: object) -> CPUProgram:
-    """Compiles C beside this file, with these macros; its first function is at `addr` as long as
-    the program exists."""
+def load_c(file: str, function: str = "", **macros: object) -> CPUProgram:
+    """Compiles C beside this file, with these macros; the function, or the first one, is at `addr`
+    as long as the program exists."""
     source, device = Path(__file__).with_name(file).read_text(encoding="utf-8"), Device["CPU"]
     source = "".join(f"#define {name} {text}\n" for name, text in macros.items()) + source
     code = device.renderer.compiler.compile_cached(source)
+    code = beginning_at(symbols(code)[function], code) if function else code
     return CPUProgram(device, TinyELF(code, "", device.renderer.target, ()))
 
 

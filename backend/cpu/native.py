@@ -1,4 +1,4 @@
-"""Functions in C that kernels call: gemv.c, gemm.c, and sgemm of the BLAS that numpy brings.
+"""Functions in C that kernels call: gemv.c, gemm.c, attention.c, and sgemm of numpy's BLAS.
 
 A kernel reads a function's address from a buffer: kernels are kept, and an address differs from run
 to run. `names` tells these buffers from others: a kept jit holds the name of the function instead.
@@ -19,6 +19,7 @@ from backend.arrays import from_numpy
 from backend.cpu.compiler import RENDER_ONLY, CPUProgram, load_c
 
 FILES = {"gemv": "gemv.c", "sbgemm": "gemm.c"}  # by function
+FILES |= {"attention": "attention.c", "attention_gradients": "attention.c"}
 names: dict[UOp, str] = {}  # of functions, by the buffer with the address
 
 
@@ -48,7 +49,7 @@ def address(name: str) -> int | None:
 @functools.cache
 def load(name: str) -> CPUProgram | None:
     try:
-        return load_c(FILES[name])
+        return load_c(FILES[name], name)
     except ValueError as error:
         if "no fast products of bfloat16" not in str(error):  # as gemm.c says
             raise
