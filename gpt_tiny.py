@@ -201,7 +201,7 @@ class Embedding:
         self.weight = Tensor.empty(n_rows, d_model)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        if self.weight.shape[0] > 4096:
+        if self.weight.shape[0] > 1024:
             return look_up(self.weight, ids.flatten()).reshape(*ids.shape, -1)
         one_hot = (ids.unsqueeze(-1) == Tensor.arange(self.weight.shape[0])).cast(dtypes.float32)
         return einsum("btv,vd->btd", one_hot, self.weight)

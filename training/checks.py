@@ -62,7 +62,7 @@ def memory_taken(config: TrainingConfig, n_tokens: int) -> tuple[int, int]:
     if is_in_blocks(devices.in_use(), model.d_model // model.n_heads):
         scores = 0  # which are never in memory
     # of a small vocabulary there are one-hot rows, too, beside the logits and their gradient
-    logits = model.vocab_size * (3 if model.vocab_size <= 4096 else 2)
+    logits = model.vocab_size * (3 if model.vocab_size <= 1024 else 2)
     of_block = 3 * scores + 11 * model.d_model + 2 * model.d_hidden
     n_floats = n_tokens * (model.n_layers * of_block + max(scores, logits) + 4 * model.d_model)
     # gradients take the place of activations; and there are the parameters, their stored gradients
