@@ -28,100 +28,19 @@ import numpy as np
 from backend.errors import UserError
 from backend.machine import n_threads
 
-# Bytes read from a file at a time. With larger chunks numpy asks the system for fresh memory at
-# every step, which takes up to half of the time.
-CHUNK_SIZE = 1 << 16
-MAX_VOCABULARY_BYTES = 16 << 20  # GPT-2's has 1 MB
-MAX_COUNTED = 1 << 16  # kinds of unknown tokens; beyond that the rarest are forgotten
 CHARACTERS = "\n " + string.ascii_letters + string.punctuation + string.digits + "äüöÄÖÜß"
-CONTINUATION_BYTES = bytes(
-    range(0x80, 0xC0)
-)  # of UTF-8, in which all but a character's first is one
-CATCH_ALL = "<?>"  # what a file lists for `unknown`
 VOWELS = "aeiouäöü"
 # Unicode's White_Space, as in Rust; `str.isspace` holds U+001C to U+001F as well.
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
 SEPARATORS = frozenset(WHITE_SPACE + string.punctuation)
-
-
-# What Hugging Face's package of this name has, for whom a program in this folder gets this file.
-THEIRS = {
-    *("AddedToken", "Encoding", "NormalizedString", "PreTokenizedString", "Regex", "Token"),
-    *("decoders", "implementations", "models", "normalizers", "pre_tokenizers", "processors"),
-    *("trainers", "ByteLevelBPETokenizer", "CharBPETokenizer", "BertWordPieceTokenizer"),
-    *("SentencePieceBPETokenizer", "SentencePieceUnigramTokenizer"),
-}
-
-
-def __getattr__(name: str):
-    if name in THEIRS:
-        raise ImportError(
-            f"{__file__} is not Hugging Face's package tokenizers, which has {name}: import that, "
-            "or transformers, in a program outside of this folder"
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class NotUTF8(UserError):
-    """A text that has another encoding, by its first byte that UTF-8 does not have there."""
-
-    def __init__(self, byte: int, offset: int, name="the text", remedy="convert it to UTF-8"):
-        where = f"invalid byte 0x{byte:02x} at offset {offset}"
-        super().__init__(f"{name} is not UTF-8: {where}; {remedy}")
-        self.byte, self.offset = byte, offset
-
-
-def load(name: str, folder: Path) -> "Tokenizer":
-    """The tokenizer of a model's folder, by the name in its config; UserError if there is none."""
-    if name not in TOKENIZERS:
-        *others, last = map(repr, TOKENIZERS)
-        raise UserError(f"unknown tokenizer {name!r}: there are {', '.join(others)} and {last}")
-    return TOKENIZERS[name].load(folder)
-
-
-@dataclass
-class Unknown:
-    """How many characters of a text a vocabulary lacks, of how many, and in which tokens."""
-
-    n: int = 0
-    n_characters: int = 0
-    counts: dict[str, int] = field(default_factory=Counter)
-
-    def add(self, n_characters: int, counts: Mapping[str, int]) -> None:
-        """Counts a text of so many characters, and how often it has each token that is unknown."""
-        self.n_characters += n_characters
-        self.n += sum(len(token) * count for token, count in counts.items())
-        self.counts.update(counts)
-        if len(self.counts) > MAX_COUNTED:
-            self.counts = Counter(dict(self.counts.most_common(MAX_COUNTED // 2)))
-
-    def most_frequent(self) -> dict[str, int]:
-        """Five tokens; of equal counts, the first in sorted order."""
-        return {token: self.counts[token] for token in most_frequent(self.counts, 5)}
-
-    @property
-    def share(self) -> str:
-        percent = 100 * self.n / max(1, self.n_characters)
-        return f"{percent:.1f} %" if percent >= 0.05 else "less than 0.1 %"
-
-    def warn(self, source: str, fate: str = "") -> None:
-        """Says on standard error what of `source` is unknown, if anything is."""
-        if self.n:
-            tokens = " ".join(map(visible, self.most_frequent()))
-            lack = f"{self.share} of {source} is not in the vocabulary{fate}: {tokens}"
-            print(f"warning: {lack}", file=sys.stderr)
-
-
-def visible(text: str) -> str:
-    """The text, with U+0009 for a tab, and so for all that one would not see."""
-    return "".join(
-        character
-        if character.isprintable() and not character.isspace()
-        else f"U+{ord(character):04X}"
-        for character in text
-    )
+CATCH_ALL = "<?>"  # what a file lists for `unknown`
+# Bytes read from a file at a time. With larger chunks numpy asks the system for fresh memory at
+# every step, which takes up to half of the time.
+CHUNK_SIZE = 1 << 16
+MAX_COUNTED = 1 << 16  # kinds of unknown tokens; beyond that the rarest are forgotten
+MAX_VOCABULARY_BYTES = 16 << 20  # GPT-2's has 1 MB
 
 
 class Tokenizer:
@@ -188,7 +107,7 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         raise NotImplementedError
 
-    def encode_known(self, text: str, unknown: Unknown) -> np.ndarray:
+    def encode_known(self, text: str, unknown: "Unknown") -> np.ndarray:
         """The ids of a text without the unknown ones, whose tokens are counted."""
         return self.encode(text)
 
@@ -202,7 +121,7 @@ class Tokenizer:
         return hashlib.sha256(repr((self.name, self.tokens)).encode()).hexdigest()
 
     def encode_file(
-        self, file: BinaryIO, size: int, unknown: Unknown | None = None
+        self, file: BinaryIO, size: int, unknown: "Unknown | None" = None
     ) -> Iterator[np.ndarray]:
         """`encode_known` of a file's first `size` bytes, chunk by chunk.
 
@@ -210,7 +129,7 @@ class Tokenizer:
         """
         return self.encode_all(self.chunks(file, size), unknown or Unknown())
 
-    def encode_all(self, texts: Iterable[str], unknown: Unknown) -> Iterator[np.ndarray]:
+    def encode_all(self, texts: Iterable[str], unknown: "Unknown") -> Iterator[np.ndarray]:
         return (self.encode_known(text, unknown) for text in texts)
 
     @classmethod
@@ -232,6 +151,92 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; unknown ones are skipped."""
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+
+def read_text(file: BinaryIO, size: int) -> Iterator[str]:
+    """The first `size` bytes of a file, in chunks; a character that `size` cuts is left out.
+
+    NotUTF8 for the first byte that is none.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    while True:
+        data = file.read(min(CHUNK_SIZE, size - position))
+        is_end_of_file = not data and (position < size or not file.read(1))
+        n_waiting = len(decoder.getstate()[0])  # bytes of a character whose end comes now
+        try:
+            text = decoder.decode(data, final=is_end_of_file)
+        except UnicodeDecodeError as error:
+            byte, offset = error.object[error.start], position - n_waiting + error.start
+            raise NotUTF8(byte, offset) from None
+        yield text
+        if not data:
+            return
+        position += len(data)
+
+
+class NotUTF8(UserError):
+    """A text that has another encoding, by its first byte that UTF-8 does not have there."""
+
+    def __init__(self, byte: int, offset: int, name="the text", remedy="convert it to UTF-8"):
+        where = f"invalid byte 0x{byte:02x} at offset {offset}"
+        super().__init__(f"{name} is not UTF-8: {where}; {remedy}")
+        self.byte, self.offset = byte, offset
+
+
+@dataclass
+class Unknown:
+    """How many characters of a text a vocabulary lacks, of how many, and in which tokens."""
+
+    n: int = 0
+    n_characters: int = 0
+    counts: dict[str, int] = field(default_factory=Counter)
+
+    def add(self, n_characters: int, counts: Mapping[str, int]) -> None:
+        """Counts a text of so many characters, and how often it has each token that is unknown."""
+        self.n_characters += n_characters
+        self.n += sum(len(token) * count for token, count in counts.items())
+        self.counts.update(counts)
+        if len(self.counts) > MAX_COUNTED:
+            self.counts = Counter(dict(self.counts.most_common(MAX_COUNTED // 2)))
+
+    def most_frequent(self) -> dict[str, int]:
+        """Five tokens; of equal counts, the first in sorted order."""
+        return {token: self.counts[token] for token in most_frequent(self.counts, 5)}
+
+    @property
+    def share(self) -> str:
+        percent = 100 * self.n / max(1, self.n_characters)
+        return f"{percent:.1f} %" if percent >= 0.05 else "less than 0.1 %"
+
+    def warn(self, source: str, fate: str = "") -> None:
+        """Says on standard error what of `source` is unknown, if anything is."""
+        if self.n:
+            tokens = " ".join(map(visible, self.most_frequent()))
+            lack = f"{self.share} of {source} is not in the vocabulary{fate}: {tokens}"
+            print(f"warning: {lack}", file=sys.stderr)
+
+
+def visible(text: str) -> str:
+    """The text, with U+0009 for a tab, and so for all that one would not see."""
+    return "".join(
+        character
+        if character.isprintable() and not character.isspace()
+        else f"U+{ord(character):04X}"
+        for character in text
+    )
+
+
+def most_frequent(counts: Counter, n: int) -> list:
+    """The `n` keys with the highest counts; of equal counts, the first in sorted order."""
+    if n < 0:
+        raise UserError("the vocabulary size must be 1 or more: unknown tokens take one id")
+    return sorted(counts, key=lambda key: (-counts[key], key))[:n]
+
+
+CONTINUATION_BYTES = bytes(
+    range(0x80, 0xC0)
+)  # of UTF-8, in which all but a character's first is one
 
 
 class CharTokenizer(Tokenizer):
@@ -287,7 +292,7 @@ class CharTokenizer(Tokenizer):
         ids[places] = self.ids.take(code_points_at(places, text), mode="clip")
         return ids
 
-    def encode_known(self, text: str, unknown: Unknown) -> np.ndarray:
+    def encode_known(self, text: str, unknown: "Unknown") -> np.ndarray:
         ids = self.encode(text)
         places = np.flatnonzero(ids == self.unknown)
         others, counts = np.unique(code_points_at(places, text), return_counts=True)
@@ -313,6 +318,37 @@ class CharTokenizer(Tokenizer):
             if longer := [token for token in characters if len(token) != 1]:
                 raise UserError(f"{longer[0]!r:.60} is not one character")
             return cls(characters)
+
+
+def code_points(text: str) -> np.ndarray:
+    # Half a surrogate pair, as in a command line that is not UTF-8, is an unknown character.
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def code_points_at(places: np.ndarray, text: str) -> np.ndarray:
+    if 50 * len(places) > len(text):
+        return code_points(text)[places]
+    return code_points("".join(map(text.__getitem__, places.tolist())))
+
+
+def count_characters(texts: Iterable[str], common: str = "") -> tuple[np.ndarray, int]:
+    """How often there is each code point, (0x110000,), and the number of all characters.
+
+    Those of `common` that are ASCII may be counted as 2 where they are more: that is 3 times as
+    fast.
+    """
+    counts, n_characters, settled = np.zeros(sys.maxunicode + 1, np.int64), 0, b""
+    common = code_points(common)
+    common = common[common < 128]
+    for text in texts:
+        n_characters += len(text)
+        data = text.encode()
+        if len(data) < 1.2 * len(text):
+            text = data.translate(None, settled).decode()
+        found = np.bincount(code_points(text))
+        counts[: len(found)] += found
+        settled = bytes(common[counts[common] > 1].tolist())
+    return counts, n_characters
 
 
 class SimpleVowelTokenizer(Tokenizer):
@@ -358,7 +394,7 @@ class SimpleVowelTokenizer(Tokenizer):
         data = text.encode("utf-8", "surrogatepass")
         return self._encode(data, token_offsets(text, data))
 
-    def encode_known(self, text: str, unknown: Unknown) -> np.ndarray:
+    def encode_known(self, text: str, unknown: "Unknown") -> np.ndarray:
         data = text.encode("utf-8", "surrogatepass")
         offsets = token_offsets(text, data)
         ids = self._encode(data, offsets)
@@ -420,6 +456,93 @@ class SimpleVowelTokenizer(Tokenizer):
         with loading(path):
             known = read_tokens(path)
             return cls(known, len(known) + 1)
+
+
+OTHER, VOWEL, SEPARATOR = range(3)
+KINDS = np.full(0x3002, OTHER, np.uint8)  # by code point; U+3000 is the last separator
+KINDS[[ord(character) for character in VOWELS]] = VOWEL
+KINDS[[ord(character) for character in SEPARATORS]] = SEPARATOR
+ASCII_KINDS = KINDS[:128].tobytes() + bytes(128)
+
+
+def token_offsets(text: str, data: bytes) -> np.ndarray:
+    """Where the tokens of `SimpleVowelTokenizer.tokenize` start in the text's UTF-8, and its end.
+
+    Numpy looks at all bytes at once.
+    """
+    # Flags a byte, and one for the end; 3 more before the first.
+    kinds = np.frombuffer(bytearray(3) + data.translate(ASCII_KINDS) + b"\0", np.uint8)
+    ends = kinds == SEPARATOR
+    if not text.isascii():
+        points = code_points(text)
+        points = points[points > 0x7F]
+        first_bytes = np.flatnonzero(np.frombuffer(data, np.uint8) >= 0xC0) + 3
+        kinds[first_bytes] = KINDS[np.minimum(points, len(KINDS) - 1)]
+        last_bytes = first_bytes + 1 + (points > 0x7FF) + (points > 0xFFFF)
+        ends[last_bytes] = kinds[first_bytes] == SEPARATOR
+    vowels = kinds == VOWEL
+    certain = kinds == SEPARATOR  # a token starts here, whatever came before
+    certain[1:] |= ends[:-1]
+    certain[[3, -1]] = True
+
+    # A vowel starts a token if none of the 3 bytes before it does, which in turn depends on those
+    # before. Supposing first that no vowel starts one, then that all do which then seem free to,
+    # and so on, gives lower and upper bounds in turn; where they still differ after a few rounds,
+    # bytes are looked at one by one.
+    starts = certain
+    for _ in range(4):
+        previous = starts
+        starts = certain.copy()
+        near = previous[:-3] | previous[1:-2] | previous[2:-1]
+        starts[3:] |= vowels[3:] & ~near
+    settled = bytearray(starts)
+    for index in np.flatnonzero(starts != previous).tolist():
+        settled[index] = 1 not in settled[index - 3 : index]
+    return np.flatnonzero(np.frombuffer(settled, bool)[3:])
+
+
+def token_keys(data: bytes, offsets: np.ndarray) -> np.ndarray:
+    """A number for each token: its length as the lowest byte, its bytes as the highest ones.
+
+    0 for those of more than 7 bytes, which do not fit.
+    """
+    # The 8 bytes from each offset on, as one number.
+    windows = np.ndarray(len(data) + 1, "<u8", data + bytes(8), strides=(1,))[offsets[:-1]]
+    lengths = np.diff(offsets).astype(np.uint64)
+    lengths *= lengths < 8
+    return (windows << (64 - 8 * lengths)) + lengths  # numpy shifts by 64 to 0
+
+
+def slices(data: bytes, offsets: np.ndarray, indices: np.ndarray) -> Iterator[bytes]:
+    starts, ends = offsets[indices].tolist(), offsets[indices + 1].tolist()
+    return (data[start:end] for start, end in zip(starts, ends, strict=True))
+
+
+def count_tokens(
+    counts: Counter[bytes], data: bytes, offsets: np.ndarray, indices: np.ndarray
+) -> Counter[bytes]:
+    """Adds how often there is each of some tokens of a text."""
+    keys, repeats = np.unique(token_keys(data, offsets)[indices], return_counts=True)
+    for key, count in zip(keys.tolist(), repeats.tolist(), strict=True):
+        length, *_ = packed = key.to_bytes(8, "little")
+        counts[packed[8 - length :]] += count
+    del counts[b""]  # the key that long tokens share
+    counts.update(slices(data, offsets, indices[np.diff(offsets)[indices] > 7]))
+    return counts
+
+
+# The characters by which GPT-2's files write the bytes 0 to 255: those of Latin-1 that are visible
+# for themselves, the characters from U+0100 on for the others.
+VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+OTHERS = map(chr, range(0x100, 0x200))
+BYTES = "".join(chr(byte) if byte in VISIBLE else next(OTHERS) for byte in range(256))
+BYTE_OF = {character: byte for byte, character in enumerate(BYTES)}
+
+
+def byte_of(character: str) -> int:
+    if character not in BYTE_OF:
+        raise UserError(f"{character!r} stands for no byte")
+    return BYTE_OF[character]
 
 
 class BytePairTokenizer(Tokenizer):
@@ -493,7 +616,7 @@ class BytePairTokenizer(Tokenizer):
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def encode_all(
-        self, texts: Iterable[str], unknown: Unknown | None = None
+        self, texts: Iterable[str], unknown: "Unknown | None" = None
     ) -> Iterator[np.ndarray]:
         """On all cores: tiktoken lets other threads run."""
         texts, n = self.with_whole_specials(texts), n_threads()
@@ -584,10 +707,70 @@ class BytePairTokenizer(Tokenizer):
         self.padding = tuple(sorted(set(pads).intersection(ids) - others))
 
 
+# Run by itself, for Hugging Face's package has the name of this file. A script without spaces has
+# words as long as a sentence: they are cut, and tokens bounded, or rare ones would be whole ones.
+LEARN = """
+import json, os, sys
+given = json.load(sys.stdin)
+sys.path = [path for path in sys.path if os.path.realpath(path) != given["folder"]]
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+split = pre_tokenizers.Split(Regex(given["pattern"].replace("+", "{1,32}")), "isolated")
+to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+tokenizer = Tokenizer(models.BPE())
+tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+trainer = trainers.BpeTrainer(
+    vocab_size=given["vocab_size"], max_token_length=32, show_progress=False,
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+)
+tokenizer.train_from_iterator(given["texts"], trainer)
+merges = json.loads(tokenizer.to_str())["model"]["merges"]
+json.dump([pair.split(" ") if isinstance(pair, str) else pair for pair in merges], sys.stdout)
+"""
+
+
+def learned_merges(texts: list[str], pattern: str, vocab_size: int) -> list[tuple[str, str]]:
+    """The pairs to join, bytes and pairs together `vocab_size`, as Hugging Face's trainer has
+    them; UserError without its package."""
+    try:
+        metadata.version("tokenizers")
+    except metadata.PackageNotFoundError:
+        needs = "learning byte pairs needs Hugging Face's package tokenizers"
+        raise UserError(f"{needs}: pip install '.[bpe]'") from None
+    folder = os.path.dirname(os.path.realpath(__file__))
+    given = {"folder": folder, "pattern": pattern, "vocab_size": vocab_size, "texts": texts}
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", LEARN],
+        input=json.dumps(given),
+        env=os.environ | {"RAYON_NUM_THREADS": str(n_threads())},
+        capture_output=True,
+        text=True,
+    )
+    if process.returncode:
+        *_, reason = process.stderr.splitlines() or [f"status {process.returncode}"]
+        raise UserError(f"byte pairs cannot be learned: {reason}")
+    return list(map(tuple, json.loads(process.stdout)))
+
+
+def tiktoken():
+    try:
+        import tiktoken
+    except ImportError:
+        raise UserError("byte pairs need the package tiktoken: pip install '.[bpe]'") from None
+    return tiktoken
+
+
 TOKENIZERS = {each.name: each for each in (CharTokenizer, SimpleVowelTokenizer, BytePairTokenizer)}
 FILES = [file for each in TOKENIZERS.values() for file in each.files]
 DEFAULT = CharTokenizer.name  # of a config that names none, as gpt-burn's
 OF_FOLDERS = BytePairTokenizer  # that folders, also without a model, and names on the Hub stand for
+
+
+def load(name: str, folder: Path) -> "Tokenizer":
+    """The tokenizer of a model's folder, by the name in its config; UserError if there is none."""
+    if name not in TOKENIZERS:
+        *others, last = map(repr, TOKENIZERS)
+        raise UserError(f"unknown tokenizer {name!r}: there are {', '.join(others)} and {last}")
+    return TOKENIZERS[name].load(folder)
 
 
 @contextlib.contextmanager
@@ -599,6 +782,58 @@ def loading(path: Path, kind: str = "vocabulary") -> Iterator[Path]:
         raise UserError(f"cannot read the {kind} {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a {kind}: {error!s:.200}") from error
+
+
+def write_tokens(path: Path, tokens: list[bytes]) -> None:
+    listed = [token.decode() for token in tokens[:-1]] + [CATCH_ALL]
+    content = json.dumps({"tokens": listed}, ensure_ascii=False, indent=1)
+    path.write_text(content, encoding="utf-8")
+
+
+def read_tokens(path: Path) -> list[str]:
+    """The known tokens of a file, as `write_tokens` or gpt-burn writes it."""
+    data = path.read_bytes()
+    # bincode's first number has zero bytes, JSON none
+    tokens = parse_bincode(data) if b"\0" in data[:8] else parse_json(data)
+    if tokens[-1:] != [CATCH_ALL]:
+        raise UserError(f"its last token is not {CATCH_ALL}")
+    if any(token >= following for token, following in pairwise(tokens[:-1])):
+        raise UserError("its tokens are not in sorted order")
+    return tokens[:-1]
+
+
+def parse_json(data: bytes) -> list[str]:
+    content = json.loads(data.decode("utf-8-sig"))
+    tokens = content.get("tokens") if isinstance(content, dict) else None
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise UserError('it holds no list of strings named "tokens"')
+    return tokens
+
+
+def parse_bincode(data: bytes) -> list[str]:
+    """A vocabulary as gpt-burn saves it: tokens to ids, then ids to tokens, in any order."""
+    rest = memoryview(data)
+
+    def take(n_bytes: int) -> memoryview:
+        nonlocal rest
+        if n_bytes > len(rest):
+            raise UserError("it ends too early")
+        taken, rest = rest[:n_bytes], rest[n_bytes:]
+        return taken
+
+    def read_number() -> int:
+        return int.from_bytes(take(8), "little")
+
+    def read_string() -> str:
+        return str(take(read_number()), "utf-8")
+
+    ids = {read_string(): read_number() for _ in range(read_number())}
+    tokens = {read_number(): read_string() for _ in range(read_number())}
+    if rest or ids != {token: id for id, token in tokens.items()}:
+        raise UserError("its two halves do not agree")
+    if sorted(tokens) != list(range(len(tokens))):
+        raise UserError("its ids are not 0, 1, 2, ...")
+    return [tokens[id] for id in range(len(tokens))]
 
 
 def read_lists(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
@@ -693,258 +928,25 @@ def objects_in(folder: Path, names: Iterable[str], kind: str = "config") -> dict
     return objects
 
 
-def most_frequent(counts: Counter, n: int) -> list:
-    """The `n` keys with the highest counts; of equal counts, the first in sorted order."""
-    if n < 0:
-        raise UserError("the vocabulary size must be 1 or more: unknown tokens take one id")
-    return sorted(counts, key=lambda key: (-counts[key], key))[:n]
-
-
-def read_text(file: BinaryIO, size: int) -> Iterator[str]:
-    """The first `size` bytes of a file, in chunks; a character that `size` cuts is left out.
-
-    NotUTF8 for the first byte that is none.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
-    while True:
-        data = file.read(min(CHUNK_SIZE, size - position))
-        is_end_of_file = not data and (position < size or not file.read(1))
-        n_waiting = len(decoder.getstate()[0])  # bytes of a character whose end comes now
-        try:
-            text = decoder.decode(data, final=is_end_of_file)
-        except UnicodeDecodeError as error:
-            byte, offset = error.object[error.start], position - n_waiting + error.start
-            raise NotUTF8(byte, offset) from None
-        yield text
-        if not data:
-            return
-        position += len(data)
-
-
-def code_points(text: str) -> np.ndarray:
-    # Half a surrogate pair, as in a command line that is not UTF-8, is an unknown character.
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-
-
-def code_points_at(places: np.ndarray, text: str) -> np.ndarray:
-    if 50 * len(places) > len(text):
-        return code_points(text)[places]
-    return code_points("".join(map(text.__getitem__, places.tolist())))
-
-
-def count_characters(texts: Iterable[str], common: str = "") -> tuple[np.ndarray, int]:
-    """How often there is each code point, (0x110000,), and the number of all characters.
-
-    Those of `common` that are ASCII may be counted as 2 where they are more: that is 3 times as
-    fast.
-    """
-    counts, n_characters, settled = np.zeros(sys.maxunicode + 1, np.int64), 0, b""
-    common = code_points(common)
-    common = common[common < 128]
-    for text in texts:
-        n_characters += len(text)
-        data = text.encode()
-        if len(data) < 1.2 * len(text):
-            text = data.translate(None, settled).decode()
-        found = np.bincount(code_points(text))
-        counts[: len(found)] += found
-        settled = bytes(common[counts[common] > 1].tolist())
-    return counts, n_characters
-
-
-OTHER, VOWEL, SEPARATOR = range(3)
-KINDS = np.full(0x3002, OTHER, np.uint8)  # by code point; U+3000 is the last separator
-KINDS[[ord(character) for character in VOWELS]] = VOWEL
-KINDS[[ord(character) for character in SEPARATORS]] = SEPARATOR
-ASCII_KINDS = KINDS[:128].tobytes() + bytes(128)
-
-
-def token_offsets(text: str, data: bytes) -> np.ndarray:
-    """Where the tokens of `SimpleVowelTokenizer.tokenize` start in the text's UTF-8, and its end.
-
-    Numpy looks at all bytes at once.
-    """
-    # Flags a byte, and one for the end; 3 more before the first.
-    kinds = np.frombuffer(bytearray(3) + data.translate(ASCII_KINDS) + b"\0", np.uint8)
-    ends = kinds == SEPARATOR
-    if not text.isascii():
-        points = code_points(text)
-        points = points[points > 0x7F]
-        first_bytes = np.flatnonzero(np.frombuffer(data, np.uint8) >= 0xC0) + 3
-        kinds[first_bytes] = KINDS[np.minimum(points, len(KINDS) - 1)]
-        last_bytes = first_bytes + 1 + (points > 0x7FF) + (points > 0xFFFF)
-        ends[last_bytes] = kinds[first_bytes] == SEPARATOR
-    vowels = kinds == VOWEL
-    certain = kinds == SEPARATOR  # a token starts here, whatever came before
-    certain[1:] |= ends[:-1]
-    certain[[3, -1]] = True
-
-    # A vowel starts a token if none of the 3 bytes before it does, which in turn depends on those
-    # before. Supposing first that no vowel starts one, then that all do which then seem free to,
-    # and so on, gives lower and upper bounds in turn; where they still differ after a few rounds,
-    # bytes are looked at one by one.
-    starts = certain
-    for _ in range(4):
-        previous = starts
-        starts = certain.copy()
-        near = previous[:-3] | previous[1:-2] | previous[2:-1]
-        starts[3:] |= vowels[3:] & ~near
-    settled = bytearray(starts)
-    for index in np.flatnonzero(starts != previous).tolist():
-        settled[index] = 1 not in settled[index - 3 : index]
-    return np.flatnonzero(np.frombuffer(settled, bool)[3:])
-
-
-def token_keys(data: bytes, offsets: np.ndarray) -> np.ndarray:
-    """A number for each token: its length as the lowest byte, its bytes as the highest ones.
-
-    0 for those of more than 7 bytes, which do not fit.
-    """
-    # The 8 bytes from each offset on, as one number.
-    windows = np.ndarray(len(data) + 1, "<u8", data + bytes(8), strides=(1,))[offsets[:-1]]
-    lengths = np.diff(offsets).astype(np.uint64)
-    lengths *= lengths < 8
-    return (windows << (64 - 8 * lengths)) + lengths  # numpy shifts by 64 to 0
-
-
-def slices(data: bytes, offsets: np.ndarray, indices: np.ndarray) -> Iterator[bytes]:
-    starts, ends = offsets[indices].tolist(), offsets[indices + 1].tolist()
-    return (data[start:end] for start, end in zip(starts, ends, strict=True))
-
-
-def count_tokens(
-    counts: Counter[bytes], data: bytes, offsets: np.ndarray, indices: np.ndarray
-) -> Counter[bytes]:
-    """Adds how often there is each of some tokens of a text."""
-    keys, repeats = np.unique(token_keys(data, offsets)[indices], return_counts=True)
-    for key, count in zip(keys.tolist(), repeats.tolist(), strict=True):
-        length, *_ = packed = key.to_bytes(8, "little")
-        counts[packed[8 - length :]] += count
-    del counts[b""]  # the key that long tokens share
-    counts.update(slices(data, offsets, indices[np.diff(offsets)[indices] > 7]))
-    return counts
-
-
-def write_tokens(path: Path, tokens: list[bytes]) -> None:
-    listed = [token.decode() for token in tokens[:-1]] + [CATCH_ALL]
-    content = json.dumps({"tokens": listed}, ensure_ascii=False, indent=1)
-    path.write_text(content, encoding="utf-8")
-
-
-def read_tokens(path: Path) -> list[str]:
-    """The known tokens of a file, as `write_tokens` or gpt-burn writes it."""
-    data = path.read_bytes()
-    # bincode's first number has zero bytes, JSON none
-    tokens = parse_bincode(data) if b"\0" in data[:8] else parse_json(data)
-    if tokens[-1:] != [CATCH_ALL]:
-        raise UserError(f"its last token is not {CATCH_ALL}")
-    if any(token >= following for token, following in pairwise(tokens[:-1])):
-        raise UserError("its tokens are not in sorted order")
-    return tokens[:-1]
-
-
-def parse_json(data: bytes) -> list[str]:
-    content = json.loads(data.decode("utf-8-sig"))
-    tokens = content.get("tokens") if isinstance(content, dict) else None
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise UserError('it holds no list of strings named "tokens"')
-    return tokens
-
-
-def parse_bincode(data: bytes) -> list[str]:
-    """A vocabulary as gpt-burn saves it: tokens to ids, then ids to tokens, in any order."""
-    rest = memoryview(data)
-
-    def take(n_bytes: int) -> memoryview:
-        nonlocal rest
-        if n_bytes > len(rest):
-            raise UserError("it ends too early")
-        taken, rest = rest[:n_bytes], rest[n_bytes:]
-        return taken
-
-    def read_number() -> int:
-        return int.from_bytes(take(8), "little")
-
-    def read_string() -> str:
-        return str(take(read_number()), "utf-8")
-
-    ids = {read_string(): read_number() for _ in range(read_number())}
-    tokens = {read_number(): read_string() for _ in range(read_number())}
-    if rest or ids != {token: id for id, token in tokens.items()}:
-        raise UserError("its two halves do not agree")
-    if sorted(tokens) != list(range(len(tokens))):
-        raise UserError("its ids are not 0, 1, 2, ...")
-    return [tokens[id] for id in range(len(tokens))]
-
-
 def read_vocabulary(path: Path) -> str:
     if path.stat().st_size > MAX_VOCABULARY_BYTES:
         raise UserError("it is far too large")
     return path.read_text(encoding="utf-8-sig")
 
 
-# The characters by which GPT-2's files write the bytes 0 to 255: those of Latin-1 that are visible
-# for themselves, the characters from U+0100 on for the others.
-VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-OTHERS = map(chr, range(0x100, 0x200))
-BYTES = "".join(chr(byte) if byte in VISIBLE else next(OTHERS) for byte in range(256))
-BYTE_OF = {character: byte for byte, character in enumerate(BYTES)}
+# What Hugging Face's package of this name has, for whom a program in this folder gets this file.
+THEIRS = {
+    *("AddedToken", "Encoding", "NormalizedString", "PreTokenizedString", "Regex", "Token"),
+    *("decoders", "implementations", "models", "normalizers", "pre_tokenizers", "processors"),
+    *("trainers", "ByteLevelBPETokenizer", "CharBPETokenizer", "BertWordPieceTokenizer"),
+    *("SentencePieceBPETokenizer", "SentencePieceUnigramTokenizer"),
+}
 
 
-def byte_of(character: str) -> int:
-    if character not in BYTE_OF:
-        raise UserError(f"{character!r} stands for no byte")
-    return BYTE_OF[character]
-
-
-# Run by itself, for Hugging Face's package has the name of this file. A script without spaces has
-# words as long as a sentence: they are cut, and tokens bounded, or rare ones would be whole ones.
-LEARN = """
-import json, os, sys
-given = json.load(sys.stdin)
-sys.path = [path for path in sys.path if os.path.realpath(path) != given["folder"]]
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-split = pre_tokenizers.Split(Regex(given["pattern"].replace("+", "{1,32}")), "isolated")
-to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-tokenizer = Tokenizer(models.BPE())
-tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-trainer = trainers.BpeTrainer(
-    vocab_size=given["vocab_size"], max_token_length=32, show_progress=False,
-    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-)
-tokenizer.train_from_iterator(given["texts"], trainer)
-merges = json.loads(tokenizer.to_str())["model"]["merges"]
-json.dump([pair.split(" ") if isinstance(pair, str) else pair for pair in merges], sys.stdout)
-"""
-
-
-def learned_merges(texts: list[str], pattern: str, vocab_size: int) -> list[tuple[str, str]]:
-    """The pairs to join, bytes and pairs together `vocab_size`, as Hugging Face's trainer has
-    them; UserError without its package."""
-    try:
-        metadata.version("tokenizers")
-    except metadata.PackageNotFoundError:
-        needs = "learning byte pairs needs Hugging Face's package tokenizers"
-        raise UserError(f"{needs}: pip install '.[bpe]'") from None
-    folder = os.path.dirname(os.path.realpath(__file__))
-    given = {"folder": folder, "pattern": pattern, "vocab_size": vocab_size, "texts": texts}
-    process = subprocess.run(
-        [sys.executable, "-P", "-c", LEARN],
-        input=json.dumps(given),
-        env=os.environ | {"RAYON_NUM_THREADS": str(n_threads())},
-        capture_output=True,
-        text=True,
-    )
-    if process.returncode:
-        *_, reason = process.stderr.splitlines() or [f"status {process.returncode}"]
-        raise UserError(f"byte pairs cannot be learned: {reason}")
-    return list(map(tuple, json.loads(process.stdout)))
-
-
-def tiktoken():
-    try:
-        import tiktoken
-    except ImportError:
-        raise UserError("byte pairs need the package tiktoken: pip install '.[bpe]'") from None
-    return tiktoken
+def __getattr__(name: str):
+    if name in THEIRS:
+        raise ImportError(
+            f"{__file__} is not Hugging Face's package tokenizers, which has {name}: import that, "
+            "or transformers, in a program outside of this folder"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
