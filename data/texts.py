@@ -30,7 +30,7 @@ COMPRESSED = {".gz": ("gzip", "gzip"), ".bz2": ("bz2", "bzip2"), ".xz": ("lzma",
 STANDARD_INPUT = Path("-")
 WHAT_IS_A_TEXT = (
     "a text is a file in UTF-8, or .jsonl, also compressed with the ending .gz, .bz2 or .xz, a "
-    "folder of .txt and .jsonl, or - for standard input"
+    "folder of such .txt and .jsonl, or - for standard input"
 )
 BYTE_ORDER_MARKS = {  # UTF-32's before UTF-16's, with which it begins
     codecs.BOM_UTF8: "utf-8",
@@ -70,7 +70,7 @@ class Text:
 
     @property
     def is_jsonl(self) -> bool:
-        return is_jsonl(Path(self.name))
+        return content_of(Path(self.name)).suffix.lower() == ".jsonl"
 
     @functools.cached_property
     def mark(self) -> bytes:
@@ -123,8 +123,8 @@ class Texts:
     """Texts, one after the other, as one file that can be read again from its start.
 
     A path is a file, plain or compressed as its suffix says; a folder, for all `.txt` and `.jsonl`
-    below it that are not hidden, in sorted order; a pipe; or `-`, standard input. UserError for
-    other paths. A line says what of a folder is left out, and that texts are joined.
+    below it, also compressed, that are not hidden, in sorted order; a pipe; or `-`, standard input.
+    UserError for other paths. A line says what of a folder is left out, and that texts are joined.
 
     What is read is UTF-8 without byte order marks. A line of a `.jsonl` is a document, of which its
     `text` is read; so is each of several other texts. `end` follows each document; where it is
@@ -271,14 +271,14 @@ def texts_of(path: Path, flag: str) -> list[Text]:
 
 
 def files_below(folder: Path, flag: str) -> list[Path]:
-    """All `.txt` and `.jsonl` below a folder that are not hidden, in sorted order; says what else
-    there is."""
+    """All `.txt` and `.jsonl` below a folder, also compressed, that are not hidden, in sorted
+    order; says what else there is."""
     errors, found, others = [], [], []
     for place, folders, names in os.walk(folder, onerror=errors.append):
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         for file in (Path(place, name) for name in (*names, *links)):  # no link is walked into
             is_hidden = any(part[0] == "." for part in file.relative_to(folder).parts)
-            is_text = file.suffix.lower() == ".txt" or is_jsonl(file)
+            is_text = content_of(file).suffix.lower() in (".txt", ".jsonl")
             if is_text and not is_hidden and os.path.isfile(file):
                 found.append(file)
             elif is_text or not is_hidden:
@@ -290,7 +290,7 @@ def files_below(folder: Path, flag: str) -> list[Path]:
         raise UserError(f"{reason}: name a text with {flag}; {WHAT_IS_A_TEXT}")
     if left_out := closed + sorted(others)[:N_NAMED]:
         more = f" and {len(others) - N_NAMED} more" if others[N_NAMED:] else ""
-        rule = "a folder stands for its .txt and .jsonl that are not hidden"
+        rule = "a folder stands for its .txt and .jsonl, also compressed, that are not hidden"
         print(f"warning: left out: {', '.join(left_out)}{more}; {rule}", file=sys.stderr)
     return sorted(found)
 
@@ -298,10 +298,6 @@ def files_below(folder: Path, flag: str) -> list[Path]:
 def content_of(path: Path) -> Path:
     """A name without the suffix of a compressed file."""
     return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
-
-
-def is_jsonl(path: Path) -> bool:
-    return content_of(path).suffix.lower() == ".jsonl"
 
 
 def file_text(path: Path) -> Text:
