@@ -31,9 +31,8 @@ from backend.machine import n_threads
 CHARACTERS = "\n " + string.ascii_letters + string.punctuation + string.digits + "äüöÄÖÜß"
 VOWELS = "aeiouäöü"
 # Unicode's White_Space, as in Rust; `str.isspace` holds U+001C to U+001F as well.
-WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
-    map(chr, range(0x2000, 0x200B))
-)
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+WHITE_SPACE += "".join(map(chr, range(0x2000, 0x200B)))
 SEPARATORS = frozenset(WHITE_SPACE + string.punctuation)
 CATCH_ALL = "<?>"  # what a file lists for `unknown`
 # Bytes read from a file at a time. With larger chunks numpy asks the system for fresh memory at
@@ -46,15 +45,15 @@ MAX_VOCABULARY_BYTES = 16 << 20  # GPT-2's has 1 MB
 class Tokenizer:
     """What all tokenizers share: files, and the way back from ids to text.
 
-    A subclass, which TOKENIZERS lists, sets `tokens`, the UTF-8 of each id, and defines `encode`,
-    `boundary`, `load`, `save` and `train`; one that has an id `unknown`, also `encode_known`.
+    A subclass, which TOKENIZERS lists, sets `name` and `tokens`, and defines `train`, `encode` and
+    `boundary`; one whose file is not a list of its tokens, also `files`, `save` and `load`.
     """
 
     name: str  # in a model's config
-    files: tuple[str, ...]  # in a model's folder
+    files: tuple[str, ...] = ("tokenizer.json",)  # in a model's folder
     default_vocab_size: int | None = None  # that it learns; None for as many as there are
     reason = ""  # why it learned these tokens, where that is to be said
-    tokens: list[bytes]
+    tokens: list[bytes]  # the UTF-8 of each id; nothing for `unknown` and `end`
     merges: list[tuple[str, str]] | None = None  # of byte pairs: which are joined, in order
     end: int | None = None  # the id that ends a document, and begins a text without a prompt
     ends: tuple[int, ...] = ()  # the ids that end what a model writes
@@ -63,21 +62,27 @@ class Tokenizer:
     n_surplus = 0  # rows of the model beyond the tokens
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
-        """The tokenizer of a model's folder; UserError for files that are missing or damaged."""
-        raise NotImplementedError
-
-    def save(self, folder: Path) -> None:
-        """Writes `files` to a model's folder."""
-        raise NotImplementedError
-
-    @classmethod
     def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "Tokenizer":
         """Learns at most `vocab_size` tokens from a file's first `size` bytes.
 
         NotUTF8 if the file is not UTF-8.
         """
         raise NotImplementedError
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """The tokenizer of a model's folder; UserError for files that are missing or damaged."""
+        return cls.read(folder / "tokenizer.json")
+
+    @classmethod
+    def read(cls, path: Path) -> "Tokenizer":
+        """The tokenizer of a list of tokens, as `save` or gpt-burn writes it."""
+        with reading(path):
+            return cls(read_tokens(path))
+
+    def save(self, folder: Path) -> None:
+        """Writes `files` to a model's folder."""
+        write_tokens(folder / "tokenizer.json", self.tokens)
 
     @property
     def vocab_size(self) -> int:
@@ -104,21 +109,19 @@ class Tokenizer:
         """The spelling of `end`, which a text has after each of several documents; or nothing."""
         return next((spelling for spelling, id in self.specials.items() if id == self.end), "")
 
-    def encode(self, text: str) -> np.ndarray:
+    def digest(self, *facts: object) -> str:
+        """What tells it from tokenizers that give other ids."""
+        return hashlib.sha256(repr((self.name, self.tokens, *facts)).encode()).hexdigest()
+
+    def encode(self, text: str, unknown: "Unknown | None" = None) -> np.ndarray:
+        """The ids of a text; tokens that are unknown are counted in `unknown`."""
         raise NotImplementedError
 
     def encode_known(self, text: str, unknown: "Unknown") -> np.ndarray:
         """The ids of a text without the unknown ones, whose tokens are counted."""
-        return self.encode(text)
-
-    @staticmethod
-    def boundary(text: str) -> int:
-        """The last place found where a token starts whatever follows the text; 0 if none is."""
-        raise NotImplementedError
-
-    def digest(self) -> str:
-        """What tells it from tokenizers that give other ids."""
-        return hashlib.sha256(repr((self.name, self.tokens)).encode()).hexdigest()
+        ids = self.encode(text, unknown)
+        is_known = ids != self.unknown
+        return ids if is_known.all() else ids[is_known]
 
     def encode_file(
         self, file: BinaryIO, size: int, unknown: "Unknown | None" = None
@@ -132,6 +135,11 @@ class Tokenizer:
     def encode_all(self, texts: Iterable[str], unknown: "Unknown") -> Iterator[np.ndarray]:
         return (self.encode_known(text, unknown) for text in texts)
 
+    @staticmethod
+    def boundary(text: str) -> int:
+        """The last place found where a token starts whatever follows the text; 0 if none is."""
+        raise NotImplementedError
+
     @classmethod
     def chunks(cls, file: BinaryIO, size: int) -> Iterator[str]:
         """The text of a file's first `size` bytes, in chunks that no token straddles."""
@@ -144,13 +152,9 @@ class Tokenizer:
             parts.append(text[boundary:])
         yield "".join(parts)
 
-    def token_bytes(self, id: int) -> bytes:
-        """The UTF-8 of one token, or part of a character's; nothing for `unknown` and `end`."""
-        return self.tokens[id]
-
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; unknown ones are skipped."""
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        return b"".join(self.tokens[id] for id in ids).decode(errors="replace")
 
 
 def read_text(file: BinaryIO, size: int) -> Iterator[str]:
@@ -201,7 +205,7 @@ class Unknown:
             self.counts = Counter(dict(self.counts.most_common(MAX_COUNTED // 2)))
 
     def most_frequent(self) -> dict[str, int]:
-        """Five tokens; of equal counts, the first in sorted order."""
+        """Five tokens, with their counts."""
         return {token: self.counts[token] for token in most_frequent(self.counts, 5)}
 
     @property
@@ -220,10 +224,7 @@ class Unknown:
 def visible(text: str) -> str:
     """The text, with U+0009 for a tab, and so for all that one would not see."""
     return "".join(
-        character
-        if character.isprintable() and not character.isspace()
-        else f"U+{ord(character):04X}"
-        for character in text
+        each if each.isprintable() and not each.isspace() else f"U+{ord(each):04X}" for each in text
     )
 
 
@@ -234,11 +235,6 @@ def most_frequent(counts: Counter, n: int) -> list:
     return sorted(counts, key=lambda key: (-counts[key], key))[:n]
 
 
-CONTINUATION_BYTES = bytes(
-    range(0x80, 0xC0)
-)  # of UTF-8, in which all but a character's first is one
-
-
 class CharTokenizer(Tokenizer):
     """One id for each character: gpt-burn's 103, most of what English and German texts are made of,
     or a text's own, in sorted order.
@@ -246,14 +242,16 @@ class CharTokenizer(Tokenizer):
     The carriage return of Windows' line breaks is never one, and not counted as unknown.
     """
 
-    name, files = "char", ("tokenizer.json",)
+    name = "char"
     N_OTHERS = 200  # gpt-burn's are enough where all but one character in so many are among them
 
     def __init__(self, characters: Iterable[str] = CHARACTERS):
-        characters = "".join(characters)
-        self.is_gpt_burns = characters == CHARACTERS
+        characters = list(characters)
+        if longer := [token for token in characters if len(token) != 1]:
+            raise UserError(f"{longer[0]!r:.60} is not one character")
+        self.is_gpt_burns = characters == list(CHARACTERS)
         self.tokens = [character.encode() for character in characters] + [b""]
-        points = code_points(characters)
+        points = code_points("".join(characters))
         # By code point; the last entry stands for all from there on.
         self.ids = np.full(max(128, points.max(initial=0) + 2), len(points), self.dtype)
         self.ids[points] = np.arange(len(points))
@@ -282,42 +280,37 @@ class CharTokenizer(Tokenizer):
         )
         return tokenizer
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, unknown: "Unknown | None" = None) -> np.ndarray:
         data = text.encode("utf-8", "surrogatepass")
         if self.dtype != np.uint8 or len(data) > 1.02 * len(text):
-            return self.ids.take(code_points(text), mode="clip")  # the fastest way in numpy
-        # faster where almost all are ASCII: a byte each, and the others one by one
-        ids = np.frombuffer(bytearray(data.translate(self.of_bytes, CONTINUATION_BYTES)), np.uint8)
-        places = np.flatnonzero(ids == self.unknown)
-        ids[places] = self.ids.take(code_points_at(places, text), mode="clip")
+            ids = self.ids.take(code_points(text), mode="clip")  # the fastest way in numpy
+        else:  # faster where almost all are ASCII: a byte each, and the others one by one
+            first_bytes = data.translate(self.of_bytes, CONTINUATION_BYTES)
+            ids = np.frombuffer(bytearray(first_bytes), np.uint8)
+            places = np.flatnonzero(ids == self.unknown)
+            ids[places] = self.ids.take(code_points_at(places, text), mode="clip")
+        if unknown is not None:
+            others = code_points_at(np.flatnonzero(ids == self.unknown), text)
+            others, counts = np.unique(others, return_counts=True)
+            counts = dict(zip(map(chr, others.tolist()), counts.tolist(), strict=True))
+            unknown.add(len(text) - counts.pop("\r", 0), counts)
         return ids
-
-    def encode_known(self, text: str, unknown: "Unknown") -> np.ndarray:
-        ids = self.encode(text)
-        places = np.flatnonzero(ids == self.unknown)
-        others, counts = np.unique(code_points_at(places, text), return_counts=True)
-        counts = dict(zip(map(chr, others.tolist()), counts.tolist(), strict=True))
-        unknown.add(len(text) - counts.pop("\r", 0), counts)
-        return np.delete(ids, places) if len(places) else ids
 
     @staticmethod
     def boundary(text: str) -> int:
         return len(text)
 
-    def save(self, folder: Path) -> None:
-        """Writes the text's own; without a file they are gpt-burn's."""
-        if not self.is_gpt_burns:
-            write_tokens(folder / "tokenizer.json", self.tokens)
-
     @classmethod
     def load(cls, folder: Path) -> "CharTokenizer":
-        if not (folder / "tokenizer.json").is_file():
-            return cls()
-        with loading(folder / "tokenizer.json") as path:
-            characters = read_tokens(path)
-            if longer := [token for token in characters if len(token) != 1]:
-                raise UserError(f"{longer[0]!r:.60} is not one character")
-            return cls(characters)
+        return super().load(folder) if (folder / "tokenizer.json").is_file() else cls()
+
+    def save(self, folder: Path) -> None:
+        """Writes a text's own characters; without a file they are gpt-burn's."""
+        if not self.is_gpt_burns:
+            super().save(folder)
+
+
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: all but the first of a character
 
 
 def code_points(text: str) -> np.ndarray:
@@ -326,6 +319,7 @@ def code_points(text: str) -> np.ndarray:
 
 
 def code_points_at(places: np.ndarray, text: str) -> np.ndarray:
+    """Of the characters at some places of a text, one by one where they are few."""
     if 50 * len(places) > len(text):
         return code_points(text)[places]
     return code_points("".join(map(text.__getitem__, places.tolist())))
@@ -358,10 +352,10 @@ class SimpleVowelTokenizer(Tokenizer):
     in sorted order. Of equally frequent tokens it prefers the first in that order.
     """
 
-    name, files = "vowel", ("tokenizer.json",)
+    name = "vowel"
     default_vocab_size = 2000
 
-    def __init__(self, tokens: Iterable[str], vocab_size: int):
+    def __init__(self, tokens: Iterable[str], vocab_size: int = sys.maxsize):
         known = sorted(most_frequent(Counter(tokens), vocab_size - 1))
         if CATCH_ALL in known:  # no text has it: `<` is a token by itself
             raise UserError(f"{CATCH_ALL} stands for unknown tokens and cannot be one")
@@ -387,24 +381,11 @@ class SimpleVowelTokenizer(Tokenizer):
             data = text.encode()
             offsets = token_offsets(text, data)
             count_tokens(counts, data, offsets, np.arange(len(offsets) - 1))
-        tokens = most_frequent(counts, vocab_size - 1)
-        return cls((token.decode() for token in tokens), vocab_size)
+        return cls(token.decode() for token in most_frequent(counts, vocab_size - 1))
 
-    def encode(self, text: str) -> np.ndarray:
-        data = text.encode("utf-8", "surrogatepass")
-        return self._encode(data, token_offsets(text, data))
-
-    def encode_known(self, text: str, unknown: "Unknown") -> np.ndarray:
+    def encode(self, text: str, unknown: "Unknown | None" = None) -> np.ndarray:
         data = text.encode("utf-8", "surrogatepass")
         offsets = token_offsets(text, data)
-        ids = self._encode(data, offsets)
-        is_known = ids != self.unknown
-        counts = count_tokens(Counter(), data, offsets, np.flatnonzero(~is_known))
-        tokens = (token.decode("utf-8", "surrogatepass") for token in counts)
-        unknown.add(len(text), dict(zip(tokens, counts.values(), strict=True)))
-        return ids[is_known]
-
-    def _encode(self, data: bytes, offsets: np.ndarray) -> np.ndarray:
         keys = token_keys(data, offsets)
         slots = self._slots(keys)
         ids = self.slot_ids[slots]
@@ -413,6 +394,10 @@ class SimpleVowelTokenizer(Tokenizer):
         others = others[self.crowded[slots[others]]]
         tokens = slices(data, offsets, others)
         ids[others] = [self.ids.get(token, self.unknown) for token in tokens]
+        if unknown is not None:
+            counts = count_tokens(Counter(), data, offsets, np.flatnonzero(ids == self.unknown))
+            tokens = (token.decode("utf-8", "surrogatepass") for token in counts)
+            unknown.add(len(text), dict(zip(tokens, counts.values(), strict=True)))
         return ids
 
     def _fill_slots(self) -> None:
@@ -439,23 +424,6 @@ class SimpleVowelTokenizer(Tokenizer):
     def boundary(text: str) -> int:
         separators = (i for i in range(len(text) - 1, 0, -1) if text[i] in SEPARATORS)
         return next(separators, 0)
-
-    def save(self, folder: Path) -> None:
-        write_tokens(folder / "tokenizer.json", self.tokens)
-
-    @classmethod
-    def load(cls, folder: Path) -> "SimpleVowelTokenizer":
-        return cls.read(folder / "tokenizer.json")
-
-    @classmethod
-    def read(cls, path: Path) -> "SimpleVowelTokenizer":
-        """Reads what `save` writes, or the bincode that gpt-burn writes.
-
-        UserError if the file cannot be read or is neither.
-        """
-        with loading(path):
-            known = read_tokens(path)
-            return cls(known, len(known) + 1)
 
 
 OTHER, VOWEL, SEPARATOR = range(3)
@@ -539,10 +507,12 @@ BYTES = "".join(chr(byte) if byte in VISIBLE else next(OTHERS) for byte in range
 BYTE_OF = {character: byte for byte, character in enumerate(BYTES)}
 
 
-def byte_of(character: str) -> int:
-    if character not in BYTE_OF:
-        raise UserError(f"{character!r} stands for no byte")
-    return BYTE_OF[character]
+def bytes_of(token: str) -> bytes:
+    """What a token of GPT-2's files stands for; UserError for another token."""
+    try:
+        return bytes(map(BYTE_OF.__getitem__, token))
+    except KeyError as error:
+        raise UserError(f"{error} stands for no byte") from None
 
 
 class BytePairTokenizer(Tokenizer):
@@ -580,19 +550,18 @@ class BytePairTokenizer(Tokenizer):
         self.specials = {token: ids[token] for token in spelled if token in ids}
         self.end = ids.get(self.end_of_text)
         self.ends = () if self.end is None else (self.end,)
-        as_bytes = {token: bytes(map(byte_of, token)) for token in vocab if token not in spelled}
+        # Of neighbours in a text, tiktoken joins those of the lowest rank.
+        ranked = list(dict.fromkeys([*BYTES, *map("".join, merges)]))
+        if missing := [token for token in ranked if vocab.get(token, self.end) == self.end]:
+            raise UserError(f"it lacks the token {missing[0]!r:.60}")
+        others = [token for token in vocab if token not in spelled]
+        in_bytes = {token: bytes_of(token) for token in dict.fromkeys([*ranked, *others])}
         self.tokens = [b""] * len(ids)
         for token, id in ids.items():
             if id != self.end:  # the end of a document is no part of its text
-                self.tokens[id] = as_bytes.get(token) or token.encode()
-        # Of neighbours in a text, tiktoken joins those of the lowest rank.
-        joined = (first + second for first, second in merges)
-        ranked = list(dict.fromkeys([*BYTES, *joined]))
-        if missing := [token for token in ranked if vocab.get(token, self.end) == self.end]:
-            raise UserError(f"it lacks the token {missing[0]!r:.60}")
+                self.tokens[id] = token.encode() if token in spelled else in_bytes[token]
         self.ids = np.array([vocab[token] for token in ranked], self.dtype)  # by rank
-        in_bytes = (as_bytes.get(token) or bytes(map(byte_of, token)) for token in ranked)
-        ranks = {data: rank for rank, data in enumerate(in_bytes)}
+        ranks = {in_bytes[token]: rank for rank, token in enumerate(ranked)}
         self.encoding = tiktoken().Encoding(
             self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
         )
@@ -610,24 +579,20 @@ class BytePairTokenizer(Tokenizer):
         return cls({token: id for id, token in enumerate(tokens)}, merges)
 
     def digest(self) -> str:
-        facts = self.name, self.tokens, self.merges
-        if self.specials:
-            facts += (sorted(self.specials.items()),)
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
+        return super().digest(self.merges, *[sorted(self.specials.items())] * bool(self.specials))
 
     def encode_all(
         self, texts: Iterable[str], unknown: "Unknown | None" = None
     ) -> Iterator[np.ndarray]:
         """On all cores: tiktoken lets other threads run."""
-        texts, n = self.with_whole_specials(texts), n_threads()
-        with ThreadPoolExecutor(n) as threads:
+        with ThreadPoolExecutor(n := n_threads()) as threads:
+            texts = self.with_whole_specials(texts)
             while some := list(islice(texts, 4 * n)):
                 yield from threads.map(self.encode, some)
 
     def with_whole_specials(self, texts: Iterable[str]) -> Iterator[str]:
         """Pieces of a text, joined where the spelling of a special token may be cut."""
-        spellings = self.specials
-        beginnings = tuple({each[:n] for each in spellings for n in range(1, len(each))})
+        beginnings = tuple({each[:n] for each in self.specials for n in range(1, len(each))})
         joined = ""
         for text in texts:
             joined += text
@@ -636,20 +601,16 @@ class BytePairTokenizer(Tokenizer):
                 joined = ""
         yield joined
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, unknown: "Unknown | None" = None) -> np.ndarray:
         """The ids of a text, in which `specials` are tokens; where two begin, the longer one is
         meant, as Hugging Face has it."""
         text = text.encode(errors="replace").decode()  # half a surrogate pair becomes a "?"
         by_length = sorted(self.specials, key=len, reverse=True)
         pattern = f"({'|'.join(map(re.escape, by_length))})"
         pieces = re.split(pattern, text) if by_length else [text]
-        ids = [  # every other piece is a spelling
-            np.array([self.specials[piece]], self.dtype)
-            if place % 2
-            else self.ids[self.encoding.encode_to_numpy(piece)]
-            for place, piece in enumerate(pieces)
-        ]
-        return np.concatenate(ids)
+        pieces[::2] = [self.ids[self.encoding.encode_to_numpy(piece)] for piece in pieces[::2]]
+        pieces[1::2] = [np.array([self.specials[piece]], self.dtype) for piece in pieces[1::2]]
+        return np.concatenate(pieces)
 
     @classmethod
     def boundary(cls, text: str) -> int:
@@ -676,28 +637,29 @@ class BytePairTokenizer(Tokenizer):
     def load(cls, folder: Path) -> "BytePairTokenizer":
         """Reads `files` of any folder, a model's or not: Hugging Face's `tokenizer.json`, or lists
         as `save` writes them. UserError if it cannot, and if the tokenizer is of another kind."""
-        roles = objects_in(folder, cls.role_files)
+        roles = read_objects(folder, cls.role_files)
         settings = {name: value for each in roles.values() for name, value in each.items()}
-        path = folder / "tokenizer.json"
-        path = path if path.is_file() else folder / "vocab.json"
-        vocab, merges, added = (read_lists if path.name == "vocab.json" else read_whole)(path)
-        with loading(path):
-            check("tokenizer_config.json", settings, OF_CONFIG)
+        path, read = folder / "tokenizer.json", read_tokenizer_json
+        if not path.is_file():
+            path, read = folder / "vocab.json", read_vocab_json
+        vocab, merges, added = read(path)
+        with reading(path):
+            check_settings("tokenizer_config.json", settings)
             named = {name: spelling(token) for name, token in settings.items() if "_token" in name}
             added |= {token: vocab[token] for token in named.values() if token in vocab}
             tokenizer = cls(vocab, merges, added)
         tokenizer.roles = roles
-        pad = tokenizer.specials.get(named.get("pad_token", ""))
+        pad = tokenizer.specials.get(named.get("pad_token"))
         tokenizer.take_roles(folder, [] if pad is None else [pad])
         return tokenizer
 
     def take_roles(self, folder: Path, pads: list[int]) -> None:
         """Sets the ids that end what a folder's model writes, as transformers has them: those of
         `generation_config.json`, where there is one, and else of `config.json`; and the ids that
-        pad: `pads` and those of both, but for what has another use."""
+        pad: `pads` and those of both files, but for ids that have another use."""
         ends = []
-        for name, config in objects_in(folder, ("generation_config.json", "config.json")).items():
-            with loading(folder / name, "config"):
+        for name, config in read_objects(folder, ("generation_config.json", "config.json")).items():
+            with reading(folder / name, "config"):
                 default = self.ends if name == "config.json" else ()
                 ends.append(ids_named(config, "eos_token_id", default))
                 pads = [*pads, *ids_named(config, "pad_token_id", ())]
@@ -774,7 +736,7 @@ def load(name: str, folder: Path) -> "Tokenizer":
 
 
 @contextlib.contextmanager
-def loading(path: Path, kind: str = "vocabulary") -> Iterator[Path]:
+def reading(path: Path, kind: str = "vocabulary") -> Iterator[Path]:
     """Makes one line, with the file's name, of what is wrong with it."""
     try:
         yield path
@@ -794,7 +756,7 @@ def read_tokens(path: Path) -> list[str]:
     """The known tokens of a file, as `write_tokens` or gpt-burn writes it."""
     data = path.read_bytes()
     # bincode's first number has zero bytes, JSON none
-    tokens = parse_bincode(data) if b"\0" in data[:8] else parse_json(data)
+    tokens = tokens_of_bincode(data) if b"\0" in data[:8] else tokens_of_json(data)
     if tokens[-1:] != [CATCH_ALL]:
         raise UserError(f"its last token is not {CATCH_ALL}")
     if any(token >= following for token, following in pairwise(tokens[:-1])):
@@ -802,7 +764,7 @@ def read_tokens(path: Path) -> list[str]:
     return tokens[:-1]
 
 
-def parse_json(data: bytes) -> list[str]:
+def tokens_of_json(data: bytes) -> list[str]:
     content = json.loads(data.decode("utf-8-sig"))
     tokens = content.get("tokens") if isinstance(content, dict) else None
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
@@ -810,7 +772,7 @@ def parse_json(data: bytes) -> list[str]:
     return tokens
 
 
-def parse_bincode(data: bytes) -> list[str]:
+def tokens_of_bincode(data: bytes) -> list[str]:
     """A vocabulary as gpt-burn saves it: tokens to ids, then ids to tokens, in any order."""
     rest = memoryview(data)
 
@@ -836,21 +798,9 @@ def parse_bincode(data: bytes) -> list[str]:
     return [tokens[id] for id in range(len(tokens))]
 
 
-def read_lists(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
-    """The tokens of a vocab.json, with the pairs and the added tokens of the files beside it."""
-    with loading(path.with_name("merges.txt")) as merges_path:
-        lines = read_vocabulary(merges_path).split("\n")
-        merges = pairs_in([line for line in lines if line[:8] not in ("", "#version")])
-    with loading(path.with_name("added_tokens.json")) as added_path:
-        added = ids_in(json.loads(read_vocabulary(added_path))) if added_path.is_file() else {}
-    with loading(path):
-        return ids_in(json.loads(read_vocabulary(path))), merges, added
-
-
-# What GPT-2's tokenizer.json has, part by part, in what decides the ids of a text; first what a
-# part has that does not say.
-OF_CONFIG = {"add_prefix_space": (False, None), "add_bos_token": (False, None)}
-PARTS = {
+# What decides the ids of a text in GPT-2's tokenizer.json and tokenizer_config.json, part by part:
+# the values with which they are the ids here, first what a part has that does not say.
+SETTINGS = {
     "model": {
         **{"type": ("BPE",), "dropout": (None, 0), "ignore_merges": (False,)},
         **{"continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")},
@@ -858,29 +808,60 @@ PARTS = {
     "normalizer": {"type": (None,)},
     "pre_tokenizer": {"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)},
     "post_processor": {"type": (None, "ByteLevel", "TemplateProcessing"), "special_tokens": ({},)},
+    "added token": {"lstrip": (False,), "rstrip": (False,), "single_word": (False,)},
+    "tokenizer_config.json": {"add_prefix_space": (False, None), "add_bos_token": (False, None)},
 }
-OF_ADDED = {"lstrip": (False,), "rstrip": (False,), "single_word": (False,)}
+BytePairs = tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]  # vocab, merges, added
 
 
-def read_whole(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
-    """The tokens, the pairs and the added tokens of Hugging Face's tokenizer.json."""
-    [content] = objects_in(path.parent, [path.name], "vocabulary").values()
-    with loading(path):
-        for part, settings in PARTS.items():
-            check(part, content.get(part), settings)
+def read_tokenizer_json(path: Path) -> BytePairs:
+    """What a BytePairTokenizer is made of, in one file of Hugging Face's package tokenizers."""
+    content = read_objects(path.parent, [path.name], "vocabulary")[path.name]
+    with reading(path):
+        for part in ("model", "normalizer", "pre_tokenizer", "post_processor"):
+            check_settings(part, content.get(part))
         tokens, model = content.get("added_tokens") or [], content["model"]
         for token in tokens if isinstance(tokens, list) else [tokens]:
-            check("added token", token or {}, OF_ADDED)
+            check_settings("added token", token or {})
         added = ids_in({spelling(token): token.get("id") for token in tokens})
         return ids_in(model.get("vocab")), pairs_in(model.get("merges")), added
 
 
-def check(name: str, part: object, settings: Mapping[str, tuple]) -> None:
-    """UserError unless a part of a tokenizer has one of the values in each of these settings."""
+def read_vocab_json(path: Path) -> BytePairs:
+    """What a BytePairTokenizer is made of, in a vocab.json and the lists beside it."""
+    with reading(path.with_name("merges.txt")) as merges_path:
+        lines = read_text_file(merges_path).split("\n")
+        merges = pairs_in([line for line in lines if line[:8] not in ("", "#version")])
+    with reading(path.with_name("added_tokens.json")) as added_path:
+        added = ids_in(json.loads(read_text_file(added_path))) if added_path.is_file() else {}
+    with reading(path):
+        return ids_in(json.loads(read_text_file(path))), merges, added
+
+
+def read_objects(folder: Path, names: Iterable[str], kind: str = "config") -> dict[str, dict]:
+    """The JSON objects in these files of a folder, of those that there are."""
+    objects = {}
+    for name in names:
+        with reading(folder / name, kind) as path:
+            if path.is_file():
+                objects[name] = json.loads(read_text_file(path))
+                if not isinstance(objects[name], dict):
+                    raise UserError("it is not a JSON object")
+    return objects
+
+
+def read_text_file(path: Path) -> str:
+    if path.stat().st_size > MAX_VOCABULARY_BYTES:
+        raise UserError("it is far too large")
+    return path.read_text(encoding="utf-8-sig")
+
+
+def check_settings(name: str, part: object) -> None:
+    """UserError unless a part of a tokenizer has, in each of its SETTINGS, one of the values."""
     part = {"type": None} if part is None else part
     if not isinstance(part, dict):
         raise UserError(f"its {name} is not a JSON object")
-    for setting, values in settings.items():
+    for setting, values in SETTINGS[name].items():
         if (value := part.get(setting, values[0])) not in values:
             raise UserError(f"its {name} has the {setting} {value!r:.60}, not {values[0]!r}")
 
@@ -905,7 +886,7 @@ def pairs_in(merges: object) -> list[tuple[str, str]]:
     for pair in pairs:
         if not isinstance(pair, list) or list(map(type, pair)) != [str, str] or "" in pair:
             raise UserError("it is no list of pairs of tokens")
-    return [(first, second) for first, second in pairs]
+    return list(map(tuple, pairs))
 
 
 def ids_named(config: dict, name: str, default: Collection[int]) -> Collection[int]:
@@ -914,24 +895,6 @@ def ids_named(config: dict, name: str, default: Collection[int]) -> Collection[i
     if any(type(id) is not int for id in ids):
         raise UserError(f"its {name} is neither an id nor a list of ids")
     return ids
-
-
-def objects_in(folder: Path, names: Iterable[str], kind: str = "config") -> dict[str, dict]:
-    """The JSON objects in these files of a folder, of those that there are."""
-    objects = {}
-    for name in names:
-        with loading(folder / name, kind) as path:
-            if path.is_file():
-                objects[name] = json.loads(read_vocabulary(path))
-                if not isinstance(objects[name], dict):
-                    raise UserError("it is not a JSON object")
-    return objects
-
-
-def read_vocabulary(path: Path) -> str:
-    if path.stat().st_size > MAX_VOCABULARY_BYTES:
-        raise UserError("it is far too large")
-    return path.read_text(encoding="utf-8-sig")
 
 
 # What Hugging Face's package of this name has, for whom a program in this folder gets this file.
