@@ -178,20 +178,22 @@ class Encoder:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             is_complete = kept["n_ids_bytes"] == (folder / IDS).stat().st_size
-            if kept["texts"] == self.texts.facts and is_complete:
-                tokenizer = self.tokenizer
-                if isinstance(tokenizer, type):
-                    tokenizer = self.prepare(tokenizer.load(folder))
-                corpus = Corpus(self.texts.name, tokenizer, kept["checksum"], folder / IDS)
-                if kept["tokenizer"] == tokenizer.digest() and corpus.ids is not None:
-                    if "unknown" not in kept:  # as earlier versions kept them
-                        self.tokenizer = tokenizer
-                        kept |= self.encode(lambda ids: None)
-                        files.write_file(folder / FACTS, json.dumps(kept, indent=1).encode())
-                    self.say(kept)
-                    with contextlib.suppress(OSError):  # of someone else, say
-                        os.utime(folder)  # those that are used stay
-                    return corpus
+            if kept["texts"] != self.texts.facts or not is_complete:
+                return None
+            tokenizer = self.tokenizer
+            if isinstance(tokenizer, type):
+                tokenizer = self.prepare(tokenizer.load(folder))
+            corpus = Corpus(self.texts.name, tokenizer, kept["checksum"], folder / IDS)
+            if kept["tokenizer"] != tokenizer.digest() or corpus.ids is None:
+                return None
+            if "unknown" not in kept:  # as earlier versions kept them
+                self.tokenizer = tokenizer
+                kept |= self.encode(lambda ids: None)
+                files.write_file(folder / FACTS, json.dumps(kept, indent=1).encode())
+            self.say(kept)
+            with contextlib.suppress(OSError):  # of someone else, say
+                os.utime(folder)  # those that are used stay
+            return corpus
         return None
 
     def written(self, folder: Path) -> Corpus:
