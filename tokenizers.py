@@ -130,10 +130,8 @@ class Tokenizer:
 
         NotUTF8 if the file is not UTF-8.
         """
-        return self.encode_all(self.chunks(file, size), unknown or Unknown())
-
-    def encode_all(self, texts: Iterable[str], unknown: "Unknown") -> Iterator[np.ndarray]:
-        return (self.encode_known(text, unknown) for text in texts)
+        unknown = unknown or Unknown()
+        return (self.encode_known(text, unknown) for text in self.chunks(file, size))
 
     @staticmethod
     def boundary(text: str) -> int:
@@ -275,12 +273,12 @@ class CharTokenizer(Tokenizer):
         found = np.flatnonzero(counts > 1)
         order = np.argsort(-counts[found], kind="stable")[: vocab_size and vocab_size - 1]
         tokenizer = cls(map(chr, np.sort(found[order])))
-        tokenizer.reason = f"the vocabulary is its own {len(order)} characters, " + (
-            "as --vocab-size asks" if vocab_size else f"for gpt-burn's 103 leave out {others.share}"
-        )
+        why = f"for gpt-burn's 103 leave out {others.share}"
+        why = "as --vocab-size asks" if vocab_size else why
+        tokenizer.reason = f"the vocabulary is its own {len(order)} characters, {why}"
         return tokenizer
 
-    def encode(self, text: str, unknown: "Unknown | None" = None) -> np.ndarray:
+    def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
         data = text.encode("utf-8", "surrogatepass")
         if self.dtype != np.uint8 or len(data) > 1.02 * len(text):
             ids = self.ids.take(code_points(text), mode="clip")  # the fastest way in numpy
@@ -383,7 +381,7 @@ class SimpleVowelTokenizer(Tokenizer):
             count_tokens(counts, data, offsets, np.arange(len(offsets) - 1))
         return cls(token.decode() for token in most_frequent(counts, vocab_size - 1))
 
-    def encode(self, text: str, unknown: "Unknown | None" = None) -> np.ndarray:
+    def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
         data = text.encode("utf-8", "surrogatepass")
         offsets = token_offsets(text, data)
         keys = token_keys(data, offsets)
@@ -536,16 +534,13 @@ class BytePairTokenizer(Tokenizer):
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
     def __init__(
-        self,
-        vocab: dict[str, int],
-        merges: list[tuple[str, str]],
-        added: dict[str, int] | None = None,
+        self, vocab: dict[str, int], merges: list[tuple[str, str]], added: Mapping[str, int] = {}
     ):
         self.vocab, self.merges = vocab, merges
-        ids = (added or {}) | vocab  # of a token in both, the vocabulary's, as at Hugging Face
+        ids = {**added, **vocab}  # of a token in both, the vocabulary's, as at Hugging Face
         if sorted(ids.values()) != list(range(len(ids))):
             raise UserError("its ids are not 0, 1, 2, ...")
-        self.added = {token: ids[token] for token in added or {}}
+        self.added = {token: ids[token] for token in added}
         spelled = dict.fromkeys([self.end_of_text, *self.added])
         self.specials = {token: ids[token] for token in spelled if token in ids}
         self.end = ids.get(self.end_of_text)
@@ -581,12 +576,12 @@ class BytePairTokenizer(Tokenizer):
     def digest(self) -> str:
         return super().digest(self.merges, *[sorted(self.specials.items())] * bool(self.specials))
 
-    def encode_all(
-        self, texts: Iterable[str], unknown: "Unknown | None" = None
+    def encode_file(
+        self, file: BinaryIO, size: int, unknown: Unknown | None = None
     ) -> Iterator[np.ndarray]:
         """On all cores: tiktoken lets other threads run."""
         with ThreadPoolExecutor(n := n_threads()) as threads:
-            texts = self.with_whole_specials(texts)
+            texts = self.with_whole_specials(self.chunks(file, size))
             while some := list(islice(texts, 4 * n)):
                 yield from threads.map(self.encode, some)
 
@@ -601,7 +596,7 @@ class BytePairTokenizer(Tokenizer):
                 joined = ""
         yield joined
 
-    def encode(self, text: str, unknown: "Unknown | None" = None) -> np.ndarray:
+    def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
         """The ids of a text, in which `specials` are tokens; where two begin, the longer one is
         meant, as Hugging Face has it."""
         text = text.encode(errors="replace").decode()  # half a surrogate pair becomes a "?"
