@@ -652,14 +652,12 @@ class BytePairTokenizer(Tokenizer):
         """Sets the ids that end what a folder's model writes, as transformers has them: those of
         `generation_config.json`, where there is one, and else of `config.json`; and the ids that
         pad: `pads` and those of both files, but for ids that have another use."""
-        ends = []
-        for name, config in read_objects(folder, ("generation_config.json", "config.json")).items():
+        ends, ids = self.ends, range(len(self.tokens))
+        for name, config in read_objects(folder, ("config.json", "generation_config.json")).items():
             with reading(folder / name, "config"):
-                default = self.ends if name == "config.json" else ()
-                ends.append(ids_named(config, "eos_token_id", default))
+                ends = ids_named(config, "eos_token_id", ends if name == "config.json" else ())
                 pads = [*pads, *ids_named(config, "pad_token_id", ())]
-        ids = range(len(self.tokens))
-        self.ends = tuple(sorted(set(ends[0]).intersection(ids))) if ends else self.ends
+        self.ends = tuple(sorted(set(ends).intersection(ids)))
         others = {self.end, *self.ends, *self.ids.tolist()}
         self.padding = tuple(sorted(set(pads).intersection(ids) - others))
 
@@ -722,7 +720,7 @@ DEFAULT = CharTokenizer.name  # of a config that names none, as gpt-burn's
 OF_FOLDERS = BytePairTokenizer  # that folders, also without a model, and names on the Hub stand for
 
 
-def load(name: str, folder: Path) -> "Tokenizer":
+def load(name: str, folder: Path) -> Tokenizer:
     """The tokenizer of a model's folder, by the name in its config; UserError if there is none."""
     if name not in TOKENIZERS:
         *others, last = map(repr, TOKENIZERS)
@@ -793,8 +791,8 @@ def tokens_of_bincode(data: bytes) -> list[str]:
     return [tokens[id] for id in range(len(tokens))]
 
 
-# What decides the ids of a text in GPT-2's tokenizer.json and tokenizer_config.json, part by part:
-# the values with which they are the ids here, first what a part has that does not say.
+# What decides the ids of a text, in the parts of GPT-2's tokenizer.json and in its config: the
+# values that each setting may have, first the one that it has where a file does not say.
 SETTINGS = {
     "model": {
         **{"type": ("BPE",), "dropout": (None, 0), "ignore_merges": (False,)},
