@@ -78,11 +78,11 @@ def generate(
     n_samples, rng = arguments.n_samples, np.random.default_rng(arguments.seed)
     sampling = arguments.temperature, rng, arguments.top_k, arguments.top_p
     for prompt in prompts(arguments.prompt, arguments.interactive):
-        ids = (tokenizer.encode(prompt) if prompt else beginning(tokenizer)).astype(np.int32)
-        tokenizer.encode_known(prompt, unknown := tokenizers.Unknown())
+        unknown = tokenizers.Unknown()
+        ids = tokenizer.encode(prompt, unknown) if prompt else beginning(tokenizer)
         unknown.warn("the prompt")
         tokens = generator(
-            np.tile(ids, (n_samples, 1)),
+            np.tile(ids, (n_samples, 1)).astype(np.int32),
             arguments.n_new_tokens,
             lambda logits: sample(logits, *sampling, excluded=tokenizer.excluded),
         )
@@ -106,17 +106,20 @@ def beginning(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
 
 def prompts(prompt: str, is_interactive: bool) -> Iterator[str]:
     if hasattr(sys.stdin, "reconfigure"):  # UTF-8 and any system's line breaks, on every system
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline=None)
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline=None)
+    mark = "\ufeff"  # "utf-8-sig" would drop also half a byte order mark
     if not is_interactive:
-        yield in_utf8(sys.stdin.read() if prompt == "-" else prompt, "the prompt")
+        prompt = sys.stdin.read().removeprefix(mark) if prompt == "-" else prompt
+        yield in_utf8(prompt, "the prompt")
         return
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         if not (line := sys.stdin.readline()):
             return
-        if line := line.rstrip("\n"):
+        if line := line.removeprefix(mark).rstrip("\n"):
             yield in_utf8(line, "the prompt")
+        mark = ""
 
 
 def in_utf8(text: str, name: str) -> str:

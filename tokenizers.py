@@ -28,114 +28,32 @@ import numpy as np
 from backend.errors import UserError
 from backend.machine import n_threads
 
+CHARACTERS = "\n " + string.ascii_letters + string.punctuation + string.digits + "äüöÄÖÜß"
+VOWELS = "aeiouäöü"
+# Unicode's White_Space, as in Rust; `str.isspace` holds U+001C to U+001F as well.
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+WHITE_SPACE += "".join(map(chr, range(0x2000, 0x200B)))
+SEPARATORS = frozenset(WHITE_SPACE + string.punctuation)
+CATCH_ALL = "<?>"  # what a file lists for `unknown`
 # Bytes read from a file at a time. With larger chunks numpy asks the system for fresh memory at
 # every step, which takes up to half of the time.
 CHUNK_SIZE = 1 << 16
-MAX_VOCABULARY_BYTES = 16 << 20  # GPT-2's has 1 MB
 MAX_COUNTED = 1 << 16  # kinds of unknown tokens; beyond that the rarest are forgotten
-CHARACTERS = "\n " + string.ascii_letters + string.punctuation + string.digits + "äüöÄÖÜß"
-CONTINUATION_BYTES = bytes(
-    range(0x80, 0xC0)
-)  # of UTF-8, in which all but a character's first is one
-CATCH_ALL = "<?>"  # what a file lists for `unknown`
-VOWELS = "aeiouäöü"
-# Unicode's White_Space, as in Rust; `str.isspace` holds U+001C to U+001F as well.
-WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
-    map(chr, range(0x2000, 0x200B))
-)
-SEPARATORS = frozenset(WHITE_SPACE + string.punctuation)
-
-
-# What Hugging Face's package of this name has, for whom a program in this folder gets this file.
-THEIRS = {
-    *("AddedToken", "Encoding", "NormalizedString", "PreTokenizedString", "Regex", "Token"),
-    *("decoders", "implementations", "models", "normalizers", "pre_tokenizers", "processors"),
-    *("trainers", "ByteLevelBPETokenizer", "CharBPETokenizer", "BertWordPieceTokenizer"),
-    *("SentencePieceBPETokenizer", "SentencePieceUnigramTokenizer"),
-}
-
-
-def __getattr__(name: str):
-    if name in THEIRS:
-        raise ImportError(
-            f"{__file__} is not Hugging Face's package tokenizers, which has {name}: import that, "
-            "or transformers, in a program outside of this folder"
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class NotUTF8(UserError):
-    """A text that has another encoding, by its first byte that UTF-8 does not have there."""
-
-    def __init__(self, byte: int, offset: int, name="the text", remedy="convert it to UTF-8"):
-        where = f"invalid byte 0x{byte:02x} at offset {offset}"
-        super().__init__(f"{name} is not UTF-8: {where}; {remedy}")
-        self.byte, self.offset = byte, offset
-
-
-def load(name: str, folder: Path) -> "Tokenizer":
-    """The tokenizer of a model's folder, by the name in its config; UserError if there is none."""
-    if name not in TOKENIZERS:
-        *others, last = map(repr, TOKENIZERS)
-        raise UserError(f"unknown tokenizer {name!r}: there are {', '.join(others)} and {last}")
-    return TOKENIZERS[name].load(folder)
-
-
-@dataclass
-class Unknown:
-    """How many characters of a text a vocabulary lacks, of how many, and in which tokens."""
-
-    n: int = 0
-    n_characters: int = 0
-    counts: dict[str, int] = field(default_factory=Counter)
-
-    def add(self, n_characters: int, counts: Mapping[str, int]) -> None:
-        """Counts a text of so many characters, and how often it has each token that is unknown."""
-        self.n_characters += n_characters
-        self.n += sum(len(token) * count for token, count in counts.items())
-        self.counts.update(counts)
-        if len(self.counts) > MAX_COUNTED:
-            self.counts = Counter(dict(self.counts.most_common(MAX_COUNTED // 2)))
-
-    def most_frequent(self) -> dict[str, int]:
-        """Five tokens; of equal counts, the first in sorted order."""
-        return {token: self.counts[token] for token in most_frequent(self.counts, 5)}
-
-    @property
-    def share(self) -> str:
-        percent = 100 * self.n / max(1, self.n_characters)
-        return f"{percent:.1f} %" if percent >= 0.05 else "less than 0.1 %"
-
-    def warn(self, source: str, fate: str = "") -> None:
-        """Says on standard error what of `source` is unknown, if anything is."""
-        if self.n:
-            tokens = " ".join(map(visible, self.most_frequent()))
-            lack = f"{self.share} of {source} is not in the vocabulary{fate}: {tokens}"
-            print(f"warning: {lack}", file=sys.stderr)
-
-
-def visible(text: str) -> str:
-    """The text, with U+0009 for a tab, and so for all that one would not see."""
-    return "".join(
-        character
-        if character.isprintable() and not character.isspace()
-        else f"U+{ord(character):04X}"
-        for character in text
-    )
+MAX_VOCABULARY_BYTES = 16 << 20  # GPT-2's has 1 MB
 
 
 class Tokenizer:
     """What all tokenizers share: files, and the way back from ids to text.
 
-    A subclass, which TOKENIZERS lists, sets `tokens`, the UTF-8 of each id, and defines `encode`,
-    `boundary`, `load`, `save` and `train`; one that has an id `unknown`, also `encode_known`.
+    A subclass, which TOKENIZERS lists, sets `name` and `tokens`, and defines `train`, `encode` and
+    `boundary`; one whose file is not a list of its tokens, also `files`, `save` and `load`.
     """
 
     name: str  # in a model's config
-    files: tuple[str, ...]  # in a model's folder
+    files: tuple[str, ...] = ("tokenizer.json",)  # in a model's folder
     default_vocab_size: int | None = None  # that it learns; None for as many as there are
     reason = ""  # why it learned these tokens, where that is to be said
-    tokens: list[bytes]
+    tokens: list[bytes]  # the UTF-8 of each id; nothing for `unknown` and `end`
     merges: list[tuple[str, str]] | None = None  # of byte pairs: which are joined, in order
     end: int | None = None  # the id that ends a document, and begins a text without a prompt
     ends: tuple[int, ...] = ()  # the ids that end what a model writes
@@ -144,21 +62,27 @@ class Tokenizer:
     n_surplus = 0  # rows of the model beyond the tokens
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
-        """The tokenizer of a model's folder; UserError for files that are missing or damaged."""
-        raise NotImplementedError
-
-    def save(self, folder: Path) -> None:
-        """Writes `files` to a model's folder."""
-        raise NotImplementedError
-
-    @classmethod
     def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "Tokenizer":
         """Learns at most `vocab_size` tokens from a file's first `size` bytes.
 
         NotUTF8 if the file is not UTF-8.
         """
         raise NotImplementedError
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """The tokenizer of a model's folder; UserError for files that are missing or damaged."""
+        return cls.read(folder / "tokenizer.json")
+
+    @classmethod
+    def read(cls, path: Path) -> "Tokenizer":
+        """The tokenizer of a list of tokens, as `save` or gpt-burn writes it."""
+        with reading(path):
+            return cls(read_tokens(path))
+
+    def save(self, folder: Path) -> None:
+        """Writes `files` to a model's folder."""
+        write_tokens(folder / "tokenizer.json", self.tokens)
 
     @property
     def vocab_size(self) -> int:
@@ -185,33 +109,34 @@ class Tokenizer:
         """The spelling of `end`, which a text has after each of several documents; or nothing."""
         return next((spelling for spelling, id in self.specials.items() if id == self.end), "")
 
-    def encode(self, text: str) -> np.ndarray:
-        raise NotImplementedError
-
-    def encode_known(self, text: str, unknown: Unknown) -> np.ndarray:
-        """The ids of a text without the unknown ones, whose tokens are counted."""
-        return self.encode(text)
-
-    @staticmethod
-    def boundary(text: str) -> int:
-        """The last place found where a token starts whatever follows the text; 0 if none is."""
-        raise NotImplementedError
-
-    def digest(self) -> str:
+    def digest(self, *facts: object) -> str:
         """What tells it from tokenizers that give other ids."""
-        return hashlib.sha256(repr((self.name, self.tokens)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.name, self.tokens, *facts)).encode()).hexdigest()
+
+    def encode(self, text: str, unknown: "Unknown | None" = None) -> np.ndarray:
+        """The ids of a text; tokens that are unknown are counted in `unknown`."""
+        raise NotImplementedError
+
+    def encode_known(self, text: str, unknown: "Unknown") -> np.ndarray:
+        """The ids of a text without the unknown ones, whose tokens are counted."""
+        ids = self.encode(text, unknown)
+        is_known = ids != self.unknown
+        return ids if is_known.all() else ids[is_known]
 
     def encode_file(
-        self, file: BinaryIO, size: int, unknown: Unknown | None = None
+        self, file: BinaryIO, size: int, unknown: "Unknown | None" = None
     ) -> Iterator[np.ndarray]:
         """`encode_known` of a file's first `size` bytes, chunk by chunk.
 
         NotUTF8 if the file is not UTF-8.
         """
-        return self.encode_all(self.chunks(file, size), unknown or Unknown())
+        unknown = unknown or Unknown()
+        return (self.encode_known(text, unknown) for text in self.chunks(file, size))
 
-    def encode_all(self, texts: Iterable[str], unknown: Unknown) -> Iterator[np.ndarray]:
-        return (self.encode_known(text, unknown) for text in texts)
+    @staticmethod
+    def boundary(text: str) -> int:
+        """The last place found where a token starts whatever follows the text; 0 if none is."""
+        raise NotImplementedError
 
     @classmethod
     def chunks(cls, file: BinaryIO, size: int) -> Iterator[str]:
@@ -225,13 +150,87 @@ class Tokenizer:
             parts.append(text[boundary:])
         yield "".join(parts)
 
-    def token_bytes(self, id: int) -> bytes:
-        """The UTF-8 of one token, or part of a character's; nothing for `unknown` and `end`."""
-        return self.tokens[id]
-
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; unknown ones are skipped."""
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        return b"".join(self.tokens[id] for id in ids).decode(errors="replace")
+
+
+def read_text(file: BinaryIO, size: int) -> Iterator[str]:
+    """The first `size` bytes of a file, in chunks; a character that `size` cuts is left out.
+
+    NotUTF8 for the first byte that is none.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    while True:
+        data = file.read(min(CHUNK_SIZE, size - position))
+        is_end_of_file = not data and (position < size or not file.read(1))
+        n_waiting = len(decoder.getstate()[0])  # bytes of a character whose end comes now
+        try:
+            text = decoder.decode(data, final=is_end_of_file)
+        except UnicodeDecodeError as error:
+            byte, offset = error.object[error.start], position - n_waiting + error.start
+            raise NotUTF8(byte, offset) from None
+        yield text
+        if not data:
+            return
+        position += len(data)
+
+
+class NotUTF8(UserError):
+    """A text that has another encoding, by its first byte that UTF-8 does not have there."""
+
+    def __init__(self, byte: int, offset: int, name="the text", remedy="convert it to UTF-8"):
+        where = f"invalid byte 0x{byte:02x} at offset {offset}"
+        super().__init__(f"{name} is not UTF-8: {where}; {remedy}")
+        self.byte, self.offset = byte, offset
+
+
+@dataclass
+class Unknown:
+    """How many characters of a text a vocabulary lacks, of how many, and in which tokens."""
+
+    n: int = 0
+    n_characters: int = 0
+    counts: dict[str, int] = field(default_factory=Counter)
+
+    def add(self, n_characters: int, counts: Mapping[str, int]) -> None:
+        """Counts a text of so many characters, and how often it has each token that is unknown."""
+        self.n_characters += n_characters
+        self.n += sum(len(token) * count for token, count in counts.items())
+        self.counts.update(counts)
+        if len(self.counts) > MAX_COUNTED:
+            self.counts = Counter(dict(self.counts.most_common(MAX_COUNTED // 2)))
+
+    def most_frequent(self) -> dict[str, int]:
+        """Five tokens, with their counts."""
+        return {token: self.counts[token] for token in most_frequent(self.counts, 5)}
+
+    @property
+    def share(self) -> str:
+        percent = 100 * self.n / max(1, self.n_characters)
+        return f"{percent:.1f} %" if percent >= 0.05 else "less than 0.1 %"
+
+    def warn(self, source: str, fate: str = "") -> None:
+        """Says on standard error what of `source` is unknown, if anything is."""
+        if self.n:
+            tokens = " ".join(map(visible, self.most_frequent()))
+            lack = f"{self.share} of {source} is not in the vocabulary{fate}: {tokens}"
+            print(f"warning: {lack}", file=sys.stderr)
+
+
+def visible(text: str) -> str:
+    """The text, with U+0009 for a tab, and so for all that one would not see."""
+    return "".join(
+        each if each.isprintable() and not each.isspace() else f"U+{ord(each):04X}" for each in text
+    )
+
+
+def most_frequent(counts: Counter, n: int) -> list:
+    """The `n` keys with the highest counts; of equal counts, the first in sorted order."""
+    if n < 0:
+        raise UserError("the vocabulary size must be 1 or more: unknown tokens take one id")
+    return sorted(counts, key=lambda key: (-counts[key], key))[:n]
 
 
 class CharTokenizer(Tokenizer):
@@ -241,14 +240,16 @@ class CharTokenizer(Tokenizer):
     The carriage return of Windows' line breaks is never one, and not counted as unknown.
     """
 
-    name, files = "char", ("tokenizer.json",)
+    name = "char"
     N_OTHERS = 200  # gpt-burn's are enough where all but one character in so many are among them
 
     def __init__(self, characters: Iterable[str] = CHARACTERS):
-        characters = "".join(characters)
-        self.is_gpt_burns = characters == CHARACTERS
+        characters = list(characters)
+        if longer := [token for token in characters if len(token) != 1]:
+            raise UserError(f"{longer[0]!r:.60} is not one character")
+        self.is_gpt_burns = characters == list(CHARACTERS)
         self.tokens = [character.encode() for character in characters] + [b""]
-        points = code_points(characters)
+        points = code_points("".join(characters))
         # By code point; the last entry stands for all from there on.
         self.ids = np.full(max(128, points.max(initial=0) + 2), len(points), self.dtype)
         self.ids[points] = np.arange(len(points))
@@ -272,47 +273,74 @@ class CharTokenizer(Tokenizer):
         found = np.flatnonzero(counts > 1)
         order = np.argsort(-counts[found], kind="stable")[: vocab_size and vocab_size - 1]
         tokenizer = cls(map(chr, np.sort(found[order])))
-        tokenizer.reason = f"the vocabulary is its own {len(order)} characters, " + (
-            "as --vocab-size asks" if vocab_size else f"for gpt-burn's 103 leave out {others.share}"
-        )
+        why = f"for gpt-burn's 103 leave out {others.share}"
+        why = "as --vocab-size asks" if vocab_size else why
+        tokenizer.reason = f"the vocabulary is its own {len(order)} characters, {why}"
         return tokenizer
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
         data = text.encode("utf-8", "surrogatepass")
         if self.dtype != np.uint8 or len(data) > 1.02 * len(text):
-            return self.ids.take(code_points(text), mode="clip")  # the fastest way in numpy
-        # faster where almost all are ASCII: a byte each, and the others one by one
-        ids = np.frombuffer(bytearray(data.translate(self.of_bytes, CONTINUATION_BYTES)), np.uint8)
-        places = np.flatnonzero(ids == self.unknown)
-        ids[places] = self.ids.take(code_points_at(places, text), mode="clip")
+            ids = self.ids.take(code_points(text), mode="clip")  # the fastest way in numpy
+        else:  # faster where almost all are ASCII: a byte each, and the others one by one
+            first_bytes = data.translate(self.of_bytes, CONTINUATION_BYTES)
+            ids = np.frombuffer(bytearray(first_bytes), np.uint8)
+            places = np.flatnonzero(ids == self.unknown)
+            ids[places] = self.ids.take(code_points_at(places, text), mode="clip")
+        if unknown is not None:
+            others = code_points_at(np.flatnonzero(ids == self.unknown), text)
+            others, counts = np.unique(others, return_counts=True)
+            counts = dict(zip(map(chr, others.tolist()), counts.tolist(), strict=True))
+            unknown.add(len(text) - counts.pop("\r", 0), counts)
         return ids
-
-    def encode_known(self, text: str, unknown: Unknown) -> np.ndarray:
-        ids = self.encode(text)
-        places = np.flatnonzero(ids == self.unknown)
-        others, counts = np.unique(code_points_at(places, text), return_counts=True)
-        counts = dict(zip(map(chr, others.tolist()), counts.tolist(), strict=True))
-        unknown.add(len(text) - counts.pop("\r", 0), counts)
-        return np.delete(ids, places) if len(places) else ids
 
     @staticmethod
     def boundary(text: str) -> int:
         return len(text)
 
-    def save(self, folder: Path) -> None:
-        """Writes the text's own; without a file they are gpt-burn's."""
-        if not self.is_gpt_burns:
-            write_tokens(folder / "tokenizer.json", self.tokens)
-
     @classmethod
     def load(cls, folder: Path) -> "CharTokenizer":
-        if not (folder / "tokenizer.json").is_file():
-            return cls()
-        with loading(folder / "tokenizer.json") as path:
-            characters = read_tokens(path)
-            if longer := [token for token in characters if len(token) != 1]:
-                raise UserError(f"{longer[0]!r:.60} is not one character")
-            return cls(characters)
+        return super().load(folder) if (folder / "tokenizer.json").is_file() else cls()
+
+    def save(self, folder: Path) -> None:
+        """Writes a text's own characters; without a file they are gpt-burn's."""
+        if not self.is_gpt_burns:
+            super().save(folder)
+
+
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: all but the first of a character
+
+
+def code_points(text: str) -> np.ndarray:
+    # Half a surrogate pair, as in a command line that is not UTF-8, is an unknown character.
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def code_points_at(places: np.ndarray, text: str) -> np.ndarray:
+    """Of the characters at some places of a text, one by one where they are few."""
+    if 50 * len(places) > len(text):
+        return code_points(text)[places]
+    return code_points("".join(map(text.__getitem__, places.tolist())))
+
+
+def count_characters(texts: Iterable[str], common: str = "") -> tuple[np.ndarray, int]:
+    """How often there is each code point, (0x110000,), and the number of all characters.
+
+    Those of `common` that are ASCII may be counted as 2 where they are more: that is 3 times as
+    fast.
+    """
+    counts, n_characters, settled = np.zeros(sys.maxunicode + 1, np.int64), 0, b""
+    common = code_points(common)
+    common = common[common < 128]
+    for text in texts:
+        n_characters += len(text)
+        data = text.encode()
+        if len(data) < 1.2 * len(text):
+            text = data.translate(None, settled).decode()
+        found = np.bincount(code_points(text))
+        counts[: len(found)] += found
+        settled = bytes(common[counts[common] > 1].tolist())
+    return counts, n_characters
 
 
 class SimpleVowelTokenizer(Tokenizer):
@@ -322,10 +350,10 @@ class SimpleVowelTokenizer(Tokenizer):
     in sorted order. Of equally frequent tokens it prefers the first in that order.
     """
 
-    name, files = "vowel", ("tokenizer.json",)
+    name = "vowel"
     default_vocab_size = 2000
 
-    def __init__(self, tokens: Iterable[str], vocab_size: int):
+    def __init__(self, tokens: Iterable[str], vocab_size: int = sys.maxsize):
         known = sorted(most_frequent(Counter(tokens), vocab_size - 1))
         if CATCH_ALL in known:  # no text has it: `<` is a token by itself
             raise UserError(f"{CATCH_ALL} stands for unknown tokens and cannot be one")
@@ -351,24 +379,11 @@ class SimpleVowelTokenizer(Tokenizer):
             data = text.encode()
             offsets = token_offsets(text, data)
             count_tokens(counts, data, offsets, np.arange(len(offsets) - 1))
-        tokens = most_frequent(counts, vocab_size - 1)
-        return cls((token.decode() for token in tokens), vocab_size)
+        return cls(token.decode() for token in most_frequent(counts, vocab_size - 1))
 
-    def encode(self, text: str) -> np.ndarray:
-        data = text.encode("utf-8", "surrogatepass")
-        return self._encode(data, token_offsets(text, data))
-
-    def encode_known(self, text: str, unknown: Unknown) -> np.ndarray:
+    def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
         data = text.encode("utf-8", "surrogatepass")
         offsets = token_offsets(text, data)
-        ids = self._encode(data, offsets)
-        is_known = ids != self.unknown
-        counts = count_tokens(Counter(), data, offsets, np.flatnonzero(~is_known))
-        tokens = (token.decode("utf-8", "surrogatepass") for token in counts)
-        unknown.add(len(text), dict(zip(tokens, counts.values(), strict=True)))
-        return ids[is_known]
-
-    def _encode(self, data: bytes, offsets: np.ndarray) -> np.ndarray:
         keys = token_keys(data, offsets)
         slots = self._slots(keys)
         ids = self.slot_ids[slots]
@@ -377,6 +392,10 @@ class SimpleVowelTokenizer(Tokenizer):
         others = others[self.crowded[slots[others]]]
         tokens = slices(data, offsets, others)
         ids[others] = [self.ids.get(token, self.unknown) for token in tokens]
+        if unknown is not None:
+            counts = count_tokens(Counter(), data, offsets, np.flatnonzero(ids == self.unknown))
+            tokens = (token.decode("utf-8", "surrogatepass") for token in counts)
+            unknown.add(len(text), dict(zip(tokens, counts.values(), strict=True)))
         return ids
 
     def _fill_slots(self) -> None:
@@ -403,354 +422,6 @@ class SimpleVowelTokenizer(Tokenizer):
     def boundary(text: str) -> int:
         separators = (i for i in range(len(text) - 1, 0, -1) if text[i] in SEPARATORS)
         return next(separators, 0)
-
-    def save(self, folder: Path) -> None:
-        write_tokens(folder / "tokenizer.json", self.tokens)
-
-    @classmethod
-    def load(cls, folder: Path) -> "SimpleVowelTokenizer":
-        return cls.read(folder / "tokenizer.json")
-
-    @classmethod
-    def read(cls, path: Path) -> "SimpleVowelTokenizer":
-        """Reads what `save` writes, or the bincode that gpt-burn writes.
-
-        UserError if the file cannot be read or is neither.
-        """
-        with loading(path):
-            known = read_tokens(path)
-            return cls(known, len(known) + 1)
-
-
-class BytePairTokenizer(Tokenizer):
-    """GPT-2's byte pair encoding (Radford et al., 2019), by the package tiktoken.
-
-    `vocab` holds the ids of the tokens, `merges` the pairs of tokens that are joined, the first of
-    them first, both as Hugging Face writes them: a character for each byte. `added` holds the ids
-    of tokens that are found in a text by their spelling, of which `vocab` may have some. ValueError
-    if these do not fit together, and without tiktoken.
-    """
-
-    name, unknown = "bpe", None
-    default_vocab_size = 4096
-    LEARNED_BYTES = 64 << 20  # of a text, at most
-    role_files = ("special_tokens_map.json", "tokenizer_config.json")  # which token pads, say
-    files = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json", *role_files)
-    roles: Mapping[str, dict] = {}  # the content of a folder's `role_files`
-    end_of_text = "<|endoftext|>"
-    punctuation = frozenset(string.punctuation + "。、")
-    # GPT-2's own: contractions, words, numbers and punctuation with the space before them
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-    def __init__(
-        self,
-        vocab: dict[str, int],
-        merges: list[tuple[str, str]],
-        added: dict[str, int] | None = None,
-    ):
-        self.vocab, self.merges = vocab, merges
-        ids = (added or {}) | vocab  # of a token in both, the vocabulary's, as at Hugging Face
-        if sorted(ids.values()) != list(range(len(ids))):
-            raise UserError("its ids are not 0, 1, 2, ...")
-        self.added = {token: ids[token] for token in added or {}}
-        spelled = dict.fromkeys([self.end_of_text, *self.added])
-        self.specials = {token: ids[token] for token in spelled if token in ids}
-        self.end = ids.get(self.end_of_text)
-        self.ends = () if self.end is None else (self.end,)
-        as_bytes = {token: bytes(map(byte_of, token)) for token in vocab if token not in spelled}
-        self.tokens = [b""] * len(ids)
-        for token, id in ids.items():
-            if id != self.end:  # the end of a document is no part of its text
-                self.tokens[id] = as_bytes.get(token) or token.encode()
-        # Of neighbours in a text, tiktoken joins those of the lowest rank.
-        joined = (first + second for first, second in merges)
-        ranked = list(dict.fromkeys([*BYTES, *joined]))
-        if missing := [token for token in ranked if vocab.get(token, self.end) == self.end]:
-            raise UserError(f"it lacks the token {missing[0]!r:.60}")
-        self.ids = np.array([vocab[token] for token in ranked], self.dtype)  # by rank
-        in_bytes = (as_bytes.get(token) or bytes(map(byte_of, token)) for token in ranked)
-        ranks = {data: rank for rank, data in enumerate(in_bytes)}
-        self.encoding = tiktoken().Encoding(
-            self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
-        )
-
-    @classmethod
-    def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "BytePairTokenizer":
-        """The 256 bytes, the pairs that the text has most often, and <|endoftext|>."""
-        vocab_size = vocab_size or cls.default_vocab_size
-        if vocab_size <= len(BYTES):
-            raise UserError("the vocabulary size must be 257 or more: bytes, and an end of text")
-        texts = cls.chunks(file, min(size, cls.LEARNED_BYTES))
-        parts = [part for text in texts for part in text.split(cls.end_of_text)]
-        merges = learned_merges(parts, cls.pattern, vocab_size - 1)
-        tokens = dict.fromkeys([*BYTES, *map("".join, merges), cls.end_of_text])
-        return cls({token: id for id, token in enumerate(tokens)}, merges)
-
-    def digest(self) -> str:
-        facts = self.name, self.tokens, self.merges
-        if self.specials:
-            facts += (sorted(self.specials.items()),)
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-    def encode_all(
-        self, texts: Iterable[str], unknown: Unknown | None = None
-    ) -> Iterator[np.ndarray]:
-        """On all cores: tiktoken lets other threads run."""
-        texts, n = self.with_whole_specials(texts), n_threads()
-        with ThreadPoolExecutor(n) as threads:
-            while some := list(islice(texts, 4 * n)):
-                yield from threads.map(self.encode, some)
-
-    def with_whole_specials(self, texts: Iterable[str]) -> Iterator[str]:
-        """Pieces of a text, joined where the spelling of a special token may be cut."""
-        spellings = self.specials
-        beginnings = tuple({each[:n] for each in spellings for n in range(1, len(each))})
-        joined = ""
-        for text in texts:
-            joined += text
-            if not joined.endswith(beginnings):
-                yield joined
-                joined = ""
-        yield joined
-
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, in which `specials` are tokens; where two begin, the longer one is
-        meant, as Hugging Face has it."""
-        text = text.encode(errors="replace").decode()  # half a surrogate pair becomes a "?"
-        by_length = sorted(self.specials, key=len, reverse=True)
-        pattern = f"({'|'.join(map(re.escape, by_length))})"
-        pieces = re.split(pattern, text) if by_length else [text]
-        ids = [  # every other piece is a spelling
-            np.array([self.specials[piece]], self.dtype)
-            if place % 2
-            else self.ids[self.encoding.encode_to_numpy(piece)]
-            for place, piece in enumerate(pieces)
-        ]
-        return np.concatenate(ids)
-
-    @classmethod
-    def boundary(cls, text: str) -> int:
-        """Where white space begins, no token runs on; nor do letters before punctuation, which is
-        for a text that has no spaces."""
-        for i in range(len(text) - 1, 0, -1):
-            if text[i] in WHITE_SPACE and text[i - 1] not in WHITE_SPACE:
-                return i
-        places = range(len(text) - 1, 0, -1)
-        ends = (i for i in places if text[i] in cls.punctuation and text[i - 1].isalpha())
-        return next(ends, 0)
-
-    def save(self, folder: Path) -> None:
-        """Writes lists that Hugging Face's transformers reads, version 4 as well as 5."""
-        contents = {"vocab.json": self.vocab, **self.roles}
-        if self.added.keys() - ({self.end_of_text} & self.vocab.keys()):
-            contents["added_tokens.json"] = self.added
-        for name, content in contents.items():
-            (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        lines = ["#version: 0.2", *map(" ".join, self.merges), ""]
-        (folder / "merges.txt").write_bytes("\n".join(lines).encode())
-
-    @classmethod
-    def load(cls, folder: Path) -> "BytePairTokenizer":
-        """Reads `files` of any folder, a model's or not: Hugging Face's `tokenizer.json`, or lists
-        as `save` writes them. UserError if it cannot, and if the tokenizer is of another kind."""
-        roles = objects_in(folder, cls.role_files)
-        settings = {name: value for each in roles.values() for name, value in each.items()}
-        path = folder / "tokenizer.json"
-        path = path if path.is_file() else folder / "vocab.json"
-        vocab, merges, added = (read_lists if path.name == "vocab.json" else read_whole)(path)
-        with loading(path):
-            check("tokenizer_config.json", settings, OF_CONFIG)
-            named = {name: spelling(token) for name, token in settings.items() if "_token" in name}
-            added |= {token: vocab[token] for token in named.values() if token in vocab}
-            tokenizer = cls(vocab, merges, added)
-        tokenizer.roles = roles
-        pad = tokenizer.specials.get(named.get("pad_token", ""))
-        tokenizer.take_roles(folder, [] if pad is None else [pad])
-        return tokenizer
-
-    def take_roles(self, folder: Path, pads: list[int]) -> None:
-        """Sets the ids that end what a folder's model writes, as transformers has them: those of
-        `generation_config.json`, where there is one, and else of `config.json`; and the ids that
-        pad: `pads` and those of both, but for what has another use."""
-        ends = []
-        for name, config in objects_in(folder, ("generation_config.json", "config.json")).items():
-            with loading(folder / name, "config"):
-                default = self.ends if name == "config.json" else ()
-                ends.append(ids_named(config, "eos_token_id", default))
-                pads = [*pads, *ids_named(config, "pad_token_id", ())]
-        ids = range(len(self.tokens))
-        self.ends = tuple(sorted(set(ends[0]).intersection(ids))) if ends else self.ends
-        others = {self.end, *self.ends, *self.ids.tolist()}
-        self.padding = tuple(sorted(set(pads).intersection(ids) - others))
-
-
-TOKENIZERS = {each.name: each for each in (CharTokenizer, SimpleVowelTokenizer, BytePairTokenizer)}
-FILES = [file for each in TOKENIZERS.values() for file in each.files]
-DEFAULT = CharTokenizer.name  # of a config that names none, as gpt-burn's
-OF_FOLDERS = BytePairTokenizer  # that folders, also without a model, and names on the Hub stand for
-
-
-@contextlib.contextmanager
-def loading(path: Path, kind: str = "vocabulary") -> Iterator[Path]:
-    """Makes one line, with the file's name, of what is wrong with it."""
-    try:
-        yield path
-    except OSError as error:
-        raise UserError(f"cannot read the {kind} {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a {kind}: {error!s:.200}") from error
-
-
-def read_lists(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
-    """The tokens of a vocab.json, with the pairs and the added tokens of the files beside it."""
-    with loading(path.with_name("merges.txt")) as merges_path:
-        lines = read_vocabulary(merges_path).split("\n")
-        merges = pairs_in([line for line in lines if line[:8] not in ("", "#version")])
-    with loading(path.with_name("added_tokens.json")) as added_path:
-        added = ids_in(json.loads(read_vocabulary(added_path))) if added_path.is_file() else {}
-    with loading(path):
-        return ids_in(json.loads(read_vocabulary(path))), merges, added
-
-
-# What GPT-2's tokenizer.json has, part by part, in what decides the ids of a text; first what a
-# part has that does not say.
-OF_CONFIG = {"add_prefix_space": (False, None), "add_bos_token": (False, None)}
-PARTS = {
-    "model": {
-        **{"type": ("BPE",), "dropout": (None, 0), "ignore_merges": (False,)},
-        **{"continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")},
-    },
-    "normalizer": {"type": (None,)},
-    "pre_tokenizer": {"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)},
-    "post_processor": {"type": (None, "ByteLevel", "TemplateProcessing"), "special_tokens": ({},)},
-}
-OF_ADDED = {"lstrip": (False,), "rstrip": (False,), "single_word": (False,)}
-
-
-def read_whole(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
-    """The tokens, the pairs and the added tokens of Hugging Face's tokenizer.json."""
-    [content] = objects_in(path.parent, [path.name], "vocabulary").values()
-    with loading(path):
-        for part, settings in PARTS.items():
-            check(part, content.get(part), settings)
-        tokens, model = content.get("added_tokens") or [], content["model"]
-        for token in tokens if isinstance(tokens, list) else [tokens]:
-            check("added token", token or {}, OF_ADDED)
-        added = ids_in({spelling(token): token.get("id") for token in tokens})
-        return ids_in(model.get("vocab")), pairs_in(model.get("merges")), added
-
-
-def check(name: str, part: object, settings: Mapping[str, tuple]) -> None:
-    """UserError unless a part of a tokenizer has one of the values in each of these settings."""
-    part = {"type": None} if part is None else part
-    if not isinstance(part, dict):
-        raise UserError(f"its {name} is not a JSON object")
-    for setting, values in settings.items():
-        if (value := part.get(setting, values[0])) not in values:
-            raise UserError(f"its {name} has the {setting} {value!r:.60}, not {values[0]!r}")
-
-
-def spelling(token: object) -> str:
-    """Of a token that is written as a text or as an object with a `content`."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else ""
-
-
-def ids_in(vocab: object) -> dict[str, int]:
-    is_map = isinstance(vocab, dict) and "" not in vocab
-    if not is_map or any(type(id) is not int for id in vocab.values()):
-        raise UserError("it is no map of tokens to ids")
-    return vocab
-
-
-def pairs_in(merges: object) -> list[tuple[str, str]]:
-    """Of lists of two tokens, or of texts with a space between two."""
-    pairs = merges if isinstance(merges, list) else [merges]
-    pairs = [each.split(" ") if isinstance(each, str) else each for each in pairs]
-    for pair in pairs:
-        if not isinstance(pair, list) or list(map(type, pair)) != [str, str] or "" in pair:
-            raise UserError("it is no list of pairs of tokens")
-    return [(first, second) for first, second in pairs]
-
-
-def ids_named(config: dict, name: str, default: Collection[int]) -> Collection[int]:
-    ids = config.get(name, default)
-    ids = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
-    if any(type(id) is not int for id in ids):
-        raise UserError(f"its {name} is neither an id nor a list of ids")
-    return ids
-
-
-def objects_in(folder: Path, names: Iterable[str], kind: str = "config") -> dict[str, dict]:
-    """The JSON objects in these files of a folder, of those that there are."""
-    objects = {}
-    for name in names:
-        with loading(folder / name, kind) as path:
-            if path.is_file():
-                objects[name] = json.loads(read_vocabulary(path))
-                if not isinstance(objects[name], dict):
-                    raise UserError("it is not a JSON object")
-    return objects
-
-
-def most_frequent(counts: Counter, n: int) -> list:
-    """The `n` keys with the highest counts; of equal counts, the first in sorted order."""
-    if n < 0:
-        raise UserError("the vocabulary size must be 1 or more: unknown tokens take one id")
-    return sorted(counts, key=lambda key: (-counts[key], key))[:n]
-
-
-def read_text(file: BinaryIO, size: int) -> Iterator[str]:
-    """The first `size` bytes of a file, in chunks; a character that `size` cuts is left out.
-
-    NotUTF8 for the first byte that is none.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
-    while True:
-        data = file.read(min(CHUNK_SIZE, size - position))
-        is_end_of_file = not data and (position < size or not file.read(1))
-        n_waiting = len(decoder.getstate()[0])  # bytes of a character whose end comes now
-        try:
-            text = decoder.decode(data, final=is_end_of_file)
-        except UnicodeDecodeError as error:
-            byte, offset = error.object[error.start], position - n_waiting + error.start
-            raise NotUTF8(byte, offset) from None
-        yield text
-        if not data:
-            return
-        position += len(data)
-
-
-def code_points(text: str) -> np.ndarray:
-    # Half a surrogate pair, as in a command line that is not UTF-8, is an unknown character.
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-
-
-def code_points_at(places: np.ndarray, text: str) -> np.ndarray:
-    if 50 * len(places) > len(text):
-        return code_points(text)[places]
-    return code_points("".join(map(text.__getitem__, places.tolist())))
-
-
-def count_characters(texts: Iterable[str], common: str = "") -> tuple[np.ndarray, int]:
-    """How often there is each code point, (0x110000,), and the number of all characters.
-
-    Those of `common` that are ASCII may be counted as 2 where they are more: that is 3 times as
-    fast.
-    """
-    counts, n_characters, settled = np.zeros(sys.maxunicode + 1, np.int64), 0, b""
-    common = code_points(common)
-    common = common[common < 128]
-    for text in texts:
-        n_characters += len(text)
-        data = text.encode()
-        if len(data) < 1.2 * len(text):
-            text = data.translate(None, settled).decode()
-        found = np.bincount(code_points(text))
-        counts[: len(found)] += found
-        settled = bytes(common[counts[common] > 1].tolist())
-    return counts, n_characters
 
 
 OTHER, VOWEL, SEPARATOR = range(3)
@@ -826,64 +497,6 @@ def count_tokens(
     return counts
 
 
-def write_tokens(path: Path, tokens: list[bytes]) -> None:
-    listed = [token.decode() for token in tokens[:-1]] + [CATCH_ALL]
-    content = json.dumps({"tokens": listed}, ensure_ascii=False, indent=1)
-    path.write_text(content, encoding="utf-8")
-
-
-def read_tokens(path: Path) -> list[str]:
-    """The known tokens of a file, as `write_tokens` or gpt-burn writes it."""
-    data = path.read_bytes()
-    # bincode's first number has zero bytes, JSON none
-    tokens = parse_bincode(data) if b"\0" in data[:8] else parse_json(data)
-    if tokens[-1:] != [CATCH_ALL]:
-        raise UserError(f"its last token is not {CATCH_ALL}")
-    if any(token >= following for token, following in pairwise(tokens[:-1])):
-        raise UserError("its tokens are not in sorted order")
-    return tokens[:-1]
-
-
-def parse_json(data: bytes) -> list[str]:
-    content = json.loads(data.decode("utf-8-sig"))
-    tokens = content.get("tokens") if isinstance(content, dict) else None
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise UserError('it holds no list of strings named "tokens"')
-    return tokens
-
-
-def parse_bincode(data: bytes) -> list[str]:
-    """A vocabulary as gpt-burn saves it: tokens to ids, then ids to tokens, in any order."""
-    rest = memoryview(data)
-
-    def take(n_bytes: int) -> memoryview:
-        nonlocal rest
-        if n_bytes > len(rest):
-            raise UserError("it ends too early")
-        taken, rest = rest[:n_bytes], rest[n_bytes:]
-        return taken
-
-    def read_number() -> int:
-        return int.from_bytes(take(8), "little")
-
-    def read_string() -> str:
-        return str(take(read_number()), "utf-8")
-
-    ids = {read_string(): read_number() for _ in range(read_number())}
-    tokens = {read_number(): read_string() for _ in range(read_number())}
-    if rest or ids != {token: id for id, token in tokens.items()}:
-        raise UserError("its two halves do not agree")
-    if sorted(tokens) != list(range(len(tokens))):
-        raise UserError("its ids are not 0, 1, 2, ...")
-    return [tokens[id] for id in range(len(tokens))]
-
-
-def read_vocabulary(path: Path) -> str:
-    if path.stat().st_size > MAX_VOCABULARY_BYTES:
-        raise UserError("it is far too large")
-    return path.read_text(encoding="utf-8-sig")
-
-
 # The characters by which GPT-2's files write the bytes 0 to 255: those of Latin-1 that are visible
 # for themselves, the characters from U+0100 on for the others.
 VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -892,10 +505,161 @@ BYTES = "".join(chr(byte) if byte in VISIBLE else next(OTHERS) for byte in range
 BYTE_OF = {character: byte for byte, character in enumerate(BYTES)}
 
 
-def byte_of(character: str) -> int:
-    if character not in BYTE_OF:
-        raise UserError(f"{character!r} stands for no byte")
-    return BYTE_OF[character]
+def bytes_of(token: str) -> bytes:
+    """What a token of GPT-2's files stands for; UserError for another token."""
+    try:
+        return bytes(map(BYTE_OF.__getitem__, token))
+    except KeyError as error:
+        raise UserError(f"{error} stands for no byte") from None
+
+
+class BytePairTokenizer(Tokenizer):
+    """GPT-2's byte pair encoding (Radford et al., 2019), by the package tiktoken.
+
+    `vocab` holds the ids of the tokens, `merges` the pairs of tokens that are joined, the first of
+    them first, both as Hugging Face writes them: a character for each byte. `added` holds the ids
+    of tokens that are found in a text by their spelling, of which `vocab` may have some. ValueError
+    if these do not fit together, and without tiktoken.
+    """
+
+    name, unknown = "bpe", None
+    default_vocab_size = 4096
+    LEARNED_BYTES = 64 << 20  # of a text, at most
+    role_files = ("special_tokens_map.json", "tokenizer_config.json")  # which token pads, say
+    files = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json", *role_files)
+    roles: Mapping[str, dict] = {}  # the content of a folder's `role_files`
+    end_of_text = "<|endoftext|>"
+    punctuation = frozenset(string.punctuation + "。、")
+    # GPT-2's own: contractions, words, numbers and punctuation with the space before them
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+    def __init__(
+        self, vocab: dict[str, int], merges: list[tuple[str, str]], added: Mapping[str, int] = {}
+    ):
+        self.vocab, self.merges = vocab, merges
+        ids = {**added, **vocab}  # of a token in both, the vocabulary's, as at Hugging Face
+        if sorted(ids.values()) != list(range(len(ids))):
+            raise UserError("its ids are not 0, 1, 2, ...")
+        self.added = {token: ids[token] for token in added}
+        spelled = dict.fromkeys([self.end_of_text, *self.added])
+        self.specials = {token: ids[token] for token in spelled if token in ids}
+        self.end = ids.get(self.end_of_text)
+        self.ends = () if self.end is None else (self.end,)
+        # Of neighbours in a text, tiktoken joins those of the lowest rank.
+        ranked = list(dict.fromkeys([*BYTES, *map("".join, merges)]))
+        if missing := [token for token in ranked if vocab.get(token, self.end) == self.end]:
+            raise UserError(f"it lacks the token {missing[0]!r:.60}")
+        others = [token for token in vocab if token not in spelled]
+        in_bytes = {token: bytes_of(token) for token in dict.fromkeys([*ranked, *others])}
+        self.tokens = [b""] * len(ids)
+        for token, id in ids.items():
+            if id != self.end:  # the end of a document is no part of its text
+                self.tokens[id] = token.encode() if token in spelled else in_bytes[token]
+        self.ids = np.array([vocab[token] for token in ranked], self.dtype)  # by rank
+        ranks = {in_bytes[token]: rank for rank, token in enumerate(ranked)}
+        self.encoding = tiktoken().Encoding(
+            self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    @classmethod
+    def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "BytePairTokenizer":
+        """The 256 bytes, the pairs that the text has most often, and <|endoftext|>."""
+        vocab_size = vocab_size or cls.default_vocab_size
+        if vocab_size <= len(BYTES):
+            raise UserError("the vocabulary size must be 257 or more: bytes, and an end of text")
+        texts = cls.chunks(file, min(size, cls.LEARNED_BYTES))
+        parts = [part for text in texts for part in text.split(cls.end_of_text)]
+        merges = learned_merges(parts, cls.pattern, vocab_size - 1)
+        tokens = dict.fromkeys([*BYTES, *map("".join, merges), cls.end_of_text])
+        return cls({token: id for id, token in enumerate(tokens)}, merges)
+
+    def digest(self) -> str:
+        return super().digest(self.merges, *[sorted(self.specials.items())] * bool(self.specials))
+
+    def encode_file(
+        self, file: BinaryIO, size: int, unknown: Unknown | None = None
+    ) -> Iterator[np.ndarray]:
+        """On all cores: tiktoken lets other threads run."""
+        with ThreadPoolExecutor(n := n_threads()) as threads:
+            texts = self.with_whole_specials(self.chunks(file, size))
+            while some := list(islice(texts, 4 * n)):
+                yield from threads.map(self.encode, some)
+
+    def with_whole_specials(self, texts: Iterable[str]) -> Iterator[str]:
+        """Pieces of a text, joined where the spelling of a special token may be cut."""
+        beginnings = tuple({each[:n] for each in self.specials for n in range(1, len(each))})
+        joined = ""
+        for text in texts:
+            joined += text
+            if not joined.endswith(beginnings):
+                yield joined
+                joined = ""
+        yield joined
+
+    def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
+        """The ids of a text, in which `specials` are tokens; where two begin, the longer one is
+        meant, as Hugging Face has it."""
+        text = text.encode(errors="replace").decode()  # half a surrogate pair becomes a "?"
+        by_length = sorted(self.specials, key=len, reverse=True)
+        pattern = f"({'|'.join(map(re.escape, by_length))})"
+        pieces = re.split(pattern, text) if by_length else [text]
+        pieces[::2] = [self.ids[self.encoding.encode_to_numpy(piece)] for piece in pieces[::2]]
+        pieces[1::2] = [np.array([self.specials[piece]], self.dtype) for piece in pieces[1::2]]
+        return np.concatenate(pieces)
+
+    @classmethod
+    def boundary(cls, text: str) -> int:
+        """Where white space begins, no token runs on; nor do letters before punctuation, which is
+        for a text that has no spaces."""
+        for i in range(len(text) - 1, 0, -1):
+            if text[i] in WHITE_SPACE and text[i - 1] not in WHITE_SPACE:
+                return i
+        places = range(len(text) - 1, 0, -1)
+        ends = (i for i in places if text[i] in cls.punctuation and text[i - 1].isalpha())
+        return next(ends, 0)
+
+    def save(self, folder: Path) -> None:
+        """Writes lists that Hugging Face's transformers reads, version 4 as well as 5."""
+        contents = {"vocab.json": self.vocab, **self.roles}
+        if self.added.keys() - ({self.end_of_text} & self.vocab.keys()):
+            contents["added_tokens.json"] = self.added
+        for name, content in contents.items():
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        lines = ["#version: 0.2", *map(" ".join, self.merges), ""]
+        (folder / "merges.txt").write_bytes("\n".join(lines).encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> "BytePairTokenizer":
+        """Reads `files` of any folder, a model's or not: Hugging Face's `tokenizer.json`, or lists
+        as `save` writes them. UserError if it cannot, and if the tokenizer is of another kind."""
+        roles = read_objects(folder, cls.role_files)
+        settings = {name: value for each in roles.values() for name, value in each.items()}
+        path, read = folder / "tokenizer.json", read_tokenizer_json
+        if not path.is_file():
+            path, read = folder / "vocab.json", read_vocab_json
+        vocab, merges, added = read(path)
+        with reading(path):
+            check_settings("tokenizer_config.json", settings)
+            named = {name: spelling(token) for name, token in settings.items() if "_token" in name}
+            added |= {token: vocab[token] for token in named.values() if token in vocab}
+            tokenizer = cls(vocab, merges, added)
+        tokenizer.roles = roles
+        pad = tokenizer.specials.get(named.get("pad_token"))
+        tokenizer.take_roles(folder, [] if pad is None else [pad])
+        return tokenizer
+
+    def take_roles(self, folder: Path, pads: list[int]) -> None:
+        """Sets the ids that end what a folder's model writes, as transformers has them: those of
+        `generation_config.json`, where there is one, and else of `config.json`; and the ids that
+        pad: `pads` and those of both files, but for ids that have another use."""
+        ends, ids = self.ends, range(len(self.tokens))
+        for name, config in read_objects(folder, ("config.json", "generation_config.json")).items():
+            with reading(folder / name, "config"):
+                ends = ids_named(config, "eos_token_id", ends if name == "config.json" else ())
+                pads = [*pads, *ids_named(config, "pad_token_id", ())]
+        self.ends = tuple(sorted(set(ends).intersection(ids)))
+        others = {self.end, *self.ends, *self.ids.tolist()}
+        self.padding = tuple(sorted(set(pads).intersection(ids) - others))
 
 
 # Run by itself, for Hugging Face's package has the name of this file. A script without spaces has
@@ -948,3 +712,197 @@ def tiktoken():
     except ImportError:
         raise UserError("byte pairs need the package tiktoken: pip install '.[bpe]'") from None
     return tiktoken
+
+
+TOKENIZERS = {each.name: each for each in (CharTokenizer, SimpleVowelTokenizer, BytePairTokenizer)}
+FILES = [file for each in TOKENIZERS.values() for file in each.files]
+DEFAULT = CharTokenizer.name  # of a config that names none, as gpt-burn's
+OF_FOLDERS = BytePairTokenizer  # that folders, also without a model, and names on the Hub stand for
+
+
+def load(name: str, folder: Path) -> Tokenizer:
+    """The tokenizer of a model's folder, by the name in its config; UserError if there is none."""
+    if name not in TOKENIZERS:
+        *others, last = map(repr, TOKENIZERS)
+        raise UserError(f"unknown tokenizer {name!r}: there are {', '.join(others)} and {last}")
+    return TOKENIZERS[name].load(folder)
+
+
+@contextlib.contextmanager
+def reading(path: Path, kind: str = "vocabulary") -> Iterator[Path]:
+    """Makes one line, with the file's name, of what is wrong with it."""
+    try:
+        yield path
+    except OSError as error:
+        raise UserError(f"cannot read the {kind} {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a {kind}: {error!s:.200}") from error
+
+
+def write_tokens(path: Path, tokens: list[bytes]) -> None:
+    listed = [token.decode() for token in tokens[:-1]] + [CATCH_ALL]
+    content = json.dumps({"tokens": listed}, ensure_ascii=False, indent=1)
+    path.write_text(content, encoding="utf-8")
+
+
+def read_tokens(path: Path) -> list[str]:
+    """The known tokens of a file, as `write_tokens` or gpt-burn writes it."""
+    data = path.read_bytes()
+    # bincode's first number has zero bytes, JSON none
+    tokens = tokens_of_bincode(data) if b"\0" in data[:8] else tokens_of_json(data)
+    if tokens[-1:] != [CATCH_ALL]:
+        raise UserError(f"its last token is not {CATCH_ALL}")
+    if any(token >= following for token, following in pairwise(tokens[:-1])):
+        raise UserError("its tokens are not in sorted order")
+    return tokens[:-1]
+
+
+def tokens_of_json(data: bytes) -> list[str]:
+    content = json.loads(data.decode("utf-8-sig"))
+    tokens = content.get("tokens") if isinstance(content, dict) else None
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise UserError('it holds no list of strings named "tokens"')
+    return tokens
+
+
+def tokens_of_bincode(data: bytes) -> list[str]:
+    """A vocabulary as gpt-burn saves it: tokens to ids, then ids to tokens, in any order."""
+    rest = memoryview(data)
+
+    def take(n_bytes: int) -> memoryview:
+        nonlocal rest
+        if n_bytes > len(rest):
+            raise UserError("it ends too early")
+        taken, rest = rest[:n_bytes], rest[n_bytes:]
+        return taken
+
+    def read_number() -> int:
+        return int.from_bytes(take(8), "little")
+
+    def read_string() -> str:
+        return str(take(read_number()), "utf-8")
+
+    ids = {read_string(): read_number() for _ in range(read_number())}
+    tokens = {read_number(): read_string() for _ in range(read_number())}
+    if rest or ids != {token: id for id, token in tokens.items()}:
+        raise UserError("its two halves do not agree")
+    if sorted(tokens) != list(range(len(tokens))):
+        raise UserError("its ids are not 0, 1, 2, ...")
+    return [tokens[id] for id in range(len(tokens))]
+
+
+# What decides the ids of a text, in the parts of GPT-2's tokenizer.json and in its config: the
+# values that each setting may have, first the one that it has where a file does not say.
+SETTINGS = {
+    "model": {
+        **{"type": ("BPE",), "dropout": (None, 0), "ignore_merges": (False,)},
+        **{"continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")},
+    },
+    "normalizer": {"type": (None,)},
+    "pre_tokenizer": {"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)},
+    "post_processor": {"type": (None, "ByteLevel", "TemplateProcessing"), "special_tokens": ({},)},
+    "added token": {"lstrip": (False,), "rstrip": (False,), "single_word": (False,)},
+    "tokenizer_config.json": {"add_prefix_space": (False, None), "add_bos_token": (False, None)},
+}
+BytePairs = tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]  # vocab, merges, added
+
+
+def read_tokenizer_json(path: Path) -> BytePairs:
+    """What a BytePairTokenizer is made of, in one file of Hugging Face's package tokenizers."""
+    content = read_objects(path.parent, [path.name], "vocabulary")[path.name]
+    with reading(path):
+        for part in ("model", "normalizer", "pre_tokenizer", "post_processor"):
+            check_settings(part, content.get(part))
+        tokens, model = content.get("added_tokens") or [], content["model"]
+        for token in tokens if isinstance(tokens, list) else [tokens]:
+            check_settings("added token", token or {})
+        added = ids_in({spelling(token): token.get("id") for token in tokens})
+        return ids_in(model.get("vocab")), pairs_in(model.get("merges")), added
+
+
+def read_vocab_json(path: Path) -> BytePairs:
+    """What a BytePairTokenizer is made of, in a vocab.json and the lists beside it."""
+    with reading(path.with_name("merges.txt")) as merges_path:
+        lines = read_text_file(merges_path).split("\n")
+        merges = pairs_in([line for line in lines if line[:8] not in ("", "#version")])
+    with reading(path.with_name("added_tokens.json")) as added_path:
+        added = ids_in(json.loads(read_text_file(added_path))) if added_path.is_file() else {}
+    with reading(path):
+        return ids_in(json.loads(read_text_file(path))), merges, added
+
+
+def read_objects(folder: Path, names: Iterable[str], kind: str = "config") -> dict[str, dict]:
+    """The JSON objects in these files of a folder, of those that there are."""
+    objects = {}
+    for name in names:
+        with reading(folder / name, kind) as path:
+            if path.is_file():
+                objects[name] = json.loads(read_text_file(path))
+                if not isinstance(objects[name], dict):
+                    raise UserError("it is not a JSON object")
+    return objects
+
+
+def read_text_file(path: Path) -> str:
+    if path.stat().st_size > MAX_VOCABULARY_BYTES:
+        raise UserError("it is far too large")
+    return path.read_text(encoding="utf-8-sig")
+
+
+def check_settings(name: str, part: object) -> None:
+    """UserError unless a part of a tokenizer has, in each of its SETTINGS, one of the values."""
+    part = {"type": None} if part is None else part
+    if not isinstance(part, dict):
+        raise UserError(f"its {name} is not a JSON object")
+    for setting, values in SETTINGS[name].items():
+        if (value := part.get(setting, values[0])) not in values:
+            raise UserError(f"its {name} has the {setting} {value!r:.60}, not {values[0]!r}")
+
+
+def spelling(token: object) -> str:
+    """Of a token that is written as a text or as an object with a `content`."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""
+
+
+def ids_in(vocab: object) -> dict[str, int]:
+    is_map = isinstance(vocab, dict) and "" not in vocab
+    if not is_map or any(type(id) is not int for id in vocab.values()):
+        raise UserError("it is no map of tokens to ids")
+    return vocab
+
+
+def pairs_in(merges: object) -> list[tuple[str, str]]:
+    """Of lists of two tokens, or of texts with a space between two."""
+    pairs = merges if isinstance(merges, list) else [merges]
+    pairs = [each.split(" ") if isinstance(each, str) else each for each in pairs]
+    for pair in pairs:
+        if not isinstance(pair, list) or list(map(type, pair)) != [str, str] or "" in pair:
+            raise UserError("it is no list of pairs of tokens")
+    return list(map(tuple, pairs))
+
+
+def ids_named(config: dict, name: str, default: Collection[int]) -> Collection[int]:
+    ids = config.get(name, default)
+    ids = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+    if any(type(id) is not int for id in ids):
+        raise UserError(f"its {name} is neither an id nor a list of ids")
+    return ids
+
+
+# What Hugging Face's package of this name has, for whom a program in this folder gets this file.
+THEIRS = {
+    *("AddedToken", "Encoding", "NormalizedString", "PreTokenizedString", "Regex", "Token"),
+    *("decoders", "implementations", "models", "normalizers", "pre_tokenizers", "processors"),
+    *("trainers", "ByteLevelBPETokenizer", "CharBPETokenizer", "BertWordPieceTokenizer"),
+    *("SentencePieceBPETokenizer", "SentencePieceUnigramTokenizer"),
+}
+
+
+def __getattr__(name: str):
+    if name in THEIRS:
+        raise ImportError(
+            f"{__file__} is not Hugging Face's package tokenizers, which has {name}: import that, "
+            "or transformers, in a program outside of this folder"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

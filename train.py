@@ -87,9 +87,9 @@ def make_parser() -> command_line.ArgumentParser:
     add("-s", "--seed", type=number(int, 0, 2**63), help="of all random numbers")
     add("--workers", type=worker_count, metavar="N", help="processes that share a batch, or auto")
     add = parser.add_argument_group("files").add_argument
-    text_help = "text in UTF-8: a file, also .gz, .bz2 or .xz, .jsonl with a text in each line, a "
-    text_help += "folder of .txt and .jsonl, or - for standard input; several are joined (default: "
-    text_help += ".data/corpus.txt)"
+    text_help = "text in UTF-8: a file, or .jsonl with a text in each line, also .gz, .bz2 or .xz, "
+    text_help += "a folder of such .txt and .jsonl, or - for standard input; several are joined "
+    text_help += "(default: .data/corpus.txt)"
     add("-t", "--text-corpus", type=Path, action="append", help=text_help)
     special_help = "take <|endoftext|> for text like any other, and put none after documents"
     add("--no-special", action="store_true", help=special_help)

@@ -118,9 +118,27 @@ class Encoder:
     bar: dict[str, object]
     special: bool
 
-    def __post_init__(self):
-        if not isinstance(self.tokenizer, type):
+    @functools.cached_property
+    def limit(self) -> int:
+        """Bytes."""
+        return DEFAULT_MEGA_BYTES << 20 if self.n_bytes is None else self.n_bytes
+
+    def corpus(self, keep: bool) -> Corpus:
+        """The ids that an earlier training has kept, or else new ones."""
+        name, is_given = self.tokenizer.name, isinstance(self.tokenizer, Tokenizer)
+        if is_given:
             self.prepare(self.tokenizer)
+        learned = self.folder([self.vocab_size] if name == "vowel" else [self.vocab_size, name])
+        if corpus := self.kept(learned):
+            return corpus
+        if not is_given:
+            with self.reading("counting tokens"):
+                self.tokenizer = self.tokenizer.train(self.texts, self.limit, self.vocab_size)
+            self.prepare(self.tokenizer)
+        given = self.folder(self.tokenizer.digest())
+        if corpus := self.kept(given):
+            return corpus
+        return self.encoded(given if is_given else learned, keep)
 
     def prepare(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer, with special tokens only if the texts have them."""
@@ -128,35 +146,15 @@ class Encoder:
             tokenizer.specials = {}
         return tokenizer
 
-    @functools.cached_property
-    def limit(self) -> int:
-        """Bytes."""
-        return DEFAULT_MEGA_BYTES << 20 if self.n_bytes is None else self.n_bytes
-
     def folder(self, setting: object) -> Path:
-        """Where ids are kept, by the texts and by all else that decides which ids these are."""
+        """Where ids are kept, by the texts and by `setting`: how a tokenizer has learned from them,
+        or the digest of one that was given."""
         key = json.dumps([self.texts.names, self.limit, setting]).encode()
         name = re.sub(r"[^\w.-]", "_", Path(self.texts.names[0]).name)
         return FOLDER / f"{name}-{hashlib.sha256(key).hexdigest()[:16]}"
 
-    def folders(self) -> list[Path]:
-        """Of ids by a tokenizer that has learned here, and by one that was given."""
-        name = self.tokenizer.name
-        settings = [[self.vocab_size] if name == "vowel" else [self.vocab_size, name]]
-        if isinstance(self.tokenizer, Tokenizer):
-            settings.append(self.tokenizer.digest())
-        return list(map(self.folder, settings))
-
-    def corpus(self, keep: bool) -> Corpus:
-        *_, folder = folders = self.folders()
-        if corpus := next(filter(None, map(self.kept, folders)), None):
-            return corpus
-        if isinstance(self.tokenizer, type):
-            with self.reading("counting tokens"):
-                learned = self.tokenizer.train(self.texts, self.limit, self.vocab_size)
-            self.tokenizer = self.prepare(learned)
-            if corpus := self.kept(self.folders()[-1]):
-                return corpus
+    def encoded(self, folder: Path, keep: bool) -> Corpus:
+        """The ids in this folder, in a temporary one or in memory."""
         temporary = None
         is_kept = keep and self.texts.is_repeatable
         try:
@@ -180,20 +178,22 @@ class Encoder:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             is_complete = kept["n_ids_bytes"] == (folder / IDS).stat().st_size
-            if kept["texts"] == self.texts.facts and is_complete:
-                tokenizer = self.tokenizer
-                if isinstance(tokenizer, type):
-                    tokenizer = self.prepare(tokenizer.load(folder))
-                corpus = Corpus(self.texts.name, tokenizer, kept["checksum"], folder / IDS)
-                if kept["tokenizer"] == tokenizer.digest() and corpus.ids is not None:
-                    if "unknown" not in kept:  # as earlier versions kept them
-                        self.tokenizer = tokenizer
-                        kept |= self.encode(lambda ids: None)
-                        files.write_file(folder / FACTS, json.dumps(kept, indent=1).encode())
-                    self.say(kept)
-                    with contextlib.suppress(OSError):  # of someone else, say
-                        os.utime(folder)  # those that are used stay
-                    return corpus
+            if kept["texts"] != self.texts.facts or not is_complete:
+                return None
+            tokenizer = self.tokenizer
+            if isinstance(tokenizer, type):
+                tokenizer = self.prepare(tokenizer.load(folder))
+            corpus = Corpus(self.texts.name, tokenizer, kept["checksum"], folder / IDS)
+            if kept["tokenizer"] != tokenizer.digest() or corpus.ids is None:
+                return None
+            if "unknown" not in kept:  # as earlier versions kept them
+                self.tokenizer = tokenizer
+                kept |= self.encode(lambda ids: None)
+                files.write_file(folder / FACTS, json.dumps(kept, indent=1).encode())
+            self.say(kept)
+            with contextlib.suppress(OSError):  # of someone else, say
+                os.utime(folder)  # those that are used stay
+            return corpus
         return None
 
     def written(self, folder: Path) -> Corpus:

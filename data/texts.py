@@ -30,7 +30,7 @@ COMPRESSED = {".gz": ("gzip", "gzip"), ".bz2": ("bz2", "bzip2"), ".xz": ("lzma",
 STANDARD_INPUT = Path("-")
 WHAT_IS_A_TEXT = (
     "a text is a file in UTF-8, or .jsonl, also compressed with the ending .gz, .bz2 or .xz, a "
-    "folder of .txt and .jsonl, or - for standard input"
+    "folder of such .txt and .jsonl, or - for standard input"
 )
 BYTE_ORDER_MARKS = {  # UTF-32's before UTF-16's, with which it begins
     codecs.BOM_UTF8: "utf-8",
@@ -70,7 +70,7 @@ class Text:
 
     @property
     def is_jsonl(self) -> bool:
-        return is_jsonl(Path(self.name))
+        return content_of(Path(self.name)).suffix.lower() == ".jsonl"
 
     @functools.cached_property
     def mark(self) -> bytes:
@@ -123,8 +123,8 @@ class Texts:
     """Texts, one after the other, as one file that can be read again from its start.
 
     A path is a file, plain or compressed as its suffix says; a folder, for all `.txt` and `.jsonl`
-    below it that are not hidden, in sorted order; a pipe; or `-`, standard input. UserError for
-    other paths. A line says what of a folder is left out, and that texts are joined.
+    below it, also compressed, that are not hidden, in sorted order; a pipe; or `-`, standard input.
+    UserError for other paths. A line says what of a folder is left out, and that texts are joined.
 
     What is read is UTF-8 without byte order marks. A line of a `.jsonl` is a document, of which its
     `text` is read; so is each of several other texts. `end` follows each document; where it is
@@ -195,6 +195,95 @@ class Texts:
             raise NotUTF8(*place, text.name, text.conversion()) from None
 
 
+def texts_of(path: Path, flag: str) -> list[Text]:
+    if path == CORPUS and not path.exists():
+        print(f"{path} is missing: using the text of Python's own help", file=sys.stderr)
+        return [Text("Python's own help", python_help)]
+    if path == STANDARD_INPUT:
+        if sys.stdin.isatty():
+            raise UserError(f"{flag} -: standard input is a terminal: pipe a text into it")
+        return [Text("standard input", spooled(sys.stdin.buffer), is_stream=True)]
+    if path.is_fifo():
+        with path.open("rb") as stream:
+            return [Text(str(path), spooled(stream), is_stream=True)]
+    if path.is_dir():
+        return [file_text(file) for file in files_below(path, flag)]
+    if not path.is_file():
+        raise UserError(f"there is no {path}: name a text with {flag}")
+    return [file_text(path)]
+
+
+def files_below(folder: Path, flag: str) -> list[Path]:
+    """All `.txt` and `.jsonl` below a folder, also compressed, that are not hidden, in sorted
+    order; says what else there is."""
+    errors, found, others = [], [], []
+    for place, folders, names in os.walk(folder, onerror=errors.append):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        for file in (Path(place, name) for name in (*names, *links)):  # no link is walked into
+            is_hidden = any(part[0] == "." for part in file.relative_to(folder).parts)
+            is_text = content_of(file).suffix.lower() in (".txt", ".jsonl")
+            if is_text and not is_hidden and os.path.isfile(file):
+                found.append(file)
+            elif is_text or not is_hidden:
+                others.append(str(file))
+    closed = [f"{error.filename} ({error.strerror})" for error in errors]
+    if not found:
+        beside = f", and no way into {', '.join(closed)}" if closed else ""
+        reason = f"there is no .txt or .jsonl in {folder}{beside}"
+        raise UserError(f"{reason}: name a text with {flag}; {WHAT_IS_A_TEXT}")
+    if left_out := closed + sorted(others)[:N_NAMED]:
+        more = f" and {len(others) - N_NAMED} more" if others[N_NAMED:] else ""
+        rule = "a folder stands for its .txt and .jsonl, also compressed, that are not hidden"
+        print(f"warning: left out: {', '.join(left_out)}{more}; {rule}", file=sys.stderr)
+    return sorted(found)
+
+
+def file_text(path: Path) -> Text:
+    return Text(str(path), lambda: path.open("rb"))
+
+
+def python_help() -> BinaryIO:
+    from pydoc_data.topics import topics
+
+    return io.BytesIO("\n\n".join(topics[name] for name in sorted(topics)).encode())
+
+
+def spooled(stream: BinaryIO) -> Callable[[], BinaryIO]:
+    """Copies a stream to a file without a name, which can be read again and again."""
+    whole = tempfile.TemporaryFile()  # noqa: SIM115 - as long as there is the function
+    shutil.copyfileobj(stream, whole)
+    whole.flush()
+
+    def opened() -> BinaryIO:
+        file = open(whole.fileno(), "rb", closefd=False)  # noqa: SIM115 - for who opens it
+        file.seek(0)  # where the one before has left it
+        return file
+
+    return opened
+
+
+def content_of(path: Path) -> Path:
+    """A name without the suffix of a compressed file."""
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+
+
+@contextmanager
+def uncompressed(text: Text) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The file to read, and the file as it is stored; UserError for a damaged one."""
+    module, _ = COMPRESSED.get(Path(text.name).suffix.lower(), (None, None))
+    with text.open() as stored:
+        if module is None:
+            yield stored, stored
+            return
+        try:
+            with importlib.import_module(module).open(stored, "rb") as file:
+                yield file, stored
+        except UserError:
+            raise
+        except Exception as error:  # each module has its own, and a Python may lack a module
+            raise UserError(f"{text.name} can't be read: {error}") from error
+
+
 def in_utf8(file: BinaryIO, text: Text) -> Iterator[bytes]:
     """What a file holds after its byte order mark, in UTF-8 if that says which encoding it has."""
     encoding = BYTE_ORDER_MARKS.get(text.mark, "utf-8")
@@ -250,96 +339,3 @@ def lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
             yield b"".join(begun)
             begun = [line]
     yield b"".join(begun)
-
-
-def texts_of(path: Path, flag: str) -> list[Text]:
-    if path == CORPUS and not path.exists():
-        print(f"{path} is missing: using the text of Python's own help", file=sys.stderr)
-        return [Text("Python's own help", python_help)]
-    if path == STANDARD_INPUT:
-        if sys.stdin.isatty():
-            raise UserError(f"{flag} -: standard input is a terminal: pipe a text into it")
-        return [Text("standard input", spooled(sys.stdin.buffer), is_stream=True)]
-    if path.is_fifo():
-        with path.open("rb") as stream:
-            return [Text(str(path), spooled(stream), is_stream=True)]
-    if path.is_dir():
-        return [file_text(file) for file in files_below(path, flag)]
-    if not path.is_file():
-        raise UserError(f"there is no {path}: name a text with {flag}")
-    return [file_text(path)]
-
-
-def files_below(folder: Path, flag: str) -> list[Path]:
-    """All `.txt` and `.jsonl` below a folder that are not hidden, in sorted order; says what else
-    there is."""
-    errors, found, others = [], [], []
-    for place, folders, names in os.walk(folder, onerror=errors.append):
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        for file in (Path(place, name) for name in (*names, *links)):  # no link is walked into
-            is_hidden = any(part[0] == "." for part in file.relative_to(folder).parts)
-            is_text = file.suffix.lower() == ".txt" or is_jsonl(file)
-            if is_text and not is_hidden and os.path.isfile(file):
-                found.append(file)
-            elif is_text or not is_hidden:
-                others.append(str(file))
-    closed = [f"{error.filename} ({error.strerror})" for error in errors]
-    if not found:
-        beside = f", and no way into {', '.join(closed)}" if closed else ""
-        reason = f"there is no .txt or .jsonl in {folder}{beside}"
-        raise UserError(f"{reason}: name a text with {flag}; {WHAT_IS_A_TEXT}")
-    if left_out := closed + sorted(others)[:N_NAMED]:
-        more = f" and {len(others) - N_NAMED} more" if others[N_NAMED:] else ""
-        rule = "a folder stands for its .txt and .jsonl that are not hidden"
-        print(f"warning: left out: {', '.join(left_out)}{more}; {rule}", file=sys.stderr)
-    return sorted(found)
-
-
-def content_of(path: Path) -> Path:
-    """A name without the suffix of a compressed file."""
-    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
-
-
-def is_jsonl(path: Path) -> bool:
-    return content_of(path).suffix.lower() == ".jsonl"
-
-
-def file_text(path: Path) -> Text:
-    return Text(str(path), lambda: path.open("rb"))
-
-
-def python_help() -> BinaryIO:
-    from pydoc_data.topics import topics
-
-    return io.BytesIO("\n\n".join(topics[name] for name in sorted(topics)).encode())
-
-
-def spooled(stream: BinaryIO) -> Callable[[], BinaryIO]:
-    """Copies a stream to a file without a name, which can be read again and again."""
-    whole = tempfile.TemporaryFile()  # noqa: SIM115 - as long as there is the function
-    shutil.copyfileobj(stream, whole)
-    whole.flush()
-
-    def opened() -> BinaryIO:
-        file = open(whole.fileno(), "rb", closefd=False)  # noqa: SIM115 - for who opens it
-        file.seek(0)  # where the one before has left it
-        return file
-
-    return opened
-
-
-@contextmanager
-def uncompressed(text: Text) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file to read, and the file as it is stored; UserError for a damaged one."""
-    module, _ = COMPRESSED.get(Path(text.name).suffix.lower(), (None, None))
-    with text.open() as stored:
-        if module is None:
-            yield stored, stored
-            return
-        try:
-            with importlib.import_module(module).open(stored, "rb") as file:
-                yield file, stored
-        except UserError:
-            raise
-        except Exception as error:  # each module has its own, and a Python may lack a module
-            raise UserError(f"{text.name} can't be read: {error}") from error

@@ -45,41 +45,6 @@ def read(folder: Path | str) -> tuple[GPTConfig, Tokenizer, Mapping[str, np.ndar
     return model, read_tokenizer(folder, config), read_weights(folder, wanted)
 
 
-def read_tokenizer(folder: Path, config: dict) -> Tokenizer:
-    """The tokenizer of a model's folder; where it is of byte pairs, rows of the model may be left
-    for which it has no token."""
-    vocab_size = config["model"]["vocab_size"]
-    tokenizer = tokenizers.load(config.get("tokenizer", tokenizers.DEFAULT), folder)
-    if isinstance(tokenizer, BytePairTokenizer):
-        tokenizer.n_surplus = max(0, vocab_size - tokenizer.vocab_size)
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"{folder / 'config.json'}: vocab_size is {vocab_size}, but the tokenizer "
-            f"{tokenizer.name!r} has {tokenizer.vocab_size} tokens: they do not belong together"
-        )
-    return tokenizer
-
-
-def find_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer of a folder or of a name on the Hugging Face Hub; None for one of TOKENIZERS,
-    which learns from a text."""
-    if name in TOKENIZERS:
-        return None
-    folder, reason = Path(name), "there is no such folder"
-    try:
-        if hub.is_name(folder):
-            folder = fetch_byte_pairs(hub.Repository(folder.as_posix()))
-    except UserError as error:
-        reason = str(error)
-    if not folder.is_dir():
-        raise UserError(
-            f"--tokenizer {name} is not known: name {', '.join(TOKENIZERS)}, or a folder or a "
-            "model of the Hugging Face Hub with vocab.json and merges.txt, or tokenizer.json "
-            f"({reason})"
-        )
-    return tokenizers.OF_FOLDERS.load(folder)
-
-
 def find(folder: Path) -> Path:
     """The folder or, where there is none and its name could be one on the Hub, the folder of that
     model in the Hub's cache, to which the files that are needed are fetched."""
@@ -116,12 +81,24 @@ def fetch_byte_pairs(repository: hub.Repository) -> Path:
     return path.parent
 
 
-def files(folder: Path) -> set[Path]:
-    """Where the links of a model's folder lead: its files, and those that it could have as well."""
-    names = {*MODEL_FILES, *tokenizers.FILES}
-    found = (path for kind in ("json", "safetensors") for path in folder.glob(f"*.{kind}"))
-    paths = [*map(folder.joinpath, names), *found]
-    return set(map(Path, map(os.path.realpath, paths)))
+def find_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer of a folder or of a name on the Hugging Face Hub; None for one of TOKENIZERS,
+    which learns from a text."""
+    if name in TOKENIZERS:
+        return None
+    folder, reason = Path(name), "there is no such folder"
+    try:
+        if hub.is_name(folder):
+            folder = fetch_byte_pairs(hub.Repository(folder.as_posix()))
+    except UserError as error:
+        reason = str(error)
+    if not folder.is_dir():
+        raise UserError(
+            f"--tokenizer {name} is not known: name {', '.join(TOKENIZERS)}, or a folder or a "
+            "model of the Hugging Face Hub with vocab.json and merges.txt, or tokenizer.json "
+            f"({reason})"
+        )
+    return tokenizers.OF_FOLDERS.load(folder)
 
 
 def read_config(folder: Path) -> dict:
@@ -164,6 +141,21 @@ def parse_config(path: Path) -> dict:
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     return config
+
+
+def read_tokenizer(folder: Path, config: dict) -> Tokenizer:
+    """The tokenizer of a model's folder; where it is of byte pairs, rows of the model may be left
+    for which it has no token."""
+    vocab_size = config["model"]["vocab_size"]
+    tokenizer = tokenizers.load(config.get("tokenizer", tokenizers.DEFAULT), folder)
+    if isinstance(tokenizer, BytePairTokenizer):
+        tokenizer.n_surplus = max(0, vocab_size - tokenizer.vocab_size)
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{folder / 'config.json'}: vocab_size is {vocab_size}, but the tokenizer "
+            f"{tokenizer.name!r} has {tokenizer.vocab_size} tokens: they do not belong together"
+        )
+    return tokenizer
 
 
 def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, np.ndarray]:
@@ -216,6 +208,13 @@ def is_finite(array: np.ndarray) -> bool:
         return bool(np.isfinite(array.sum(dtype=np.float32)) or np.isfinite(array).all())
 
 
+def weights_file(folder: Path) -> Path:
+    # Links are followed (Hugging Face's cache is made of them), pipes and devices not opened.
+    for path in filter(Path.is_file, map(folder.joinpath, WEIGHT_FILES)):
+        return path
+    raise UserError(f"{folder} is not a model folder: it has no {' or '.join(WEIGHT_FILES)}")
+
+
 def save(folder: Path, *model, owned=(), marks=(), **options) -> None:
     """Writes a model, as `write` takes it, to a folder, as `replacing` takes that."""
     with replacing(folder, owned, marks) as new:
@@ -249,8 +248,9 @@ def write(
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def weights_file(folder: Path) -> Path:
-    # Links are followed (Hugging Face's cache is made of them), pipes and devices not opened.
-    for path in filter(Path.is_file, map(folder.joinpath, WEIGHT_FILES)):
-        return path
-    raise UserError(f"{folder} is not a model folder: it has no {' or '.join(WEIGHT_FILES)}")
+def files(folder: Path) -> set[Path]:
+    """Where the links of a model's folder lead: its files, and those that it could have as well."""
+    names = {*MODEL_FILES, *tokenizers.FILES}
+    found = (path for kind in ("json", "safetensors") for path in folder.glob(f"*.{kind}"))
+    paths = [*map(folder.joinpath, names), *found]
+    return set(map(Path, map(os.path.realpath, paths)))

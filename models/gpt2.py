@@ -71,8 +71,8 @@ def config_to_ours(config: dict) -> dict:
 
 def config_to_theirs(config: dict, tokenizer: Tokenizer | None) -> dict:
     """Hugging Face's config of our model, with the ids that have a role in its tokenizer."""
-    model, of_ids = config["model"], tokenizer or Tokenizer
-    ends, pads = of_ids.ends, of_ids.padding
+    model, roles = config["model"], tokenizer or Tokenizer  # which has no such ids
+    ends, pads = roles.ends, roles.padding
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -81,7 +81,7 @@ def config_to_theirs(config: dict, tokenizer: Tokenizer | None) -> dict:
         **dict.fromkeys(DROPOUTS, model["dropout"]),
         **{name: values[0] for name, values in FIXED.items() if values[0] is not None},
         "activation_function": (EXACT_GELU if model.get("exact_gelu") else TANH_GELU)[0],
-        "bos_token_id": of_ids.end,
+        "bos_token_id": roles.end,
         "eos_token_id": ends[0] if len(ends) == 1 else [*ends] or None,
         "pad_token_id": pads[0] if pads else None,
         "gpt_tiny": {k: v for k, v in config.items() if k not in ("model", "tokenizer")},

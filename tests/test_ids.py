@@ -186,7 +186,7 @@ def in_folder(*names: str) -> list[str]:
 
 
 def test_what_of_a_folder_is_left_out_is_named(folder, monkeypatch, capsys):
-    for name in ("a.txt", "B.TXT", "notes.md", "c.txt.gz", ".d.txt", ".git/x", "closed/e.txt"):
+    for name in ("a.txt", "B.TXT", "notes.md", "c.csv.gz", ".d.txt", ".git/x", "closed/e.txt"):
         (folder / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "texts" / name).write_text(f"{name} " * 9)
     scandir = os.scandir
@@ -200,8 +200,8 @@ def test_what_of_a_folder_is_left_out_is_named(folder, monkeypatch, capsys):
     assert decoded(read("texts")) == "B.TXT " * 9 + "a.txt " * 9
     warning, joined = capsys.readouterr().err.splitlines()
     left_out = in_folder("closed")[0] + " (Permission denied), "
-    left_out += ", ".join(in_folder(".d.txt", "c.txt.gz", "notes.md"))
-    rule = "a folder stands for its .txt and .jsonl that are not hidden"
+    left_out += ", ".join(in_folder(".d.txt", "c.csv.gz", "notes.md"))
+    rule = "a folder stands for its .txt and .jsonl, also compressed, that are not hidden"
     assert warning == f"warning: left out: {left_out}; {rule}"
     assert joined == f"{in_folder('B.TXT')[0]} and 1 more are joined into one text"
 

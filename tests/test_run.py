@@ -1,5 +1,6 @@
 """run.py as a user meets it: the text on stdout, all else on stderr."""
 
+import codecs
 import io
 import json
 import os
@@ -236,6 +237,16 @@ def test_an_invalid_byte_in_a_prompt_is_refused_by_its_place(call, pipe, flags):
     assert_error(result, 1, [says])
     assert result.out == ""
     assert_error(generate(call, "-p", "\ud800"), 1, ["surrogate"])  # Windows can pass it
+
+
+def test_a_byte_order_mark_before_prompts_is_dropped_and_half_of_one_is_refused(call, pipe):
+    for flags in (["-p", "-"], ["-i"]):
+        pipe(b"The")
+        expected = generate(call, *flags, "-n", "5").out
+        pipe(codecs.BOM_UTF8 + b"The")
+        assert generate(call, *flags, "-n", "5").out == expected
+        pipe(codecs.BOM_UTF8[:2])
+        assert_error(generate(call, *flags, "-n", "5"), 1, ["invalid byte 0xef at offset 0"])
 
 
 def test_a_prompt_is_utf8_whatever_the_systems_encoding_is(call, monkeypatch):

@@ -67,9 +67,11 @@ def test_each_of_several_files_is_a_document_and_a_single_one_is_none():
         Path("texts", name).write_text(name)
     Path("texts", "b.jsonl").write_bytes(jsonl(["one", "two"]))
     Path("texts", "d.jsonl.gz").write_bytes(gzip.compress(jsonl(["three"])))
-    documents = ["a.txt", "one", "two", "c.TXT", "three"]
+    for name, module in {"e.txt.xz": lzma, "f.txt.BZ2": bz2, "g.txt.gz": gzip}.items():
+        Path("texts", name).write_bytes(module.compress(name.encode()))
+    documents = ["a.txt", "one", "two", "c.TXT", "three", "e.txt.xz", "f.txt.BZ2", "g.txt.gz"]
     assert read("texts", end=END) == "".join(text + END for text in documents)
-    assert read("texts") == "a.txtone\ntwo\nc.TXTthree\n"
+    assert read("texts") == "a.txtone\ntwo\nc.TXTthree\ne.txt.xzf.txt.BZ2g.txt.gz"
     assert read("texts/a.txt", "texts/c.TXT", end=END) == f"a.txt{END}c.TXT{END}"
     assert read("texts/a.txt", end=END) == "a.txt"
 

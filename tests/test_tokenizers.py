@@ -80,8 +80,8 @@ def test_every_other_code_point_is_unknown_and_never_printed():
     assert ids.dtype == np.uint8
     assert np.count_nonzero(ids != 103) == 103
     assert CharTokenizer().decode([28, 103, 2]) == "Aa"
-    assert CharTokenizer().token_bytes(103) == b""
-    assert CharTokenizer().token_bytes(96) == "ä".encode()
+    assert CharTokenizer().tokens[103] == b""
+    assert CharTokenizer().tokens[96] == "ä".encode()
 
 
 def train(text: str, vocab_size: int | None = None) -> CharTokenizer:
