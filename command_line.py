@@ -17,10 +17,12 @@ if (
 ):
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import _thread
 import argparse
 import errno
 import functools
 import gc
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -179,6 +181,7 @@ class Output:
 def run(main: Callable[[], int | None], outlives_reader: bool = False) -> None:
     """Ends the process with what `main` returns; what a user can get wrong is a line on stderr."""
     sys.stdout, sys.stderr = Output(sys.stdout, outlives_reader), Output(sys.stderr, True)
+    sys.unraisablehook = interrupt_anew
     if callable(at_rest := signal.getsignal(signal.SIGINT)):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -194,6 +197,15 @@ def run(main: Callable[[], int | None], outlives_reader: bool = False) -> None:
         if callable(at_rest):
             signal.signal(signal.SIGINT, at_rest)
         gc.freeze()  # to look for garbage at the end would take a tenth of a second
+
+
+def interrupt_anew(unraisable) -> None:
+    """Repeats a Ctrl-C that came during a destructor, where Python drops what is raised; tinygrad's
+    thousands of nodes have one each."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def explain(error: BaseException) -> str:

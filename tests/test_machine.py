@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REFERENCE, ROOT, TINY
+from conftest import GPT2, REFERENCE, ROOT, TINY
 from tinygrad.helpers import NUM_CPU_THREADS, PARALLEL, Context
 
 import tokenizers
@@ -76,7 +76,7 @@ def test_texts_are_encoded_on_as_many_threads_as_the_user_or_the_share_allows(
     pools = []
     monkeypatch.setattr(tokenizers, "ThreadPoolExecutor", lambda n: pools.append(n) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        next(tokenizers.BytePairTokenizer.encode_all(None, ["a"]))
+        next(tokenizers.BytePairTokenizer.load(GPT2).encode_all(["a"]))
     assert pools == [expected]
 
 
@@ -175,6 +175,7 @@ def test_where_the_cache_cannot_be_written_a_command_works_without_and_says_so(
     assert process.returncode == 0, process.stderr
     warning, *others = process.stderr.splitlines()
     assert warning.startswith(f"warning: {place} can't be written") and "XDG_CACHE_HOME" in warning
-    assert all("is missing: using" in line for line in others)
+    about_the_text = "is missing: using", "of Python's own help is not in the vocabulary"
+    assert all(any(words in line for words in about_the_text) for line in others)
     assert process.stdout and sorted(os.listdir(tmp_path)) == ["file", "temporary"]
     assert os.listdir(tmp_path / "temporary") == []

@@ -89,6 +89,22 @@ def test_ctrl_c_ends_a_text_in_silence(signals):
     assert process.returncode == 130
 
 
+def test_ctrl_c_during_a_destructor_ends_a_command_as_well(signals):
+    program = """
+import signal, sys, command_line
+class Node:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+def main():
+    Node()
+    while True:
+        pass
+command_line.run(main)
+"""
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
+    assert (process.returncode, process.stderr) == (130, b"")
+
+
 def run_with(redirection: str, *words: str) -> subprocess.CompletedProcess:
     """run.py as a shell starts it, with this redirection."""
     command = [sys.executable, ROOT / "run.py", REFERENCE, "--temperature", "0", *words]
