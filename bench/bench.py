@@ -26,6 +26,17 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 BUSY = "while True: pass"
 OUR_SCRIPTS, SCRIPTS_OF_PEERS = ("ours.py", "exported.py"), ("peers.py", "engines.py")
+SIZES = ("context_length", "d_model", "n_layers", "n_heads", "vocab_size")
+TRAININGS = {  # the batch size, SIZES, the number of batches in a turn
+    "default": (32, 64, 64, 2, 2, 104, 40),
+    "nanogpt-cpu": (12, 64, 128, 4, 4, 65, 20),  # nanoGPT's for a CPU
+    "nanogpt": (8, 256, 384, 6, 6, 65, 2),  # nanoGPT's baby GPT, in a smaller batch
+    "nanogpt-64": (64, 256, 384, 6, 6, 65, 1),
+    "context-1024": (4, 1024, 384, 6, 6, 104, 1),
+    "83m": (8, 128, 768, 12, 12, 104, 2),
+    "gpt2": (1, 1024, 768, 12, 12, 50257, 1),
+    "vocabulary": (16, 64, 256, 2, 4, 50257, 4),
+}
 
 
 @dataclass
@@ -160,56 +171,42 @@ def large_config(small: bool) -> dict:
 
 
 def training_rows(small: bool, peer_python: str) -> Iterator[Row]:
-    default, large = (
-        config(context_length=64, d_model=64, n_layers=2, n_heads=2),
-        large_config(small),
-    )
-    words = config(context_length=64, d_model=256, n_layers=2, n_heads=4) | {"vocab_size": 50257}
-    # batch size, number of them
-    trainings = {"default": (default, 32, 40), "83m": (large, 8, 2), "vocabulary": (words, 16, 4)}
-    if small:
-        trainings = {"small": (large, 4, 4)}
-
-    for name, (size, batch_size, n) in trainings.items():
-        job = {"work": "train", "config": size, "batch_size": batch_size, "n": n}
-        contestants = {
-            "gpt-tiny": ("ours.py", job, {}),
-            "PyTorch eager": ("peers.py", job, {}),
-            "torch.compile": ("peers.py", job | {"compile": True}, {}),
-        }
-        yield Row(f"train-{name}", f"training, {name}, batches/s", contestants, n)
-        if name == "vocabulary":
-            continue
-        pair = {who: contestants[who] for who in ("gpt-tiny", "PyTorch eager")}
-        for loops in (1, 2):
-            beside = f"training, {name}, beside {loops} busy loop{'s' * (loops > 1)}, batches/s"
-            yield Row(f"busy-{loops}-{name}", beside, pair, n, loops)
-        yield from optional_rows(name, job, n)
-        for workers in (2, 4, 8, 16):
-            if workers <= max(2, os.cpu_count() or 1):
+    trainings = {"small": (4, 16, 16, 1, 2, 104, 4)} if small else TRAININGS
+    for name, (batch_size, *sizes, n) in trainings.items():
+        sizes = dict(zip(SIZES, sizes, strict=True))
+        job = {"work": "train", "config": config(**sizes), "batch_size": batch_size, "n": n}
+        for prefix, dtype in {"train": "float32", "bfloat16": "bfloat16"}.items():
+            for suffix, rate in {"dropout": 0.2, "no-dropout": 0.0}.items():
+                mine = job | {"config": config(**sizes, dropout=rate), "dtype": dtype}
                 contestants = {
-                    f"gpt-tiny, {workers} workers": ("ours.py", job | {"workers": workers}, {}),
-                    "gpt-tiny": ("ours.py", job, {}),
-                    "PyTorch eager": ("peers.py", job, {}),
+                    "gpt-tiny": ("ours.py", mine, {}),
+                    "PyTorch eager": ("peers.py", mine, {}),
+                    "torch.compile": ("peers.py", mine | {"compile": True}, {}),
                 }
-                title = f"training with {workers} workers, {name}, batches/s"
-                yield Row(f"workers-{workers}-{name}", title, contestants, n)
-        yield from start_rows(name, job, peer_python)
+                title = f"training, {name}, {dtype}, {suffix.replace('-', ' ')}, batches/s"
+                yield Row(f"{prefix}-{name}-{suffix}", title, contestants, n)
+        if name in ("default", "83m", "small"):
+            yield from further_training_rows(name, job, peer_python)
 
 
-def optional_rows(name: str, job: dict, n: int) -> Iterator[Row]:
-    """What train.py does when it is asked to: products of bfloat16, and Muon."""
-    low = job | {"dtype": "bfloat16"}
-    contestants = {
-        "gpt-tiny": ("ours.py", low, {}),
-        "PyTorch eager, autocast": ("peers.py", low, {}),
-    }
-    yield Row(f"bfloat16-{name}", f"training, {name}, bfloat16, batches/s", contestants, n)
+def further_training_rows(name: str, job: dict, peer_python: str) -> Iterator[Row]:
+    """Training on busy cores, with Muon, with workers, and its start."""
+    n, ours = job["n"], {"gpt-tiny": ("ours.py", job, {})}
+    pair = ours | {"PyTorch eager": ("peers.py", job, {})}
+    for loops in (1, 2):
+        beside = f"training, {name}, beside {loops} busy loop{'s' * (loops > 1)}, batches/s"
+        yield Row(f"busy-{loops}-{name}", beside, pair, n, loops)
     contestants = {
         "gpt-tiny, Muon": ("ours.py", job | {"algorithm": "muon"}, {}),
         "gpt-tiny, AdamW": ("ours.py", job, {}),
     }
     yield Row(f"muon-{name}", f"training with Muon, {name}, batches/s", contestants, n)
+    for workers in (2, 4, 8, 16):
+        if workers <= max(2, os.cpu_count() or 1):
+            several = {f"gpt-tiny, {workers} workers": ("ours.py", job | {"workers": workers}, {})}
+            title = f"training with {workers} workers, {name}, batches/s"
+            yield Row(f"workers-{workers}-{name}", title, several | pair, n)
+    yield from start_rows(name, job, peer_python)
 
 
 def start_rows(name: str, job: dict, peer_python: str) -> Iterator[Row]:
@@ -341,9 +338,9 @@ def exported_rows(large: dict, n: int) -> Iterator[Row]:
         yield Row(f"page-{name}", title, contestants, job["n"])
 
 
-def config(**sizes: int) -> dict:
-    """All that both GPTs ask for."""
-    return {**sizes, "vocab_size": 104, "d_hidden": 4 * sizes["d_model"], "dropout": 0.2}
+def config(**settings: float) -> dict:
+    """All that both GPTs ask for, by default with gpt-burn's characters and dropout."""
+    return {"vocab_size": 104, "d_hidden": 4 * settings["d_model"], "dropout": 0.2, **settings}
 
 
 def launched(command: list[str], until: str = "", caches: str = "warm") -> tuple[str, dict, dict]:

@@ -38,7 +38,8 @@ def test_the_small_bench_measures_every_row(tmp_path):
     results = [json.loads(process.communicate()[0]) for process in processes]
     lines = [line for result in results for line in result["lines"]]
     assert {line["row"] for line in lines} == {
-        "train-small",
+        "train-small-dropout",
+        "train-small-no-dropout",
         "busy-1-small",
         "muon-small",
         "float32-plain",
