@@ -73,11 +73,15 @@ class Text:
         return content_of(Path(self.name)).suffix.lower() == ".jsonl"
 
     @functools.cached_property
+    def beginning(self) -> bytes:
+        """Its first bytes, by which its kind is known."""
+        with uncompressed(self) as (file, _):
+            return file.read(512)
+
+    @property
     def mark(self) -> bytes:
         """The byte order mark that it begins with, if any."""
-        with uncompressed(self) as (file, _):
-            first = file.read(4)
-        return next(filter(first.startswith, BYTE_ORDER_MARKS), b"")
+        return next(filter(self.beginning.startswith, BYTE_ORDER_MARKS), b"")
 
     def facts(self) -> list:
         """Name, size, time and a checksum of parts, which tell a text from another unread; and what
@@ -94,13 +98,11 @@ class Text:
 
     def check(self) -> None:
         """UserError for a file of another kind, also a compressed one."""
-        with uncompressed(self) as (file, _):
-            first = file.read(512)
         for pattern, kind in OTHER_KINDS.items():
-            if re.match(pattern, first, re.DOTALL):
+            if re.match(pattern, self.beginning, re.DOTALL):
                 raise UserError(f"{self.name} is {kind}: {WHAT_IS_A_TEXT}")
         for pattern, encoding in WITHOUT_MARK.items():
-            if re.match(pattern, first, re.DOTALL):
+            if re.match(pattern, self.beginning, re.DOTALL):
                 convert = self.conversion(encoding)
                 raise UserError(f"{self.name} is {encoding} without a byte order mark; {convert}")
 
