@@ -70,6 +70,11 @@ class Tokenizer:
         raise NotImplementedError
 
     @classmethod
+    def key_of_learned(cls, vocab_size: int | None) -> list[object]:
+        """What tells it from tokenizers that learn other tokens from the same text."""
+        return [vocab_size, cls.name]
+
+    @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
         """The tokenizer of a model's folder; UserError for files that are missing or damaged."""
         return cls.read(folder / "tokenizer.json")
@@ -380,6 +385,10 @@ class SimpleVowelTokenizer(Tokenizer):
             offsets = token_offsets(text, data)
             count_tokens(counts, data, offsets, np.arange(len(offsets) - 1))
         return cls(token.decode() for token in most_frequent(counts, vocab_size - 1))
+
+    @classmethod
+    def key_of_learned(cls, vocab_size: int | None) -> list[object]:
+        return [vocab_size]  # as earlier versions have it, whose ids are kept
 
     def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
         data = text.encode("utf-8", "surrogatepass")

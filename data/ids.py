@@ -125,10 +125,10 @@ class Encoder:
 
     def corpus(self, keep: bool) -> Corpus:
         """The ids that an earlier training has kept, or else new ones."""
-        name, is_given = self.tokenizer.name, isinstance(self.tokenizer, Tokenizer)
+        is_given = isinstance(self.tokenizer, Tokenizer)
         if is_given:
             self.prepare(self.tokenizer)
-        learned = self.folder([self.vocab_size] if name == "vowel" else [self.vocab_size, name])
+        learned = self.folder(self.tokenizer.key_of_learned(self.vocab_size))
         if corpus := self.kept(learned):
             return corpus
         if not is_given:

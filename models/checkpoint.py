@@ -23,7 +23,7 @@ from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt2, gpt_burn, hub, safetensors
 from models.folders import INDEX, MODEL_FILES, WEIGHT_FILES, replacing
 from models.safetensors import LazyArrays
-from tokenizers import TOKENIZERS, BytePairTokenizer, CharTokenizer, Tokenizer
+from tokenizers import OF_FOLDERS, TOKENIZERS, Tokenizer
 
 
 def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
@@ -52,9 +52,9 @@ def find(folder: Path) -> Path:
         return folder
     repository = hub.Repository(folder.as_posix())
     config = parse_config(repository.fetch("config.json"))  # before the weights of what is no GPT-2
-    kind = TOKENIZERS.get(config.get("tokenizer"), CharTokenizer)
+    kind = TOKENIZERS.get(config.get("tokenizer"), TOKENIZERS[tokenizers.DEFAULT])
     optional = ["generation_config.json"]
-    if kind is BytePairTokenizer:
+    if kind is OF_FOLDERS:
         fetch_byte_pairs(repository)
     else:  # gpt-burn's characters are in no file
         optional += kind.files
@@ -73,7 +73,7 @@ def fetch_byte_pairs(repository: hub.Repository) -> Path:
     """Fetches the files of a tokenizer of byte pairs; their folder."""
     lists, whole = "vocab.json", "tokenizer.json"
     if not any(map(repository.cached, (lists, whole))):  # else all is there, and no one is asked
-        for file in ("added_tokens.json", *BytePairTokenizer.role_files):
+        for file in ("added_tokens.json", *OF_FOLDERS.role_files):
             repository.download(file)
     path = repository.fetch(lists, whole)
     if path.name == lists:
@@ -98,7 +98,7 @@ def find_tokenizer(name: str) -> Tokenizer | None:
             "model of the Hugging Face Hub with vocab.json and merges.txt, or tokenizer.json "
             f"({reason})"
         )
-    return tokenizers.OF_FOLDERS.load(folder)
+    return OF_FOLDERS.load(folder)
 
 
 def read_config(folder: Path) -> dict:
@@ -148,7 +148,7 @@ def read_tokenizer(folder: Path, config: dict) -> Tokenizer:
     for which it has no token."""
     vocab_size = config["model"]["vocab_size"]
     tokenizer = tokenizers.load(config.get("tokenizer", tokenizers.DEFAULT), folder)
-    if isinstance(tokenizer, BytePairTokenizer):
+    if isinstance(tokenizer, OF_FOLDERS):
         tokenizer.n_surplus = max(0, vocab_size - tokenizer.vocab_size)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
