@@ -11,7 +11,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from backend import attention, einsum, from_numpy, look_up, positions, zeros
+from backend import attention, einsum, erf, from_numpy, look_up, positions, zeros
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def softmax(x: Tensor) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     """The exact GELU (Hendrycks and Gimpel, 2016)."""
-    return 0.5 * x * (1 + (x / math.sqrt(2)).erf())
+    return 0.5 * x * (1 + erf(x / math.sqrt(2)))
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
