@@ -191,20 +191,13 @@ class Linear:
 
 
 class Embedding:
-    """ids (batch, time) -> their rows of the table (batch, time, d_model).
-
-    A small table is multiplied by one-hot rows: this product and its gradient are faster than a
-    lookup and its gradient.
-    """
+    """ids (batch, time) -> their rows of the table (batch, time, d_model)."""
 
     def __init__(self, n_rows: int, d_model: int):
         self.weight = Tensor.empty(n_rows, d_model)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        if self.weight.shape[0] > 1024:
-            return look_up(self.weight, ids.flatten()).reshape(*ids.shape, -1)
-        one_hot = (ids.unsqueeze(-1) == Tensor.arange(self.weight.shape[0])).cast(dtypes.float32)
-        return einsum("btv,vd->btd", one_hot, self.weight)
+        return look_up(self.weight, ids)
 
 
 def softmax(x: Tensor) -> Tensor:

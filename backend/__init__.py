@@ -1,9 +1,9 @@
 """What tinygrad lacks, for any program: importing this package is enough to have it.
 
 Read `errors`, `machine` (what differs from one to another), `arrays` (memory), `matmul` (einsum),
-`attention`, `erf`, `lookup`, `quantized` (matrices in 8 or 16 bits), `devices` (which backend), `files`
-(written whole or not at all), `jit_cache` (what is kept for the next start), `rendered` (kernels as
-C), and `cpu`, the CPU as a device. Nothing here knows of a GPT.
+`attention`, `erf`, `lookup`, `quantized` (matrices in 8 or 16 bits), `devices` (which backend),
+`files` (written whole or not at all), `jit_cache` (what is kept for the next start), `rendered`
+(kernels as C), and `cpu`, the CPU as a device. Nothing here knows of a GPT.
 """
 
 import backend.machine  # noqa: F401 - before tinygrad

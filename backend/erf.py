@@ -21,4 +21,3 @@ def erf(x: Tensor) -> Tensor:
     derivative = (-x.square()).exp() * (2 / math.sqrt(math.pi))
     # the last term is 0, and is dropped before it is computed; its gradient is the derivative
     return y.detach() + (x - x.detach()) * derivative.detach()
-
