@@ -177,7 +177,7 @@ class LayerNorm:
         centred = x - x.mean(-1, keepdim=True)
         variance = centred.square().mean(-1, keepdim=True)
         deviation = (variance + self.epsilons[0]).sqrt() + self.epsilons[1]
-        return centred / deviation * self.gamma + self.beta
+        return (centred / deviation * self.gamma + self.beta).contiguous_backward()
 
 
 class Linear:
