@@ -11,7 +11,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from backend import attention, einsum, erf, from_numpy, look_up, positions, zeros
+from backend import attention, einsum, erf, from_numpy, layer_norm, look_up, positions, zeros
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,12 @@ class LayerNorm:
         self.beta = Tensor.empty(config.d_model)
 
     def __call__(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        variance = centred.square().mean(-1, keepdim=True)
-        deviation = (variance + self.epsilons[0]).sqrt() + self.epsilons[1]
-        return (centred / deviation * self.gamma + self.beta).contiguous_backward()
+        if (y := layer_norm(x, self.gamma, self.beta, self.epsilons)) is None:  # no faster way here
+            centred = x - x.mean(-1, keepdim=True)
+            variance = centred.square().mean(-1, keepdim=True)
+            deviation = (variance + self.epsilons[0]).sqrt() + self.epsilons[1]
+            y = centred / deviation * self.gamma + self.beta
+        return y
 
 
 class Linear:

@@ -5,10 +5,8 @@ from collections.abc import Callable
 
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.helpers import ContextVar
-from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import KernelInfo
 
-from backend.cpu.native import address_of, blas
+from backend.cpu.native import address_of, blas, calling
 from backend.cpu.threads import CHUNKS_PER_CORE, chunk_of
 from backend.matmul import stored
 
@@ -62,7 +60,5 @@ def attention_kernel(*tensors: UOp, rate: float) -> UOp:
     integers = (integer.cast(dtypes.int32) for integer in integers)
     pointers = (tensor.flatten()[0] for tensor in tensors)
     arguments = *pointers, *integers, UOp.const(int(rate * 2**32), dtypes.uint32)
-    call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
     name = "attention" if len(tensors) == 6 else "attention_gradients"
-    info = KernelInfo(name=name, opts_to_apply=(), estimates=Estimates())
-    return call.end(chunk).sink(arg=info)
+    return calling(name, address, arguments, chunk)
