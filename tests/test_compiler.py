@@ -145,6 +145,32 @@ def test_functions_compiled_together_do_what_each_says(compiler):
         assert x[0] == expected
 
 
+KILLED = """
+import os, sys
+import backend, numpy as np
+from tinygrad import Tensor
+from backend.cpu import processes
+if sys.argv[1] == "forks":
+    processes.begin_fork = os.abort
+else:
+    processes.can_fork = lambda: False
+    processes.worker._init_worker = os.abort
+x = Tensor(np.ones(7, np.float32)).realize()
+y, z = x.sum(), (x * 2).contiguous()
+Tensor.realize(y, z)
+print(y.item(), z.tolist()[0])
+"""
+
+
+@pytest.mark.parametrize("kind", ["forks", "starts"])
+def test_the_work_of_a_compiling_process_that_is_killed_is_done_here(kind, tmp_path):
+    environment = os.environ | {"PARALLEL": "2", "CACHEDB": str(tmp_path / "cache.db")}
+    command = [sys.executable, "-c", KILLED, kind]
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 60}
+    process = subprocess.run(command, cwd=ROOT, **options)
+    assert (process.stdout, process.stderr, process.returncode) == ("7.0 2.0\n", "", 0)
+
+
 def test_a_kept_object_that_is_damaged_or_foreign_is_compiled_anew(compiler):
     source = "ABI void f(float *x) { x[0] *= 7; }"
     good = compiler.compile_cached(source)

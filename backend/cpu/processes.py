@@ -1,6 +1,5 @@
 """Processes beside this one that compile kernels."""
 
-import atexit
 import ctypes
 import functools
 import multiprocessing
@@ -8,6 +7,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 
 import tinygrad.engine.worker as worker
 from tinygrad import Device, UOp, helpers
@@ -41,25 +42,39 @@ def begin_fork() -> None:
     begin_fork.connection, helpers._db_connection = helpers._db_connection, None
 
 
-class ForkedPool:
-    """What tinygrad asks of its pool; here a process takes some kernels at once."""
+class CompilingPool:
+    """What tinygrad asks of its pool. Its own would wait for ever for a process that is killed, and
+    starts processes anew, which import all that this one has imported; forks have it."""
 
     def __init__(self):
-        self.pool = multiprocessing.get_context("fork").Pool(PARALLEL.value, start_worker)
-        atexit.register(self.pool.terminate)
+        self.forks = can_fork()
+        context = multiprocessing.get_context("fork") if self.forks else worker._WorkerContext()
+        start = start_fork if self.forks else worker._init_worker
+        self.executor = ProcessPoolExecutor(PARALLEL.value, context, start)
 
     def imap_unordered(self, compile_one: Callable, tasks: Iterable[tuple]) -> Iterator[tuple]:
         tasks = list(tasks)
         n = max(1, min(N_TOGETHER, len(tasks) // (2 * PARALLEL.value)))
-        some = [(compile_one, tasks[i : i + n]) for i in range(0, len(tasks), n)]
-        for results in self.pool.imap_unordered(compile_some, some):
-            yield from results
+        parts = [tasks[i : i + n] for i in range(0, len(tasks), n)]
+        compile_part = compile_together if self.forks else compile_each
+        left = {self.executor.submit(compile_part, compile_one, part): part for part in parts}
+        try:
+            for future in as_completed(list(left)):
+                yield from future.result()
+                del left[future]
+        except BrokenProcessPool:  # the system has killed one: this process does what is left
+            pool.cache_clear()
+            for part in left.values():
+                yield from compile_each(compile_one, part)
 
 
-def compile_some(work: tuple[Callable, list[tuple]]) -> list[tuple[int, UOp]]:
+def compile_each(compile_one: Callable, tasks: list[tuple]) -> list[tuple[int, UOp]]:
+    return [compile_one(task) for task in tasks]
+
+
+def compile_together(compile_one: Callable, tasks: list[tuple]) -> list[tuple[int, UOp]]:
     """Kernels by tinygrad's function for one, but for clang, which compiles them together."""
-    compile_one, tasks = work
-    results = [compile_one(task) for task in tasks]
+    results = compile_each(compile_one, tasks)
     sources = [program.src[-1].arg for _, program in results]
     sources = {lib.decode() for lib in sources if not lib.startswith(ELF)}
     if not sources:
@@ -73,24 +88,18 @@ def compile_some(work: tuple[Callable, list[tuple]]) -> list[tuple[int, UOp]]:
     return [(number, finished(program)) for number, program in results]
 
 
-forked_pool = functools.cache(ForkedPool)
-
-
-def start_worker() -> None:
+def start_fork() -> None:
     begin_fork()
     worker._init_worker()
-    CPUCompiler.compile_cached = CPUCompiler.cached_or_source  # for `compile_some`
+    CPUCompiler.compile_cached = CPUCompiler.cached_or_source  # for `compile_together`
 
 
-tinygrads_pool = worker.get_worker_pool
+pool = functools.cache(CompilingPool)
 
 
-def compiling_processes():
-    """The pool that compiles kernels, or None. tinygrad starts processes anew, which import all
-    that this one has imported; forks have it."""
-    if can_fork():
-        return forked_pool()
-    return tinygrads_pool() if may_start() else None
+def compiling_processes() -> CompilingPool | None:
+    """The pool that compiles kernels, or None."""
+    return pool() if may_start() else None
 
 
 class Progress:
