@@ -20,6 +20,7 @@ from backend.cpu.compiler import RENDER_ONLY, CPUProgram, load_c
 
 FILES = {"gemv": "gemv.c", "sbgemm": "gemm.c"}  # by function
 FILES |= {"attention": "attention.c", "attention_gradients": "attention.c"}
+MACROS = {"sbgemm": {"BFLOAT16": 1}}
 names: dict[UOp, str] = {}  # of functions, by the buffer with the address
 
 
@@ -49,7 +50,7 @@ def address(name: str) -> int | None:
 @functools.cache
 def load(name: str) -> CPUProgram | None:
     try:
-        return load_c(FILES[name], name)
+        return load_c(FILES[name], name, **MACROS.get(name, {}))
     except ValueError as error:
         if "no fast products of bfloat16" not in str(error):  # as gemm.c says
             raise
