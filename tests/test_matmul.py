@@ -4,6 +4,7 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ static int is_wrong(long m, long n, long k, int t_a, int t_b, long more) {
 }
 int count_wrong(void) {
   long sizes[][3] = {{1, 1, 1}, {1, 5, 3}, {12, 32, 8}, {25, 65, 9}, {8, 12, 4}, {7, 11, 19},
-                     {101, 40, 300}, {5, 400, 20}, {3, 9, 515}};
+                     {161, 40, 160}, {5, 800, 20}, {3, 9, 515}};
   int n_wrong = 0;
   for (int i = 0; i < 9; i++)
     for (int flags = 0; flags < 8; flags++)
@@ -152,8 +153,11 @@ def made(path: Path, *flags: str) -> Path:
     return path
 
 
+EMULATED = ["-DBFLOAT16", "-DEMULATED=1"]
+
+
 @not_on_windows("links a library as Linux has them")
-@pytest.mark.parametrize("flags", [["-DBFLOAT16", "-DEMULATED=1"], ["-march=native"], []])
+@pytest.mark.parametrize("flags", [[*EMULATED, "-DTILES=1"], EMULATED, ["-march=native"], []])
 def test_products_of_all_forms_and_sizes(tmp_path, flags):
     library = made(tmp_path / "products.so", *flags, "-shared", "-fPIC")
     assert ctypes.CDLL(library).count_wrong() == 0
@@ -164,6 +168,14 @@ def test_products_of_all_forms_and_sizes(tmp_path, flags):
 def test_products_of_all_forms_and_sizes_on_arm(tmp_path, flags):
     program = made(tmp_path / "products", "-target", "aarch64-freestanding", *flags, "-static")
     assert subprocess.run([QEMU, "-cpu", "max", program]).returncode == 0
+
+
+@pytest.mark.parametrize("answer", [0, -1])
+def test_tiles_are_used_where_the_system_gives_leave(monkeypatch, answer):
+    monkeypatch.setattr(native, "processor", lambda: "avx512_bf16 amx_bf16 amx_tile")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(syscall=lambda *_: answer))
+    monkeypatch.setattr(native, "load_c", lambda *_, **macros: macros)
+    assert ("TILES" in native.load.__wrapped__("sbgemm")) == (answer == 0)
 
 
 def test_blas_0_turns_it_off(monkeypatch):

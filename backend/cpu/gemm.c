@@ -41,14 +41,17 @@ static void plain(ARGUMENTS) {
 #endif
 
 #define VECTOR(type, n) __attribute__((ext_vector_type(n), aligned(2), may_alias)) type
-#define INLINE static inline __attribute__((always_inline))
+// A vector is not to be halved, as clang does of its own accord for some processors.
+#define INLINE static inline __attribute__((always_inline, min_vector_width(512)))
 
 // An instruction adds to a vector of sums, of ROWS rows of a by COLUMNS columns of b, the products
 // of a GROUP of numbers of each. A tile, HEIGHT by WIDTH, has as many sums as there are registers.
-#if BFLOAT16 && __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#if TILES && (__AMX_BF16__ || EMULATED)  // AMX's registers, where the system lets us use them
+enum { GROUP = 2, ROWS = 1, COLUMNS = 16, HEIGHT = 32, WIDTH = 32 };
+#elif BFLOAT16 && __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 enum { GROUP = 4, ROWS = 2, COLUMNS = 2, HEIGHT = 8, WIDTH = 12 };
 // With AMX go vectors that are slower than for float32: a Sapphire Rapids takes twice as long.
-#elif BFLOAT16 && (__AVX512BF16__ && !__AMX_BF16__ || EMULATED)  // for tests on other processors
+#elif BFLOAT16 && !TILES && (__AVX512BF16__ && !__AMX_BF16__ || EMULATED)  // for tests
 enum { GROUP = 2, ROWS = 1, COLUMNS = 16, HEIGHT = 12, WIDTH = 32 };
 #elif BFLOAT16
 #error no fast products of bfloat16
@@ -62,8 +65,13 @@ enum { GROUP = 1, ROWS = 1, COLUMNS = 4, HEIGHT = 6, WIDTH = 16 };
 enum { GROUP = 1, ROWS = 1, COLUMNS = 4, HEIGHT = 6, WIDTH = 8 };
 #endif
 // What is packed at once, on the stack: as a core's second cache holds it, and its first a panel.
-enum { DEPTH = 384, MOST_ROWS = 96, MOST_COLUMNS = 384 / WIDTH * WIDTH };
-enum { ALONG = 8 * GROUP, LINE = 64 / sizeof(number) };  // numbers that vectors pack; of a cache line
+// How many numbers along k an instruction takes, and how many vectors pack.
+#if TILES
+enum { DEPTH = 512, MOST_ROWS = 128, MOST_COLUMNS = 768, UNIT = 32, ALONG = 32, IS_TILED = 1 };
+#else
+enum { DEPTH = 384, MOST_ROWS = 96, MOST_COLUMNS = 384 / WIDTH * WIDTH, IS_TILED = 0 };
+enum { UNIT = GROUP, ALONG = 8 * GROUP };
+#endif
 
 #if BFLOAT16 && __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 typedef unsigned long group;
@@ -101,6 +109,66 @@ INLINE floats add_products(floats sums, words a, words b) {
   return sums;
 }
 
+#if TILES
+// A register has 16 rows of 64 bytes: 16 sums of c, 32 numbers of a, pairs of 16 columns of b.
+#if EMULATED
+#define REGISTERS words registers[8][16];
+#define ZERO(to) load(registers[to], (char[64]){}, 0)
+#define LOAD(to, x, step) load(registers[to], (char *)(x), (step) * sizeof *(x))
+#define LOAD_ONCE LOAD
+#define STORE(from, x, step) store(registers[from], (char *)(x), (step) * sizeof *(x))
+#define MULTIPLY(c, a, b) multiply(registers[c], registers[a], registers[b])
+INLINE void load(words *to, char *x, long step) {
+  for (int i = 0; i < 16; i++) to[i] = *(words *)(x + i * step);
+}
+INLINE void store(words *from, char *x, long step) {
+  for (int i = 0; i < 16; i++) *(words *)(x + i * step) = from[i];
+}
+INLINE void multiply(words *c, words *a, words *b) {
+  for (int i = 0; i < 16; i++)
+    for (int k = 0; k < 16; k++) c[i] = (words)add_products((floats)c[i], (words)a[i][k], b[k]);
+}
+INLINE void configure(void) {}
+INLINE void release(void) {}
+#else
+#define REGISTERS
+#define ZERO __builtin_ia32_tilezero
+#define LOAD(to, x, step) __builtin_ia32_tileloadd64(to, x, (step) * sizeof *(x))
+#define LOAD_ONCE(to, x, step) __builtin_ia32_tileloaddt164(to, x, (step) * sizeof *(x))
+#define STORE(from, x, step) __builtin_ia32_tilestored64(from, x, (step) * sizeof *(x))
+#define MULTIPLY __builtin_ia32_tdpbf16ps
+INLINE void configure(void) {
+  struct {
+    unsigned char palette, zeros[15];
+    unsigned short row_bytes[16];
+    unsigned char rows[16];
+  } registers = {1};
+  for (int i = 0; i < 8; i++) registers.row_bytes[i] = 64, registers.rows[i] = 16;
+  __builtin_ia32_tile_loadconfig(&registers);
+}
+// While registers are in use the system keeps them whenever it switches threads.
+INLINE void release(void) { __builtin_ia32_tilerelease(); }
+#endif
+
+// A tile of c, as a whole, from rows of a in place or packed, and packed columns of b.
+INLINE void whole_tile(float *c, long ldc, Rows a, number *b, long depth, int is_first) {
+  REGISTERS
+  float *below = c + 16 * ldc;
+  if (is_first)
+    ZERO(0), ZERO(1), ZERO(2), ZERO(3);
+  else
+    LOAD(0, c, ldc), LOAD(1, c + 16, ldc), LOAD(2, below, ldc), LOAD(3, below + 16, ldc);
+  for (long k = 0; k < depth; k += UNIT, b += UNIT * WIDTH) {
+    LOAD_ONCE(4, at(a, 0, k), a.row), LOAD_ONCE(5, at(a, 16, k), a.row);  // the cache keeps b
+    LOAD(6, b, GROUP * WIDTH), LOAD(7, b + GROUP * 16, GROUP * WIDTH);
+    MULTIPLY(0, 4, 6), MULTIPLY(1, 4, 7), MULTIPLY(2, 5, 6), MULTIPLY(3, 5, 7);
+  }
+  STORE(0, c, ldc), STORE(1, c + 16, ldc), STORE(2, below, ldc), STORE(3, below + 16, ldc);
+}
+#else
+INLINE void configure(void) {}
+INLINE void release(void) {}
+
 // A tile of c, as a whole, from rows of a in place or packed, and packed columns of b.
 INLINE void whole_tile(float *c, long ldc, Rows a, number *b, long depth, int is_first) {
   floats sums[HEIGHT / ROWS][WIDTH / COLUMNS] = {};
@@ -134,6 +202,7 @@ INLINE void whole_tile(float *c, long ldc, Rows a, number *b, long depth, int is
       *place = is_first ? sum : *place + sum;
     }
 }
+#endif
 
 // A tile of c, of which there may be fewer rows or columns.
 INLINE void tile(float *c, long ldc, Rows a, number *b, long depth, int is_first,
@@ -143,7 +212,7 @@ INLINE void tile(float *c, long ldc, Rows a, number *b, long depth, int is_first
   float *to = is_whole ? c : sums;
   long step = is_whole ? ldc : WIDTH;
   int is_set = is_first || !is_whole;
-  if (a.k == 1)
+  if (IS_TILED || a.k == 1)
     whole_tile(to, step, (Rows){a.start, a.row, 1}, b, depth, is_set);
   else
     whole_tile(to, step, (Rows){a.start, GROUP, HEIGHT}, b, depth, is_set);
@@ -155,9 +224,62 @@ INLINE void tile(float *c, long ldc, Rows a, number *b, long depth, int is_first
     }
 }
 
+#if TILES
+#define FOUR(f, i, n) f(i, n), f(i + 1, n), f(i + 2, n), f(i + 3, n)
+#define SIXTEEN(f, n) FOUR(f, 0, n), FOUR(f, 4, n), FOUR(f, 8, n), FOUR(f, 12, n)
+#define IN_TURN(i, n) i, n + i
+
+// Swaps, of each square of 2 n by 2 n words, the quarters beside the diagonal.
+#define UPPER(i, n) ((i) & n ? 16 + (i) - n : (i))
+#define LOWER(i, n) ((i) & n ? 16 + (i) : (i) + n)
+#define SWAP_QUARTERS(x, n)                                                        \
+  _Pragma("unroll") for (int i = 0; i < 16; i++) if (!(i & n)) {                   \
+    words upper = __builtin_shufflevector(x[i], x[i + n], SIXTEEN(UPPER, n));      \
+    x[i + n] = __builtin_shufflevector(x[i], x[i + n], SIXTEEN(LOWER, n));         \
+    x[i] = upper;                                                                  \
+  }
+
+// Packs what a register takes of 16 rows: 32 numbers of each of a's rows; or a pair of each of b's
+// columns, which 15 pairs further along k follow. `step` is from one row of it to the next.
+INLINE void pack_register(number *out, long step, int is_a, Rows x, long n, long depth) {
+  number edge[16 * UNIT];
+  if (n < 16 || depth < UNIT) {
+    Rows whole = x.k == 1 ? (Rows){edge, UNIT, 1} : (Rows){edge, 1, 16};
+    for (int i = 0; i < 16; i++)
+      for (int k = 0; k < UNIT; k++)
+        *at(whole, i, k) = i < n && k < depth ? *at(x, i, k) : 0;
+    x = whole;
+  }
+  words rows[16];
+#pragma unroll
+  for (int i = 0; i < 16; i++)
+    if (x.k == 1)
+      rows[i] = *(words *)at(x, i, 0);
+    else {
+      typedef VECTOR(number, 16) numbers;
+      numbers *first = (numbers *)at(x, 0, 2 * i), *second = (numbers *)at(x, 0, 2 * i + 1);
+      rows[i] = (words)__builtin_shufflevector(*first, *second, SIXTEEN(IN_TURN, 16));
+    }
+  if (is_a != (x.k == 1)) {
+    SWAP_QUARTERS(rows, 8)
+    SWAP_QUARTERS(rows, 4)
+    SWAP_QUARTERS(rows, 2)
+    SWAP_QUARTERS(rows, 1)
+  }
+#pragma unroll
+  for (int i = 0; i < 16; i++) *(words *)(out + i * step) = rows[i];
+}
+
+INLINE void pack_block(number *out, int width, int is_a, long padded, Rows x, long n, long depth) {
+  for (long i = 0; i < width; i += 16)
+    pack_register(out + i * (is_a ? padded : GROUP), is_a ? padded : GROUP * width, is_a,
+                  rows_from(x, i, 0), n - i, depth);
+}
+#else
 // Packs ALONG numbers of `width` rows, of which x has n, and `depth` numbers of each, to a panel: for
 // each group along k, the group of one row after that of another. Zeros fill the rest.
-INLINE void pack_block(number *restrict out, int width, Rows x, long n, long depth) {
+INLINE void pack_block(number *restrict out, int width, int is_a, long padded, Rows x, long n,
+                       long depth) {
 #define PLACE(row, k) (out + (k) / GROUP * GROUP * width + (row) * GROUP + (k) % GROUP)
   if (n < width || depth < ALONG) {
     for (int k = 0; k < least(round_up(depth, GROUP), ALONG); k++)
@@ -178,12 +300,14 @@ INLINE void pack_block(number *restrict out, int width, Rows x, long n, long dep
 #pragma unroll
       for (int i = 0; i < width; i++) *PLACE(i, k) = x.start[i + k * x.k];
 }
+#endif
 
-// Packs n rows in panels of `width`, in the order of memory.
-INLINE void pack(number *out, int width, Rows x, long n, long depth) {
-  long padded = round_up(depth, GROUP);
-#define BLOCK(i, k) \
-  pack_block(out + i * padded + k * width, width, rows_from(x, i, k), n - i, depth - k)
+// Packs n rows in panels of `width`, in the order of memory. Of a, AMX takes them row after row.
+INLINE void pack(number *out, int width, int is_a, Rows x, long n, long depth) {
+  long padded = round_up(depth, UNIT);
+#define BLOCK(i, k)                                                                        \
+  pack_block(out + i * padded + (IS_TILED && is_a ? k : k * width), width, is_a, padded,   \
+             rows_from(x, i, k), n - i, depth - k)
   if (x.k == 1)
     for (long i = 0; i < n; i += width)
       for (long k = 0; k < depth; k += ALONG) BLOCK(i, k);
@@ -198,23 +322,26 @@ ABI void GEMM(ARGUMENTS) {
   __attribute__((aligned(64))) number of_a[MOST_ROWS * DEPTH], of_b[MOST_COLUMNS * DEPTH];
   Rows all_a = flag_a == 112 ? (Rows){a, 1, lda} : (Rows){a, lda, 1};
   Rows all_b = flag_b == 112 ? (Rows){b, ldb, 1} : (Rows){b, 1, ldb};
+  configure();
   long n_parts = (k + DEPTH - 1) / DEPTH, part = round_up((k + n_parts - 1) / n_parts, ALONG);
   for (long column = 0; column < n; column += MOST_COLUMNS)
     for (long start = 0; start < k; start += part) {
       long width = least(n - column, MOST_COLUMNS), depth = least(k - start, part);
-      long padded = round_up(depth, GROUP);
-      pack(of_b, WIDTH, rows_from(all_b, column, start), width, depth);
+      long padded = round_up(depth, UNIT);
+      pack(of_b, WIDTH, 0, rows_from(all_b, column, start), width, depth);
       for (long row = 0; row < m; row += MOST_ROWS) {
         Rows x = rows_from(all_a, row, start);
         long height = least(m - row, MOST_ROWS), n_in_place = 0;
         if (x.k == 1 && ROWS == 1 && depth == padded) n_in_place = height / HEIGHT * HEIGHT;
-        pack(of_a, HEIGHT, rows_from(x, n_in_place, 0), height - n_in_place, depth);
+        pack(of_a, HEIGHT, 1, rows_from(x, n_in_place, 0), height - n_in_place, depth);
         for (long j = 0; j < width; j += WIDTH)
           for (long i = 0; i < height; i += HEIGHT) {
-            Rows packed = {of_a + (i - n_in_place) * padded, GROUP, HEIGHT};
+            number *x_packed = of_a + (i - n_in_place) * padded;
+            Rows packed = IS_TILED ? (Rows){x_packed, padded, 1} : (Rows){x_packed, GROUP, HEIGHT};
             tile(c + (row + i) * ldc + column + j, ldc, i < n_in_place ? rows_from(x, i, 0) : packed,
                  of_b + j * padded, padded, !start, height - i, width - j);
           }
       }
     }
+  release();
 }

@@ -16,11 +16,13 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 
 from backend.arrays import from_numpy
-from backend.cpu.compiler import RENDER_ONLY, CPUProgram, load_c
+from backend.cpu.compiler import RENDER_ONLY, CPUProgram, load_c, processor
 
 FILES = {"gemv": "gemv.c", "sbgemm": "gemm.c"}  # by function
 FILES |= {"attention": "attention.c", "attention_gradients": "attention.c"}
 MACROS = {"sbgemm": {"BFLOAT16": 1}}
+# Linux's system call on x86-64 for leave to use a processor's large registers, and AMX's among them
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
 names: dict[UOp, str] = {}  # of functions, by the buffer with the address
 
 
@@ -49,12 +51,22 @@ def address(name: str) -> int | None:
 
 @functools.cache
 def load(name: str) -> CPUProgram | None:
+    macros = dict(MACROS.get(name, {}))
+    if name == "sbgemm" and may_use_tiles():
+        macros["TILES"] = 1
     try:
-        return load_c(FILES[name], name, **MACROS.get(name, {}))
+        return load_c(FILES[name], name, **macros)
     except ValueError as error:
         if "no fast products of bfloat16" not in str(error):  # as gemm.c says
             raise
         return None
+
+
+def may_use_tiles() -> bool:
+    """AMX's registers: a process has to ask before it uses them, for all its threads and forks."""
+    if "amx_bf16" not in processor():
+        return False
+    return not ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA)
 
 
 @dataclass(frozen=True)
