@@ -41,7 +41,7 @@ static void plain(ARGUMENTS) {
 #endif
 
 #define VECTOR(type, n) __attribute__((ext_vector_type(n), aligned(2), may_alias)) type
-// A vector is not to be halved, as clang does of its own accord for some processors.
+// A vector is not to be halved, as clang does of its own accord for Intel's processors.
 #define INLINE static inline __attribute__((always_inline, min_vector_width(512)))
 
 // An instruction adds to a vector of sums, of ROWS rows of a by COLUMNS columns of b, the products
