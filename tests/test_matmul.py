@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, not_on_windows
-from tinygrad import Context, Device, Tensor
+from tinygrad import Context, Device, GlobalCounters, Tensor
 
 from backend import matmul
 from backend.cpu import native
@@ -96,6 +96,18 @@ def test_products_of_bfloat16_are_those_of_rounded_operands(sbgemm, spec, shape_
     assert_product(spec, shape_a, shape_b, "bfloat16")
 
 
+def test_a_weight_is_rounded_once_for_a_product_and_its_gradients(sbgemm):
+    spec, *shapes = SPECS[0]
+    x, weight = (Tensor(np.ones(shape, np.float32)).realize() for shape in shapes)
+    of_y = Tensor(np.ones((3, 5, 9), np.float32)).realize()
+    with Context(PRODUCT_DTYPE="bfloat16"):
+        y = einsum(spec, x, weight)
+        gradients = y.gradient(x, weight, gradient=of_y)
+    before = GlobalCounters.kernel_count
+    Tensor.realize(y, *gradients)
+    assert GlobalCounters.kernel_count - before == 6  # three operands are rounded, then multiplied
+
+
 @pytest.mark.parametrize(("spec", "shape_a", "shape_b"), [SPECS[0], ONE_TOKEN[0]])
 def test_where_none_are_multiplied_rounded_operands_are(monkeypatch, spec, shape_a, shape_b):
     monkeypatch.setattr(native, "load", lambda _: None)
@@ -175,6 +187,7 @@ def test_tiles_are_used_where_the_system_gives_leave(monkeypatch, answer):
     monkeypatch.setattr(native, "processor", lambda: "avx512_bf16 amx_bf16 amx_tile")
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(syscall=lambda *_: answer))
     monkeypatch.setattr(native, "load_c", lambda *_, **macros: macros)
+    monkeypatch.setattr(native, "may_use_tiles", native.may_use_tiles.__wrapped__)
     assert ("TILES" in native.load.__wrapped__("sbgemm")) == (answer == 0)
 
 

@@ -62,8 +62,9 @@ def load(name: str) -> CPUProgram | None:
         return None
 
 
+@functools.cache
 def may_use_tiles() -> bool:
-    """AMX's registers: a process has to ask before it uses them, for all its threads and forks."""
+    """AMX's registers: a process asks Linux before it uses them, for its threads and forks, too."""
     if "amx_bf16" not in processor():
         return False
     return not ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA)
