@@ -1,7 +1,7 @@
-// Products of matrices of float32, or with BFLOAT16 of bfloat16, with sums in float32. Instructions
-// take groups of numbers that follow each other along k, the axis that is summed. A part of a and of
-// b at a time is packed first, group beside group, unless it can be read in place. Read it from the
-// end.
+// Products of matrices of float32, or with BFLOAT16 of bfloat16, with sums in float32. An instruction
+// takes groups of numbers that follow each other along k, the axis that is summed; a group of float32
+// is one number. A part of a and of b at a time is packed first, group beside group, but for rows of
+// a that can be read in place. Read it from the end.
 
 #if BFLOAT16
 typedef unsigned short number;  // the upper half of a float32
@@ -61,9 +61,9 @@ enum { GROUP = 1, ROWS = 1, COLUMNS = 4, HEIGHT = 6, WIDTH = 16 };
 #else
 enum { GROUP = 1, ROWS = 1, COLUMNS = 4, HEIGHT = 6, WIDTH = 8 };
 #endif
-// What is packed at once, on the stack: as a core's second cache holds it, and its first a panel.
+// What is packed at once, on the stack: a core's first cache holds a panel of b, its second one a.
 enum { DEPTH = 384, MOST_ROWS = 96, MOST_COLUMNS = 384 / WIDTH * WIDTH };
-enum { ALONG = 8 * GROUP, LINE = 64 / sizeof(number) };  // numbers that vectors pack; of a cache line
+enum { ALONG = 8 * GROUP };  // so many numbers of a row are packed at once
 
 #if BFLOAT16 && __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 typedef unsigned long group;
@@ -155,8 +155,8 @@ INLINE void tile(float *c, long ldc, Rows a, number *b, long depth, int is_first
     }
 }
 
-// Packs ALONG numbers of `width` rows, of which x has n, and `depth` numbers of each, to a panel: for
-// each group along k, the group of one row after that of another. Zeros fill the rest.
+// Packs ALONG numbers of `width` rows to a panel: for each group along k, the group of one row after
+// that of another. x has n more rows, and `depth` more numbers of each; zeros fill the rest.
 INLINE void pack_block(number *restrict out, int width, Rows x, long n, long depth) {
 #define PLACE(row, k) (out + (k) / GROUP * GROUP * width + (row) * GROUP + (k) % GROUP)
   if (n < width || depth < ALONG) {
@@ -174,9 +174,11 @@ INLINE void pack_block(number *restrict out, int width, Rows x, long n, long dep
       for (int k = 0; k < 8; k++) *(two_groups *)PLACE(i, k * GROUP) = ((two_groups *)&both)[k];
     }
   } else
-    for (int k = 0; k < ALONG; k++)
-#pragma unroll
-      for (int i = 0; i < width; i++) *PLACE(i, k) = x.start[i + k * x.k];
+    for (int k = 0; k < ALONG; k += GROUP) {
+      for (int l = k; l < k + GROUP; l++) __builtin_prefetch(at(x, 0, l + ALONG));
+      for (int i = 0; i < width; i++)
+        for (int l = k; l < k + GROUP; l++) *PLACE(i, l) = x.start[i + l * x.k];
+    }
 }
 
 // Packs n rows in panels of `width`, in the order of memory.
@@ -206,14 +208,15 @@ ABI void GEMM(ARGUMENTS) {
       pack(of_b, WIDTH, rows_from(all_b, column, start), width, depth);
       for (long row = 0; row < m; row += MOST_ROWS) {
         Rows x = rows_from(all_a, row, start);
-        long height = least(m - row, MOST_ROWS), n_in_place = 0;
-        if (x.k == 1 && ROWS == 1 && depth == padded) n_in_place = height / HEIGHT * HEIGHT;
+        long height = least(m - row, MOST_ROWS);
+        long n_in_place = x.k == 1 && GROUP == 1 ? height / HEIGHT * HEIGHT : 0;
         pack(of_a, HEIGHT, rows_from(x, n_in_place, 0), height - n_in_place, depth);
         for (long j = 0; j < width; j += WIDTH)
           for (long i = 0; i < height; i += HEIGHT) {
             Rows packed = {of_a + (i - n_in_place) * padded, GROUP, HEIGHT};
-            tile(c + (row + i) * ldc + column + j, ldc, i < n_in_place ? rows_from(x, i, 0) : packed,
-                 of_b + j * padded, padded, !start, height - i, width - j);
+            Rows rows = i < n_in_place ? rows_from(x, i, 0) : packed;
+            tile(c + (row + i) * ldc + column + j, ldc, rows, of_b + j * padded, padded, !start,
+                 height - i, width - j);
           }
       }
     }
