@@ -1,4 +1,4 @@
-"""Matrix products: `einsum`, on every backend; on the CPU by BLAS, or with few vectors by gemv.c.
+"""Matrix products: `einsum`, on every backend; on the CPU by BLAS or gemm.c, or by gemv.c.
 
 A size may vary with a Variable of a jit, which tinygrad calls symbolic: `sint`.
 """
@@ -23,7 +23,7 @@ FEW_VECTORS = ContextVar("FEW_VECTORS", 0)  # up to which gemv.c multiplies them
 
 
 def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
-    """`Tensor.einsum` for two tensors, in float32; on the CPU by BLAS, unless BLAS=0.
+    """`Tensor.einsum` for two tensors, in float32; on the CPU by BLAS or gemm.c, unless BLAS=0.
 
     With PRODUCT_DTYPE "bfloat16" operands are rounded, in the gradients too, and sums stay in
     float32; on the CPU gemm.c multiplies them, if the processor has instructions for bfloat16.
@@ -125,8 +125,8 @@ def matrix_of(
 
 
 def gemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
-    """Calls BLAS once for each batch. The cores divide the batches or, of one batch, the rows or
-    the columns, whichever are more: BLAS repacks the other operand on each core."""
+    """Calls BLAS or gemm.c once for each batch. The cores divide the batches or, of one batch, the
+    rows or the columns, whichever are more: each core packs the other operand."""
     sizes = {letter: in_kernel(size) for letter, size in axes.sizes.items()}
     axes = Axes(axes.of_a, axes.of_b, axes.of_c, sizes)
     batches, rows, columns, summed = axes.groups()
@@ -196,7 +196,7 @@ def gemv_kernel(y: UOp, matrix: UOp, x: UOp, address: UOp) -> UOp:
 
 def few_vectors() -> Context:
     """A context for what needs no gradient, in which gemv multiplies as many vectors as it is
-    faster with than BLAS, which copies the matrix."""
+    faster with than BLAS or gemm.c, which copy the matrix."""
     n_vectors = 256 if "avx512bw" in processor() else 16
     return Context(FEW_VECTORS=FEW_VECTORS.value or n_vectors)
 

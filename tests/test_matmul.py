@@ -79,9 +79,19 @@ SHARED = [  # large enough for the cores to share the work
 ]
 
 
+@pytest.fixture(params=[True, False], ids=["gemm.c", "BLAS"])
+def is_ours(request, monkeypatch):
+    """Whether gemm.c multiplies float32, or numpy's BLAS, whatever is faster."""
+    kinds = {"any": (set(), "")} if request.param else {}
+    monkeypatch.setattr(native, "GEMM_IS_FASTER", kinds)
+    blas.cache_clear()
+    yield request.param
+    blas.cache_clear()
+
+
 @pytest.mark.parametrize(("spec", "shape_a", "shape_b"), [*SPECS, *ONE_TOKEN, *OF_SIZE_1, *SHARED])
-def test_blas_gives_the_product_and_its_gradients(spec, shape_a, shape_b):
-    assert blas() is not None
+def test_both_give_the_product_and_its_gradients(is_ours, spec, shape_a, shape_b):
+    assert blas() and (blas().sgemm == 0) == is_ours
     assert_product(spec, shape_a, shape_b)
 
 
@@ -110,7 +120,8 @@ def test_a_weight_is_rounded_once_for_a_product_and_its_gradients(sbgemm):
 
 @pytest.mark.parametrize(("spec", "shape_a", "shape_b"), [SPECS[0], ONE_TOKEN[0]])
 def test_where_none_are_multiplied_rounded_operands_are(monkeypatch, spec, shape_a, shape_b):
-    monkeypatch.setattr(native, "load", lambda _: None)
+    load = native.load
+    monkeypatch.setattr(native, "load", lambda name: None if name == "sbgemm" else load(name))
     assert_product(spec, shape_a, shape_b, "bfloat16", 2**-8)  # the gradients are rounded, too
 
 

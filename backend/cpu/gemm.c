@@ -1,7 +1,7 @@
-// Products of matrices of float32, or with BFLOAT16 of bfloat16, with sums in float32. Instructions
-// take groups of numbers that follow each other along k, the axis that is summed. A part of a and of
-// b at a time is packed first, group beside group, unless it can be read in place. Read it from the
-// end.
+// Products of matrices of float32, or with BFLOAT16 of bfloat16, with sums in float32. An instruction
+// takes groups of numbers that follow each other along k, the axis that is summed; a group of float32
+// is one number. A part of a and of b at a time is packed first, group beside group, but for rows of
+// a that can be read in place. Read it from the end.
 
 #if BFLOAT16
 typedef unsigned short number;  // the upper half of a float32
@@ -64,8 +64,8 @@ enum { GROUP = 1, ROWS = 1, COLUMNS = 4, HEIGHT = 6, WIDTH = 16 };
 #else
 enum { GROUP = 1, ROWS = 1, COLUMNS = 4, HEIGHT = 6, WIDTH = 8 };
 #endif
-// What is packed at once, on the stack: as a core's second cache holds it, and its first a panel.
-// How many numbers along k an instruction takes, and how many vectors pack.
+// What is packed at once, on the stack: a core's first cache holds a panel of b, its second one a.
+// An instruction takes a UNIT of numbers along k, and ALONG are packed at once.
 #if TILES
 enum { DEPTH = 512, MOST_ROWS = 128, MOST_COLUMNS = 768, UNIT = 32, ALONG = 32, IS_TILED = 1 };
 #else
@@ -276,8 +276,8 @@ INLINE void pack_block(number *out, int width, int is_a, long padded, Rows x, lo
                   rows_from(x, i, 0), n - i, depth);
 }
 #else
-// Packs ALONG numbers of `width` rows, of which x has n, and `depth` numbers of each, to a panel: for
-// each group along k, the group of one row after that of another. Zeros fill the rest.
+// Packs ALONG numbers of `width` rows to a panel: for each group along k, the group of one row after
+// that of another. x has n more rows, and `depth` more numbers of each; zeros fill the rest.
 INLINE void pack_block(number *restrict out, int width, int is_a, long padded, Rows x, long n,
                        long depth) {
 #define PLACE(row, k) (out + (k) / GROUP * GROUP * width + (row) * GROUP + (k) % GROUP)
@@ -296,9 +296,11 @@ INLINE void pack_block(number *restrict out, int width, int is_a, long padded, R
       for (int k = 0; k < 8; k++) *(two_groups *)PLACE(i, k * GROUP) = ((two_groups *)&both)[k];
     }
   } else
-    for (int k = 0; k < ALONG; k++)
-#pragma unroll
-      for (int i = 0; i < width; i++) *PLACE(i, k) = x.start[i + k * x.k];
+    for (int k = 0; k < ALONG; k += GROUP) {
+      for (int l = k; l < k + GROUP; l++) __builtin_prefetch(at(x, 0, l + ALONG));
+      for (int i = 0; i < width; i++)
+        for (int l = k; l < k + GROUP; l++) *PLACE(i, l) = x.start[i + l * x.k];
+    }
 }
 #endif
 
@@ -331,15 +333,17 @@ ABI void GEMM(ARGUMENTS) {
       pack(of_b, WIDTH, 0, rows_from(all_b, column, start), width, depth);
       for (long row = 0; row < m; row += MOST_ROWS) {
         Rows x = rows_from(all_a, row, start);
-        long height = least(m - row, MOST_ROWS), n_in_place = 0;
-        if (x.k == 1 && ROWS == 1 && depth == padded) n_in_place = height / HEIGHT * HEIGHT;
+        long height = least(m - row, MOST_ROWS);
+        int is_in_place = x.k == 1 && (GROUP == 1 || IS_TILED) && depth == padded;
+        long n_in_place = is_in_place ? height / HEIGHT * HEIGHT : 0;
         pack(of_a, HEIGHT, 1, rows_from(x, n_in_place, 0), height - n_in_place, depth);
         for (long j = 0; j < width; j += WIDTH)
           for (long i = 0; i < height; i += HEIGHT) {
-            number *x_packed = of_a + (i - n_in_place) * padded;
-            Rows packed = IS_TILED ? (Rows){x_packed, padded, 1} : (Rows){x_packed, GROUP, HEIGHT};
-            tile(c + (row + i) * ldc + column + j, ldc, i < n_in_place ? rows_from(x, i, 0) : packed,
-                 of_b + j * padded, padded, !start, height - i, width - j);
+            number *panel = of_a + (i - n_in_place) * padded;
+            Rows packed = IS_TILED ? (Rows){panel, padded, 1} : (Rows){panel, GROUP, HEIGHT};
+            Rows rows = i < n_in_place ? rows_from(x, i, 0) : packed;
+            tile(c + (row + i) * ldc + column + j, ldc, rows, of_b + j * padded, padded, !start,
+                 height - i, width - j);
           }
       }
     }
