@@ -192,7 +192,7 @@ def fingerprint(*parts: object) -> str:
         [(name, repr(variable.value)) for name, variable in sorted(ContextVar._cache.items())],
         Device["CPU"].renderer.compiler.cachekey,
         blas() and blas().integer,  # another numpy, another BLAS
-        (sys.version, platform.platform(), processor()),
+        (sys.version, platform.platform(), processor(), native.may_use_tiles()),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Matrix products: `einsum`, on every backend; on the CPU by BLAS, or with few vectors by gemv.c.
+"""Matrix products: `einsum`, on every backend; on the CPU by BLAS or gemm.c, or by gemv.c.
 
 A size may vary with a Variable of a jit, which tinygrad calls symbolic: `sint`.
 """
@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from tinygrad import Context, Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.helpers import ContextVar
-from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import KernelInfo, Ops, sint
+from tinygrad.uop.ops import Ops, sint
 
 from backend.cpu import native
 from backend.cpu.compiler import processor
@@ -23,7 +22,7 @@ FEW_VECTORS = ContextVar("FEW_VECTORS", 0)  # up to which gemv.c multiplies them
 
 
 def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
-    """`Tensor.einsum` for two tensors, in float32; on the CPU by BLAS, unless BLAS=0.
+    """`Tensor.einsum` for two tensors, in float32; on the CPU by BLAS or gemm.c, unless BLAS=0.
 
     With PRODUCT_DTYPE "bfloat16" operands are rounded, in the gradients too, and sums stay in
     float32; on the CPU gemm.c multiplies them, if the processor has instructions for bfloat16.
@@ -125,8 +124,8 @@ def matrix_of(
 
 
 def gemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
-    """Calls BLAS once for each batch. The cores divide the batches or, of one batch, the rows or
-    the columns, whichever are more: BLAS repacks the other operand on each core."""
+    """Calls BLAS or gemm.c once for each batch. The cores divide the batches or, of one batch, the
+    rows or the columns, whichever are more: each core packs the other operand."""
     sizes = {letter: in_kernel(size) for letter, size in axes.sizes.items()}
     axes = Axes(axes.of_a, axes.of_b, axes.of_c, sizes)
     batches, rows, columns, summed = axes.groups()
@@ -159,10 +158,8 @@ def gemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
     m, n, k, lda, ldb, ldc = constants(integer, m, n, k, lda, ldb, ldc)
     alpha, beta = constants(dtypes.float32, 1.0, 0.0)
     arguments = (row_major, flag_a, flag_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
-    call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
     name = f"{'sb' if is_bfloat16 else 's'}gemm_{axes.of_a}_{axes.of_b}_{axes.of_c}"
-    info = KernelInfo(name=name, opts_to_apply=(), estimates=Estimates())
-    return call.end(chunk, *ranges).sink(arg=info)
+    return native.calling(name, address, arguments, chunk, *ranges)
 
 
 def constants(dtype: DType, *numbers: float | UOp) -> list[UOp]:
@@ -189,14 +186,12 @@ def gemv_kernel(y: UOp, matrix: UOp, x: UOp, address: UOp) -> UOp:
     integers = (UOp.const(0, dtypes.weakint) + integer for integer in integers)
     pointers = (tensor.flatten()[0] for tensor in (y, matrix, x))
     arguments = *pointers, *(integer.cast(dtypes.int32) for integer in integers)
-    call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
-    info = KernelInfo(name="gemv", opts_to_apply=(), estimates=Estimates())
-    return call.end(chunk).sink(arg=info)
+    return native.calling("gemv", address, arguments, chunk)
 
 
 def few_vectors() -> Context:
     """A context for what needs no gradient, in which gemv multiplies as many vectors as it is
-    faster with than BLAS, which copies the matrix."""
+    faster with than BLAS or gemm.c, which copy the matrix."""
     n_vectors = 256 if "avx512bw" in processor() else 16
     return Context(FEW_VECTORS=FEW_VECTORS.value or n_vectors)
 

@@ -4,11 +4,12 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT, not_on_windows
-from tinygrad import Context, Device, Tensor
+from tinygrad import Context, Device, GlobalCounters, Tensor
 
 from backend import matmul
 from backend.cpu import native
@@ -69,8 +70,8 @@ OF_SIZE_1 = [  # a stride can't tell a single row from a single column
     ("btv,vd->btd", (2, 5, 3), (3, 1)),
 ]
 IN_PARTS = [  # too large for what gemm.c packs at once, of a, of b or along k
-    ("bti,oi->bto", (2, 101, 259), (290, 259)),
-    ("btv,vd->btd", (3, 61, 31), (31, 270)),
+    ("bti,oi->bto", (2, 101, 259), (400, 259)),
+    ("btv,vd->btd", (3, 61, 31), (31, 400)),
 ]
 SHARED = [  # large enough for the cores to share the work
     ("bti,oi->bto", (4, 33, 64), (65, 64)),
@@ -78,9 +79,19 @@ SHARED = [  # large enough for the cores to share the work
 ]
 
 
+@pytest.fixture(params=[True, False], ids=["gemm.c", "BLAS"])
+def is_ours(request, monkeypatch):
+    """Whether gemm.c multiplies float32, or numpy's BLAS, whatever is faster."""
+    kinds = {"any": (set(), "")} if request.param else {}
+    monkeypatch.setattr(native, "GEMM_IS_FASTER", kinds)
+    blas.cache_clear()
+    yield request.param
+    blas.cache_clear()
+
+
 @pytest.mark.parametrize(("spec", "shape_a", "shape_b"), [*SPECS, *ONE_TOKEN, *OF_SIZE_1, *SHARED])
-def test_blas_gives_the_product_and_its_gradients(spec, shape_a, shape_b):
-    assert blas() is not None
+def test_both_give_the_product_and_its_gradients(is_ours, spec, shape_a, shape_b):
+    assert blas() and (blas().sgemm == 0) == is_ours
     assert_product(spec, shape_a, shape_b)
 
 
@@ -95,9 +106,22 @@ def test_products_of_bfloat16_are_those_of_rounded_operands(sbgemm, spec, shape_
     assert_product(spec, shape_a, shape_b, "bfloat16")
 
 
+def test_a_weight_is_rounded_once_for_a_product_and_its_gradients(sbgemm):
+    spec, *shapes = SPECS[0]
+    x, weight = (Tensor(np.ones(shape, np.float32)).realize() for shape in shapes)
+    of_y = Tensor(np.ones((3, 5, 9), np.float32)).realize()
+    with Context(PRODUCT_DTYPE="bfloat16"):
+        y = einsum(spec, x, weight)
+        gradients = y.gradient(x, weight, gradient=of_y)
+    before = GlobalCounters.kernel_count
+    Tensor.realize(y, *gradients)
+    assert GlobalCounters.kernel_count - before == 6  # three operands are rounded, then multiplied
+
+
 @pytest.mark.parametrize(("spec", "shape_a", "shape_b"), [SPECS[0], ONE_TOKEN[0]])
 def test_where_none_are_multiplied_rounded_operands_are(monkeypatch, spec, shape_a, shape_b):
-    monkeypatch.setattr(native, "load", lambda _: None)
+    load = native.load
+    monkeypatch.setattr(native, "load", lambda name: None if name == "sbgemm" else load(name))
     assert_product(spec, shape_a, shape_b, "bfloat16", 2**-8)  # the gradients are rounded, too
 
 
@@ -105,27 +129,28 @@ def test_where_none_are_multiplied_rounded_operands_are(monkeypatch, spec, shape
 PRODUCTS = """
 #define ABI
 #define PLAIN 1
-#define sbgemm plain_sbgemm
 #include "gemm.c"
-#undef PLAIN
-#undef sbgemm
-#include "gemm.c"
+#if BFLOAT16
+static number numbers[] = {0, 0x3f80, 0xbf80, 0x4000, 0xc040, 0x40a0};
+#else
+static number numbers[] = {0, 1, -1, 2, -3, 5};
+#endif
 enum { MOST = 32000 };
-static bfloat16 a[MOST], b[MOST], numbers[] = {0, 0x3f80, 0xbf80, 0x4000, 0xc040, 0x40a0};
+static number a[MOST], b[MOST];
 static float c[MOST], expected[MOST];
-static bfloat16 number(long i) { return numbers[i * i % 97 % 6]; }
+static number made(long i) { return numbers[i * i % 97 % 6]; }
 static int is_wrong(long m, long n, long k, int t_a, int t_b, long more) {
   long lda = (t_a ? m : k) + more, ldb = (t_b ? k : n) + more, ldc = n + more;
-  for (long i = 0; i < MOST; i++) a[i] = number(i), b[i] = number(i + 5), c[i] = expected[i] = 7;
-  sbgemm(101, 111 + t_a, 111 + t_b, m, n, k, 1, a, lda, b, ldb, 0, c, ldc);
-  plain_sbgemm(101, 111 + t_a, 111 + t_b, m, n, k, 1, a, lda, b, ldb, 0, expected, ldc);
+  for (long i = 0; i < MOST; i++) a[i] = made(i), b[i] = made(i + 5), c[i] = expected[i] = 7;
+  GEMM(101, 111 + t_a, 111 + t_b, m, n, k, 1, a, lda, b, ldb, 0, c, ldc);
+  plain(101, 111 + t_a, 111 + t_b, m, n, k, 1, a, lda, b, ldb, 0, expected, ldc);
   for (long i = 0; i < MOST; i++)
     if (c[i] != expected[i]) return 1;
   return 0;
 }
 int count_wrong(void) {
   long sizes[][3] = {{1, 1, 1}, {1, 5, 3}, {12, 32, 8}, {25, 65, 9}, {8, 12, 4}, {7, 11, 19},
-                     {101, 40, 300}, {5, 290, 20}, {3, 9, 515}};
+                     {161, 40, 160}, {5, 800, 20}, {3, 9, 515}};
   int n_wrong = 0;
   for (int i = 0; i < 9; i++)
     for (int flags = 0; flags < 8; flags++)
@@ -151,17 +176,30 @@ def made(path: Path, *flags: str) -> Path:
     return path
 
 
+EMULATED = ["-DBFLOAT16", "-DEMULATED=1"]
+
+
 @not_on_windows("links a library as Linux has them")
-def test_plain_c_of_bfloat16_multiplies_all_forms_and_sizes(tmp_path):
-    library = made(tmp_path / "products.so", "-DEMULATED=1", "-shared", "-fPIC")
+@pytest.mark.parametrize("flags", [[*EMULATED, "-DTILES=1"], EMULATED, ["-march=native"], []])
+def test_products_of_all_forms_and_sizes(tmp_path, flags):
+    library = made(tmp_path / "products.so", *flags, "-shared", "-fPIC")
     assert ctypes.CDLL(library).count_wrong() == 0
 
 
 @pytest.mark.skipif(not shutil.which(QEMU), reason=f"no {QEMU}")
-def test_arms_instructions_for_bfloat16_multiply_all_forms_and_sizes(tmp_path):
-    flags = "-target", "aarch64-freestanding", "-mcpu=generic+bf16", "-static"
-    program = made(tmp_path / "products", *flags)
+@pytest.mark.parametrize("flags", [["-DBFLOAT16", "-mcpu=generic+bf16"], []])
+def test_products_of_all_forms_and_sizes_on_arm(tmp_path, flags):
+    program = made(tmp_path / "products", "-target", "aarch64-freestanding", *flags, "-static")
     assert subprocess.run([QEMU, "-cpu", "max", program]).returncode == 0
+
+
+@pytest.mark.parametrize("answer", [0, -1])
+def test_tiles_are_used_where_the_system_gives_leave(monkeypatch, answer):
+    monkeypatch.setattr(native, "processor", lambda: "avx512_bf16 amx_bf16 amx_tile")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(syscall=lambda *_: answer))
+    monkeypatch.setattr(native, "load_c", lambda *_, **macros: macros)
+    monkeypatch.setattr(native, "may_use_tiles", native.may_use_tiles.__wrapped__)
+    assert ("TILES" in native.load.__wrapped__("sbgemm")) == (answer == 0)
 
 
 def test_blas_0_turns_it_off(monkeypatch):

@@ -19,11 +19,17 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo
 
 from backend.arrays import from_numpy
-from backend.cpu.compiler import RENDER_ONLY, CPUProgram, load_c
+from backend.cpu.compiler import RENDER_ONLY, CPUProgram, load_c, processor
 
-FILES = {"gemv": "gemv.c", "sbgemm": "gemm.c"}  # by function
+FILES = {"gemv": "gemv.c", "sgemm": "gemm.c", "sbgemm": "gemm.c"}  # by function
 FILES |= {"attention": "attention.c", "attention_gradients": "attention.c"}
 FILES |= {"layer_norm": "norm.c", "layer_norm_gradients": "norm.c"}
+MACROS = {"sbgemm": {"BFLOAT16": 1}}
+# Linux's system call on x86-64 for leave to use a processor's large registers, and AMX's among them
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
+# The flags of processors whose float32 gemm.c multiplies faster than numpy's BLAS, as was measured
+# (bench/README.md), and a flag that they lack; the others keep BLAS.
+GEMM_IS_FASTER = {"AMD Zen 3": ({"sse4a", "vaes"}, "avx512f")}
 names: dict[UOp, str] = {}  # of functions, by the buffer with the address
 
 
@@ -40,11 +46,11 @@ def address_buffer(name: str, address: int, device: str) -> Tensor:
 
 
 def address(name: str) -> int | None:
-    """The address of "sgemm", BLAS's, or of a function of ours, which is compiled when it is first
-    asked for; None where there is no BLAS, or where the processor is no faster with "sbgemm"."""
+    """The address of "sgemm", BLAS's or ours, or of another function of ours, compiled when it is
+    first asked for; None with BLAS=0, or where the processor is no faster with "sbgemm"."""
     if RENDER_ONLY:
         return 0
-    if name == "sgemm":
+    if name == "sgemm" and (blas() is None or blas().sgemm):
         return blas() and blas().sgemm
     program = load(name)
     return program and program.addr
@@ -52,8 +58,11 @@ def address(name: str) -> int | None:
 
 @functools.cache
 def load(name: str) -> CPUProgram | None:
+    macros = dict(MACROS.get(name, {}))
+    if name == "sbgemm" and may_use_tiles():
+        macros["TILES"] = 1
     try:
-        return load_c(FILES[name], name)
+        return load_c(FILES[name], name, **macros)
     except ValueError as error:
         if "no fast products of bfloat16" not in str(error):  # as gemm.c says
             raise
@@ -67,17 +76,29 @@ def calling(name: str, address: UOp, arguments: Iterable[UOp], *ranges: UOp) -> 
     return call.end(*ranges).sink(arg=info)
 
 
+@functools.cache
+def may_use_tiles() -> bool:
+    """AMX's registers: a process asks Linux before it uses them, for its threads and forks, too."""
+    if "amx_bf16" not in processor():
+        return False
+    return not ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA)
+
+
 @dataclass(frozen=True)
 class Blas:
-    sgemm: int  # the address of cblas_sgemm
+    sgemm: int  # the address of cblas_sgemm; 0 for gemm.c's
     integer: DType  # of its sizes
 
 
 @functools.cache
 def blas() -> Blas | None:
-    """The BLAS that numpy was built with (OpenBLAS, MKL or Accelerate), unless BLAS=0."""
+    """The BLAS that numpy was built with (OpenBLAS, MKL or Accelerate), or gemm.c where that is
+    faster, or is all there is; None with BLAS=0."""
     if os.environ.get("BLAS") == "0":
         return None
+    ours, flags = Blas(0, dtypes.int64), set(processor().split())
+    if any(has <= flags and lacks not in flags for has, lacks in GEMM_IS_FASTER.values()):
+        return ours
     # Symbols are looked for in what this module was linked with, too, except by Windows.
     module = np._core._multiarray_umath.__file__
     if sys.platform == "win32":
@@ -91,4 +112,4 @@ def blas() -> Blas | None:
                     getattr(library, setter)(1)
             address = ctypes.cast(sgemm, ctypes.c_void_p).value
             return Blas(address, dtypes.int64 if "64" in name else dtypes.int32)
-    return None
+    return ours
