@@ -1,7 +1,7 @@
-// Products of matrices of float32, or with BFLOAT16 of bfloat16, with sums in float32. An instruction
-// takes groups of numbers that follow each other along k, the axis that is summed; a group of float32
-// is one number. A part of a and of b at a time is packed first, group beside group, but for rows of
-// a that can be read in place. Read it from the end.
+// Products of matrices of float32, or with BFLOAT16 of bfloat16, with sums in float32. Instructions
+// take groups of numbers that follow each other along k, the summed axis; a group of float32
+// is one number. A part of a and of b at a time is packed first, group beside group, unless rows of
+// a can be read in place. Read it from the end.
 
 #if BFLOAT16
 typedef unsigned short number;  // the upper half of a float32
@@ -276,8 +276,8 @@ INLINE void pack_block(number *out, int width, int is_a, long padded, Rows x, lo
                   rows_from(x, i, 0), n - i, depth);
 }
 #else
-// Packs ALONG numbers of `width` rows to a panel: for each group along k, the group of one row after
-// that of another. x has n more rows, and `depth` more numbers of each; zeros fill the rest.
+// Packs ALONG numbers of `width` rows to a panel: for each group along k, the groups of all rows.
+// x has n more rows, and `depth` more numbers of each; zeros fill the rest.
 INLINE void pack_block(number *restrict out, int width, int is_a, long padded, Rows x, long n,
                        long depth) {
 #define PLACE(row, k) (out + (k) / GROUP * GROUP * width + (row) * GROUP + (k) % GROUP)
