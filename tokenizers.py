@@ -256,9 +256,8 @@ class CharTokenizer(Tokenizer):
         self.tokens = [character.encode() for character in characters] + [b""]
         points = code_points("".join(characters))
         # By code point; the last entry stands for all from there on.
-        self.ids = np.full(max(128, points.max(initial=0) + 2), len(points), self.dtype)
+        self.ids = np.full(points.max(initial=0) + 2, len(points), self.dtype)
         self.ids[points] = np.arange(len(points))
-        self.of_bytes = self.ids[:128].astype(np.uint8).tobytes() + bytes([len(points) & 255]) * 128
 
     @classmethod
     def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "CharTokenizer":
@@ -284,17 +283,10 @@ class CharTokenizer(Tokenizer):
         return tokenizer
 
     def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
-        data = text.encode("utf-8", "surrogatepass")
-        if self.dtype != np.uint8 or len(data) > 1.02 * len(text):
-            ids = self.ids.take(code_points(text), mode="clip")  # the fastest way in numpy
-        else:  # faster where almost all are ASCII: a byte each, and the others one by one
-            first_bytes = data.translate(self.of_bytes, CONTINUATION_BYTES)
-            ids = np.frombuffer(bytearray(first_bytes), np.uint8)
-            places = np.flatnonzero(ids == self.unknown)
-            ids[places] = self.ids.take(code_points_at(places, text), mode="clip")
+        points = code_points(text)
+        ids = self.ids.take(points, mode="clip")
         if unknown is not None:
-            others = code_points_at(np.flatnonzero(ids == self.unknown), text)
-            others, counts = np.unique(others, return_counts=True)
+            others, counts = np.unique(points[ids == self.unknown], return_counts=True)
             counts = dict(zip(map(chr, others.tolist()), counts.tolist(), strict=True))
             unknown.add(len(text) - counts.pop("\r", 0), counts)
         return ids
@@ -313,19 +305,9 @@ class CharTokenizer(Tokenizer):
             super().save(folder)
 
 
-CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: all but the first of a character
-
-
 def code_points(text: str) -> np.ndarray:
     # Half a surrogate pair, as in a command line that is not UTF-8, is an unknown character.
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-
-
-def code_points_at(places: np.ndarray, text: str) -> np.ndarray:
-    """Of the characters at some places of a text, one by one where they are few."""
-    if 50 * len(places) > len(text):
-        return code_points(text)[places]
-    return code_points("".join(map(text.__getitem__, places.tolist())))
 
 
 def count_characters(texts: Iterable[str], common: str = "") -> tuple[np.ndarray, int]:
