@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from backend.arrays import FlatBuffer, copy_in, copy_out, zeros
 from backend.errors import UserError
@@ -119,15 +120,19 @@ class Trainer:
         return 0
 
     def bar(self, step: int) -> Iterator[int]:
-        """The batches that are left of a step."""
-        config, world = self.config, self.world
-        batches = range(self.progress.batch, config.batches_per_step)
-
-        def loss_of(batch: int) -> float:
-            return copy_out(self.losses)[batch] * world.size
-
-        description = f"step {step + 1}/{config.n_steps}"
-        return metrics.bar(batches, description, self.tokens_per_batch, loss_of, world.bar())
+        """The batches that are left of a step, with a bar on a terminal."""
+        first, total = self.progress.batch, self.config.batches_per_step
+        description, batches = f"step {step + 1}/{self.config.n_steps}", range(first, total)
+        options = {"bar_format": "{desc} {bar} {n_fmt}/{total_fmt}{postfix}", **self.world.bar()}
+        bar = tqdm(batches, description, total, initial=first, **options)
+        started = shown = time.time()
+        for batch in bar:
+            yield batch
+            if not bar.disable and (now := time.time()) > shown + 0.5:  # a look takes time
+                loss = copy_out(self.losses)[batch] * self.world.size
+                rate = (batch + 1 - first) * self.tokens_per_batch / (now - started)
+                bar.set_postfix_str(f"loss {loss:.4f} {rate:,.0f} tokens/s", refresh=False)
+                shown = now
 
     def weights(self) -> dict[str, np.ndarray]:
         """The parameters by name; UserError if one of them is not finite."""
