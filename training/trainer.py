@@ -23,8 +23,7 @@ from training.batches import capture_training, capture_validation, make_plan
 from training.checkpoint import Checkpoint
 from training.config import TRAINING, TrainingConfig, changed
 from training.optimizers import OPTIMIZERS, learning_rate
-from training.signals import noted_signals
-from training.workers import World
+from training.workers import World, noted_signals
 
 
 class Trainer:

@@ -1,14 +1,17 @@
-"""Data-parallel training over MPI: the ranks of a world, which divide each batch among themselves.
+"""Data-parallel training over MPI: the ranks of a world, which divide each batch among themselves,
+and the signals that ask them to stop.
 
 A rank computes the gradients of its share; one Allreduce sums them, and every rank makes the same
 update. Without MPI there is a world of one, through the same code.
 """
 
+import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, Target
@@ -19,6 +22,8 @@ from backend.errors import UserError
 
 # what the launchers of MPICH, Intel MPI, Open MPI and Slurm tell a rank
 UNDER_MPI = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+HANGUP = getattr(signal, "SIGHUP", None)  # which Windows lacks
+HEARD = b"stopping after the batch in flight; a second Ctrl-C or SIGTERM stops at once\n"
 COLUMNS = "GPT_TINY_COLUMNS"  # the width of the terminal that a launcher's output goes to
 
 
@@ -129,3 +134,41 @@ class World:
         threading.Event().wait(0.5)  # mpiexec drops what it has not passed on when it is to end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would say more
         self.ranks.Abort(1)
+
+
+def stop_signals() -> list[int]:
+    """Ctrl-C, SIGTERM, and the hangup of a terminal, unless nohup has it ignored."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:
+        numbers.append(HANGUP)
+    return numbers
+
+
+@contextlib.contextmanager
+def noted_signals(world: World) -> Iterator[list[int]]:
+    """The signals to stop that have come so far, for the batch in flight to end first.
+
+    The first is answered on stderr. A second one ends the process at once, but for workers, which
+    only all together can end, and but for a hangup, which may come twice.
+    """
+    noted, previous = [], {}
+
+    def note(number: int, frame) -> None:
+        if world.rank == 0 and not noted:
+            is_bar_shown = not world.bar()["disable"]
+            with contextlib.suppress(OSError):  # print may be what this interrupts
+                os.write(2, b"\n" * is_bar_shown + HEARD)
+        noted.append(number)
+        if world.size == 1 and number != HANGUP:
+            restore(signal.SIGINT, signal.SIGTERM)
+
+    def restore(*numbers: int) -> None:
+        for number in numbers:
+            signal.signal(number, previous[number])
+
+    for number in stop_signals():
+        previous[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore(*previous)
