@@ -29,7 +29,7 @@ from training.config import (
     as_option,
     changed,
     flat,
-    kinds,
+    settings_of,
 )
 from training.optimizers import OPTIMIZERS
 
@@ -151,8 +151,8 @@ def settings_to_json(config: TrainingConfig) -> dict[str, object]:
 def settings_from_json(saved: dict[str, object]) -> TrainingConfig:
     """What `settings_to_json` wrote; TypeError for a value of the wrong kind."""
     saved, settings = EARLIER | saved, {}
-    for name, kind in kinds(DEFAULTS).items():
-        value = saved[name]
+    for each, _ in settings_of(DEFAULTS):
+        name, kind, value = each.name, each.type, saved[each.name]
         if name == "text_corpus":
             settings[name] = tuple(found_from(saved["directory"], path) for path in value)
         elif kind == Path | None:
