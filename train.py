@@ -18,6 +18,7 @@ from inference.generator import Generator
 from inference.sampling import sample
 from inference.stream import TextStream, added_texts
 from models import find_tokenizer, folders
+from tokenizers import TOKENIZERS
 from training import checkpoint, metrics
 from training.checkpoint import Checkpoint
 from training.checks import check
@@ -129,10 +130,9 @@ def resolve(
 ) -> TrainingConfig:
     """The settings of the start, with the given ones in their places."""
     name, before = given.get("tokenizer"), start.config
-    if start.tokenizer and name not in (None, before.tokenizer):
-        found = find_tokenizer(name)
-        if found and found.digest() == start.tokenizer.digest():
-            given["tokenizer"] = before.tokenizer  # by another name
+    is_found = start.tokenizer and name not in (None, before.tokenizer, *TOKENIZERS)
+    if is_found and find_tokenizer(name).digest() == start.tokenizer.digest():
+        given["tokenizer"] = before.tokenizer  # by another name
     settings = flat(before) | given
     for whole, part in (("d_model", "n_heads"), ("batch_size", "accumulate")):
         if settings[whole] % settings[part]:

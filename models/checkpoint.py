@@ -81,11 +81,8 @@ def fetch_byte_pairs(repository: hub.Repository) -> Path:
     return path.parent
 
 
-def find_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer of a folder or of a name on the Hugging Face Hub; None for one of TOKENIZERS,
-    which learns from a text."""
-    if name in TOKENIZERS:
-        return None
+def find_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a folder or of a name on the Hugging Face Hub, which learns nothing."""
     folder, reason = Path(name), "there is no such folder"
     try:
         if hub.is_name(folder):

@@ -206,7 +206,7 @@ def read_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, world: Worl
     machine one rank encodes for all."""
     files = config.files
     n_bytes = files.n_mega_bytes and files.n_mega_bytes << 20
-    tokenizer = tokenizer or find_tokenizer(config.tokenizer) or TOKENIZERS[config.tokenizer]
+    tokenizer = tokenizer or TOKENIZERS.get(config.tokenizer) or find_tokenizer(config.tokenizer)
     if tokenizer is CharTokenizer and files.format == "burn":
         tokenizer = CharTokenizer()  # gpt-burn has no others
     sizes = n_bytes, tokenizer, config.max_vocab_size
