@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+import tokenizers
 from backend import devices
 from backend.cpu import native
 from backend.errors import UserError
@@ -18,7 +19,6 @@ from inference.generator import Generator
 from inference.sampling import sample
 from inference.stream import TextStream, added_texts
 from models import find_tokenizer, folders
-from tokenizers import TOKENIZERS
 from training import checkpoint, metrics
 from training.checkpoint import Checkpoint
 from training.checks import check
@@ -130,7 +130,7 @@ def resolve(
 ) -> TrainingConfig:
     """The settings of the start, with the given ones in their places."""
     name, before = given.get("tokenizer"), start.config
-    is_found = start.tokenizer and name not in (None, before.tokenizer, *TOKENIZERS)
+    is_found = start.tokenizer and name not in (None, before.tokenizer, *tokenizers.TOKENIZERS)
     if is_found and find_tokenizer(name).digest() == start.tokenizer.digest():
         given["tokenizer"] = before.tokenizer  # by another name
     settings = flat(before) | given

@@ -122,7 +122,7 @@ class Trainer:
         """The batches that are left of a step, with a bar on a terminal."""
         first, total = self.progress.batch, self.config.batches_per_step
         description, batches = f"step {step + 1}/{self.config.n_steps}", range(first, total)
-        options = {"bar_format": "{desc} {bar} {n_fmt}/{total_fmt}{postfix}", **self.world.bar()}
+        options = {"bar_format": "{desc} {bar} {n_fmt}/{total_fmt}{postfix}", **self.world.bar}
         bar = tqdm(batches, description, total, initial=first, **options)
         started = shown = time.time()
         for batch in bar:
@@ -210,7 +210,7 @@ def read_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, world: Worl
     if tokenizer is CharTokenizer and files.format == "burn":
         tokenizer = CharTokenizer()  # gpt-burn has no others
     sizes = n_bytes, tokenizer, config.max_vocab_size
-    options = {"keep": not files.no_save, "bar": world.bar(), "special": not config.no_special}
+    options = {"keep": not files.no_save, "bar": world.bar, "special": not config.no_special}
     read = partial(ids.read, files.text_corpus, *sizes, **options)
     for _ in range(9):
         corpus = world.broadcast_on_machine(read)

@@ -36,6 +36,8 @@ class World:
         """`explain` says in words what an error of this rank is."""
         self.explain = explain
         self.columns = int(os.environ.get(COLUMNS, 0)) or None
+        # options of tqdm's bars; None shows them where standard error is a terminal
+        self.bar = {"leave": False, "dynamic_ncols": True, "disable": None}
         self.is_under_mpi = any(name in os.environ for name in UNDER_MPI)
         if not self.is_under_mpi:
             return
@@ -45,6 +47,8 @@ class World:
             raise UserError("training with mpiexec needs: pip install '.[mpi]'") from error
         self.mpi, self.ranks = MPI, MPI.COMM_WORLD
         self.rank, self.size = self.ranks.rank, self.ranks.size
+        if self.columns:  # of a terminal, through mpiexec
+            self.bar |= {"dynamic_ncols": False, "ncols": self.columns, "disable": self.rank > 0}
         if self.size > 1:
             self.of_machine = self.ranks.Split_type(MPI.COMM_TYPE_SHARED)
             self.n_on_machine = self.of_machine.size
@@ -106,12 +110,6 @@ class World:
         received = self.of_machine.bcast(made)
         return received if made is None else made  # which may hold a temporary file
 
-    def bar(self) -> dict[str, object]:
-        """Options of a tqdm bar: it is shown by rank 0 on a terminal, also through mpiexec."""
-        is_shown = self.rank == 0 and (sys.stderr.isatty() or self.columns)
-        width = {"ncols": self.columns, "dynamic_ncols": not self.columns}
-        return {"disable": not is_shown, "leave": False, **width}
-
     def broadcast_tensors(self, tensors: list) -> None:
         """Gives every rank the bits that rank 0 has in its tensors."""
         for tensor in tensors if self.size > 1 else ():
@@ -155,7 +153,7 @@ def noted_signals(world: World) -> Iterator[list[int]]:
 
     def note(number: int, frame) -> None:
         if world.rank == 0 and not noted:
-            is_bar_shown = not world.bar()["disable"]
+            is_bar_shown = bool(sys.stderr.isatty() or world.columns)
             with contextlib.suppress(OSError):  # print may be what this interrupts
                 os.write(2, b"\n" * is_bar_shown + HEARD)
         noted.append(number)
