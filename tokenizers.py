@@ -52,6 +52,7 @@ class Tokenizer:
     name: str  # in a model's config
     files: tuple[str, ...] = ("tokenizer.json",)  # in a model's folder
     default_vocab_size: int | None = None  # that it learns; None for as many as there are
+    names_learned = True  # whether ids kept of what it has learned have its name in their key
     reason = ""  # why it learned these tokens, where that is to be said
     tokens: list[bytes]  # the UTF-8 of each id; nothing for `unknown` and `end`
     merges: list[tuple[str, str]] | None = None  # of byte pairs: which are joined, in order
@@ -68,11 +69,6 @@ class Tokenizer:
         NotUTF8 if the file is not UTF-8.
         """
         raise NotImplementedError
-
-    @classmethod
-    def key_of_learned(cls, vocab_size: int | None) -> list[object]:
-        """What tells it from tokenizers that learn other tokens from the same text."""
-        return [vocab_size, cls.name]
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -321,6 +317,7 @@ class SimpleVowelTokenizer(Tokenizer):
 
     name = "vowel"
     default_vocab_size = 2000
+    names_learned = False  # as earlier versions have it, whose ids are kept
 
     def __init__(self, tokens: Iterable[str], vocab_size: int = sys.maxsize):
         known = sorted(most_frequent(Counter(tokens), vocab_size - 1))
@@ -349,10 +346,6 @@ class SimpleVowelTokenizer(Tokenizer):
             offsets = token_offsets(text, data)
             count_tokens(counts, data, offsets, np.arange(len(offsets) - 1))
         return cls(token.decode() for token in most_frequent(counts, vocab_size - 1))
-
-    @classmethod
-    def key_of_learned(cls, vocab_size: int | None) -> list[object]:
-        return [vocab_size]  # as earlier versions have it, whose ids are kept
 
     def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
         data = text.encode("utf-8", "surrogatepass")

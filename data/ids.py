@@ -125,7 +125,8 @@ class Encoder:
         is_given = isinstance(self.tokenizer, Tokenizer)
         if is_given:
             self.prepare(self.tokenizer)
-        learned = self.folder(self.tokenizer.key_of_learned(self.vocab_size))
+        name = [self.tokenizer.name] if self.tokenizer.names_learned else []
+        learned = self.folder([self.vocab_size, *name])
         if corpus := self.kept(learned):
             return corpus
         if not is_given:

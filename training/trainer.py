@@ -157,12 +157,9 @@ class Trainer:
         folder = checkpoint.new_folder(step)
         if announce:
             announce(f"store checkpoint model to: {folder}")
-        config, tokenizer = (
-            changed(self.config, {"output_path": self.folder}),
-            self.corpus.tokenizer,
-        )
+        config = changed(self.config, {"output_path": self.folder})
         arrays = self.weights(), self.optimizer.memory.read()
-        Checkpoint(config, TRAINING, tokenizer, *arrays, self.progress).save(folder)
+        Checkpoint(config, TRAINING, self.corpus.tokenizer, *arrays, self.progress).save(folder)
         if self.latest:
             checkpoint.drop_progress(self.latest)
         self.latest = folder
