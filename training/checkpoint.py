@@ -138,14 +138,8 @@ def read_progress(
 
 def settings_to_json(config: TrainingConfig) -> dict[str, object]:
     """All settings by name, and the directory in which their paths are found."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, tuple):
-            return [plain(each) for each in value]
-        return str(value) if isinstance(value, Path) else value
-
-    settings = {name: plain(value) for name, value in flat(config).items()}
-    return {"directory": os.getcwd(), **settings}
+    settings = {"directory": os.getcwd(), **flat(config)}
+    return json.loads(json.dumps(settings, default=str))  # paths as text, tuples as lists
 
 
 def settings_from_json(saved: dict[str, object]) -> TrainingConfig:
