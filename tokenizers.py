@@ -446,9 +446,8 @@ class BytePairTokenizer(Tokenizer):
         )
 
     @classmethod
-    def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "BytePairTokenizer":
+    def train(cls, file: BinaryIO, size: int, vocab_size: int) -> "BytePairTokenizer":
         """The 256 bytes, the pairs that the text has most often, and <|endoftext|>."""
-        vocab_size = vocab_size or cls.default_vocab_size
         if vocab_size <= len(BYTES):
             raise UserError("the vocabulary size must be 257 or more: bytes, and an end of text")
         texts = cls.chunks(file, min(size, cls.LEARNED_BYTES))
