@@ -17,8 +17,7 @@ from backend.quantized import QMAX
 from inference.generator import Decoder, quantize
 from models import checkpoint
 from runtime import build
-from runtime.kernels import Kernels
-from runtime.sources import write_sources
+from runtime.sources import Kernels, write_sources
 
 MAX_PAGE_BYTES = 64 << 20  # with more, the weights are a file beside the page
 MAX_WASM_BYTES = (4 << 30) - (32 << 20)  # what WebAssembly can address, less code and prompt

@@ -153,7 +153,7 @@ def score(model: GPT, tokenizer: tokenizers.Tokenizer, path: Path) -> None:
         total=max(0, len(ids) - 1),
         unit=" tokens",
         unit_scale=True,
-        disable=not sys.stderr.isatty(),
+        disable=None,  # unless standard error is a terminal
         leave=False,
         dynamic_ncols=True,
         bar_format="{desc} {bar} {percentage:.0f} % {rate_fmt}",

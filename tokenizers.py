@@ -52,6 +52,7 @@ class Tokenizer:
     name: str  # in a model's config
     files: tuple[str, ...] = ("tokenizer.json",)  # in a model's folder
     default_vocab_size: int | None = None  # that it learns; None for as many as there are
+    names_learned = True  # whether ids kept of what it has learned have its name in their key
     reason = ""  # why it learned these tokens, where that is to be said
     tokens: list[bytes]  # the UTF-8 of each id; nothing for `unknown` and `end`
     merges: list[tuple[str, str]] | None = None  # of byte pairs: which are joined, in order
@@ -68,11 +69,6 @@ class Tokenizer:
         NotUTF8 if the file is not UTF-8.
         """
         raise NotImplementedError
-
-    @classmethod
-    def key_of_learned(cls, vocab_size: int | None) -> list[object]:
-        """What tells it from tokenizers that learn other tokens from the same text."""
-        return [vocab_size, cls.name]
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -256,9 +252,8 @@ class CharTokenizer(Tokenizer):
         self.tokens = [character.encode() for character in characters] + [b""]
         points = code_points("".join(characters))
         # By code point; the last entry stands for all from there on.
-        self.ids = np.full(max(128, points.max(initial=0) + 2), len(points), self.dtype)
+        self.ids = np.full(points.max(initial=0) + 2, len(points), self.dtype)
         self.ids[points] = np.arange(len(points))
-        self.of_bytes = self.ids[:128].astype(np.uint8).tobytes() + bytes([len(points) & 255]) * 128
 
     @classmethod
     def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "CharTokenizer":
@@ -266,11 +261,13 @@ class CharTokenizer(Tokenizer):
         own: those that occur twice or more, the most frequent `vocab_size - 1` of them."""
         if vocab_size == 1:
             raise UserError("the vocabulary size must be 2 or more: a line break takes one id, too")
-        common = "" if vocab_size else CHARACTERS
-        counts, n_characters = count_characters(cls.chunks(file, size), common)
-        n_characters -= int(counts[ord("\r")])
+        counts = np.zeros(sys.maxunicode + 1, np.int64)  # by code point
+        for text in cls.chunks(file, size):
+            found = np.bincount(code_points(text))
+            counts[: len(found)] += found
         counts[ord("\r")] = 0
-        n_others = counts.sum() - counts[code_points(CHARACTERS)].sum()
+        n_characters = int(counts.sum())
+        n_others = n_characters - counts[code_points(CHARACTERS)].sum()
         others = Unknown(int(n_others), n_characters)
         if vocab_size is None and n_others * cls.N_OTHERS <= n_characters:
             return cls()
@@ -284,17 +281,10 @@ class CharTokenizer(Tokenizer):
         return tokenizer
 
     def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
-        data = text.encode("utf-8", "surrogatepass")
-        if self.dtype != np.uint8 or len(data) > 1.02 * len(text):
-            ids = self.ids.take(code_points(text), mode="clip")  # the fastest way in numpy
-        else:  # faster where almost all are ASCII: a byte each, and the others one by one
-            first_bytes = data.translate(self.of_bytes, CONTINUATION_BYTES)
-            ids = np.frombuffer(bytearray(first_bytes), np.uint8)
-            places = np.flatnonzero(ids == self.unknown)
-            ids[places] = self.ids.take(code_points_at(places, text), mode="clip")
+        points = code_points(text)
+        ids = self.ids.take(points, mode="clip")
         if unknown is not None:
-            others = code_points_at(np.flatnonzero(ids == self.unknown), text)
-            others, counts = np.unique(others, return_counts=True)
+            others, counts = np.unique(points[ids == self.unknown], return_counts=True)
             counts = dict(zip(map(chr, others.tolist()), counts.tolist(), strict=True))
             unknown.add(len(text) - counts.pop("\r", 0), counts)
         return ids
@@ -313,39 +303,9 @@ class CharTokenizer(Tokenizer):
             super().save(folder)
 
 
-CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: all but the first of a character
-
-
 def code_points(text: str) -> np.ndarray:
     # Half a surrogate pair, as in a command line that is not UTF-8, is an unknown character.
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-
-
-def code_points_at(places: np.ndarray, text: str) -> np.ndarray:
-    """Of the characters at some places of a text, one by one where they are few."""
-    if 50 * len(places) > len(text):
-        return code_points(text)[places]
-    return code_points("".join(map(text.__getitem__, places.tolist())))
-
-
-def count_characters(texts: Iterable[str], common: str = "") -> tuple[np.ndarray, int]:
-    """How often there is each code point, (0x110000,), and the number of all characters.
-
-    Those of `common` that are ASCII may be counted as 2 where they are more: that is 3 times as
-    fast.
-    """
-    counts, n_characters, settled = np.zeros(sys.maxunicode + 1, np.int64), 0, b""
-    common = code_points(common)
-    common = common[common < 128]
-    for text in texts:
-        n_characters += len(text)
-        data = text.encode()
-        if len(data) < 1.2 * len(text):
-            text = data.translate(None, settled).decode()
-        found = np.bincount(code_points(text))
-        counts[: len(found)] += found
-        settled = bytes(common[counts[common] > 1].tolist())
-    return counts, n_characters
 
 
 class SimpleVowelTokenizer(Tokenizer):
@@ -357,6 +317,7 @@ class SimpleVowelTokenizer(Tokenizer):
 
     name = "vowel"
     default_vocab_size = 2000
+    names_learned = False  # as earlier versions have it, whose ids are kept
 
     def __init__(self, tokens: Iterable[str], vocab_size: int = sys.maxsize):
         known = sorted(most_frequent(Counter(tokens), vocab_size - 1))
@@ -364,7 +325,6 @@ class SimpleVowelTokenizer(Tokenizer):
             raise UserError(f"{CATCH_ALL} stands for unknown tokens and cannot be one")
         self.tokens = [token.encode() for token in known] + [b""]
         self.ids = {token: id for id, token in enumerate(self.tokens[:-1])}
-        self._fill_slots()
 
     @staticmethod
     def tokenize(text: str) -> list[str]:
@@ -373,59 +333,22 @@ class SimpleVowelTokenizer(Tokenizer):
         One starts at each separator, after each separator, and at each vowel that stands more than
         3 UTF-8 bytes after the start of the token before it.
         """
-        data = text.encode("utf-8", "surrogatepass")
-        places = pairwise(token_offsets(text, data).tolist())
-        return [data[start:end].decode("utf-8", "surrogatepass") for start, end in places]
+        return list(map(in_text, vowel_tokens(text)))
 
     @classmethod
     def train(cls, file: BinaryIO, size: int, vocab_size: int) -> "SimpleVowelTokenizer":
-        counts: Counter[bytes] = Counter()
+        counts = Counter()
         for text in cls.chunks(file, size):
-            data = text.encode()
-            offsets = token_offsets(text, data)
-            count_tokens(counts, data, offsets, np.arange(len(offsets) - 1))
+            counts.update(vowel_tokens(text))
         return cls(token.decode() for token in most_frequent(counts, vocab_size - 1))
 
-    @classmethod
-    def key_of_learned(cls, vocab_size: int | None) -> list[object]:
-        return [vocab_size]  # as earlier versions have it, whose ids are kept
-
     def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
-        data = text.encode("utf-8", "surrogatepass")
-        offsets = token_offsets(text, data)
-        keys = token_keys(data, offsets)
-        slots = self._slots(keys)
-        ids = self.slot_ids[slots]
-        others = np.flatnonzero(self.slot_keys[slots] != keys)
-        ids[others] = self.unknown
-        others = others[self.crowded[slots[others]]]
-        tokens = slices(data, offsets, others)
-        ids[others] = [self.ids.get(token, self.unknown) for token in tokens]
+        tokens = vowel_tokens(text)
+        ids = np.array([self.ids.get(token, self.unknown) for token in tokens], self.dtype)
         if unknown is not None:
-            counts = count_tokens(Counter(), data, offsets, np.flatnonzero(ids == self.unknown))
-            tokens = (token.decode("utf-8", "surrogatepass") for token in counts)
-            unknown.add(len(text), dict(zip(tokens, counts.values(), strict=True)))
+            counts = Counter(token for token in tokens if token not in self.ids)
+            unknown.add(len(text), {in_text(token): n for token, n in counts.items()})
         return ids
-
-    def _fill_slots(self) -> None:
-        """A hash table for numpy: one token a slot; `ids` must be asked about a crowded slot's."""
-        short = [token for token in self.ids if 0 < len(token) < 8]
-        offsets = np.cumsum([0] + [len(token) for token in short])
-        keys = token_keys(b"".join(short), offsets)
-        self.slot_bits = len(short).bit_length() + 6  # so that few share one
-        slots = self._slots(keys)
-        self.slot_keys = np.zeros(1 << self.slot_bits, np.uint64)
-        self.slot_keys[slots] = keys
-        self.slot_ids = np.zeros(1 << self.slot_bits, self.dtype)
-        self.slot_ids[slots] = [self.ids[token] for token in short]
-        self.crowded = np.bincount(slots, minlength=1 << self.slot_bits) > 1
-        # Long tokens have the key 0, whose slot is the first; no token has the key 8.
-        self.slot_keys[0], self.crowded[0] = 8, True
-
-    def _slots(self, keys: np.ndarray) -> np.ndarray:
-        # Multiplicative hashing (Knuth, volume 3, 6.4), by 2^64 over the golden ratio.
-        hashes = keys * np.uint64(0x9E3779B97F4A7C15)
-        return (hashes >> np.uint64(64 - self.slot_bits)).astype(np.int64)
 
     @staticmethod
     def boundary(text: str) -> int:
@@ -433,77 +356,29 @@ class SimpleVowelTokenizer(Tokenizer):
         return next(separators, 0)
 
 
-OTHER, VOWEL, SEPARATOR = range(3)
-KINDS = np.full(0x3002, OTHER, np.uint8)  # by code point; U+3000 is the last separator
-KINDS[[ord(character) for character in VOWELS]] = VOWEL
-KINDS[[ord(character) for character in SEPARATORS]] = SEPARATOR
-ASCII_KINDS = KINDS[:128].tobytes() + bytes(128)
+def one_of(characters: Iterable[str]) -> bytes:
+    """A regular expression for their UTF-8, fast for ASCII."""
+    in_ascii = re.escape("".join(each for each in characters if each.isascii()))
+    others = [each for each in characters if not each.isascii()]
+    return "|".join([f"[{in_ascii}]", *others]).encode()
 
 
-def token_offsets(text: str, data: bytes) -> np.ndarray:
-    """Where the tokens of `SimpleVowelTokenizer.tokenize` start in the text's UTF-8, and its end.
-
-    Numpy looks at all bytes at once.
+VOWEL_TOKEN = re.compile(
+    rb"""%(separator)b
+    | (?: (?!%(separator)b) . ){1,4} [\x80-\xbf]*  # up to 4 bytes, and the rest of a character
+      (?: (?!%(separator)b|%(vowel)b) . )*  # up to the next vowel
     """
-    # Flags a byte, and one for the end; 3 more before the first.
-    kinds = np.frombuffer(bytearray(3) + data.translate(ASCII_KINDS) + b"\0", np.uint8)
-    ends = kinds == SEPARATOR
-    if not text.isascii():
-        points = code_points(text)
-        points = points[points > 0x7F]
-        first_bytes = np.flatnonzero(np.frombuffer(data, np.uint8) >= 0xC0) + 3
-        kinds[first_bytes] = KINDS[np.minimum(points, len(KINDS) - 1)]
-        last_bytes = first_bytes + 1 + (points > 0x7FF) + (points > 0xFFFF)
-        ends[last_bytes] = kinds[first_bytes] == SEPARATOR
-    vowels = kinds == VOWEL
-    certain = kinds == SEPARATOR  # a token starts here, whatever came before
-    certain[1:] |= ends[:-1]
-    certain[[3, -1]] = True
-
-    # A vowel starts a token if none of the 3 bytes before it does, which in turn depends on those
-    # before. Supposing first that no vowel starts one, then that all do which then seem free to,
-    # and so on, gives lower and upper bounds in turn; where they still differ after a few rounds,
-    # bytes are looked at one by one.
-    starts = certain
-    for _ in range(4):
-        previous = starts
-        starts = certain.copy()
-        near = previous[:-3] | previous[1:-2] | previous[2:-1]
-        starts[3:] |= vowels[3:] & ~near
-    settled = bytearray(starts)
-    for index in np.flatnonzero(starts != previous).tolist():
-        settled[index] = 1 not in settled[index - 3 : index]
-    return np.flatnonzero(np.frombuffer(settled, bool)[3:])
+    % {b"separator": one_of(SEPARATORS), b"vowel": one_of(VOWELS)},
+    re.DOTALL | re.VERBOSE,
+)
 
 
-def token_keys(data: bytes, offsets: np.ndarray) -> np.ndarray:
-    """A number for each token: its length as the lowest byte, its bytes as the highest ones.
-
-    0 for those of more than 7 bytes, which do not fit.
-    """
-    # The 8 bytes from each offset on, as one number.
-    windows = np.ndarray(len(data) + 1, "<u8", data + bytes(8), strides=(1,))[offsets[:-1]]
-    lengths = np.diff(offsets).astype(np.uint64)
-    lengths *= lengths < 8
-    return (windows << (64 - 8 * lengths)) + lengths  # numpy shifts by 64 to 0
+def vowel_tokens(text: str) -> list[bytes]:
+    return VOWEL_TOKEN.findall(text.encode("utf-8", "surrogatepass"))
 
 
-def slices(data: bytes, offsets: np.ndarray, indices: np.ndarray) -> Iterator[bytes]:
-    starts, ends = offsets[indices].tolist(), offsets[indices + 1].tolist()
-    return (data[start:end] for start, end in zip(starts, ends, strict=True))
-
-
-def count_tokens(
-    counts: Counter[bytes], data: bytes, offsets: np.ndarray, indices: np.ndarray
-) -> Counter[bytes]:
-    """Adds how often there is each of some tokens of a text."""
-    keys, repeats = np.unique(token_keys(data, offsets)[indices], return_counts=True)
-    for key, count in zip(keys.tolist(), repeats.tolist(), strict=True):
-        length, *_ = packed = key.to_bytes(8, "little")
-        counts[packed[8 - length :]] += count
-    del counts[b""]  # the key that long tokens share
-    counts.update(slices(data, offsets, indices[np.diff(offsets)[indices] > 7]))
-    return counts
+def in_text(token: bytes) -> str:
+    return token.decode("utf-8", "surrogatepass")
 
 
 # The characters by which GPT-2's files write the bytes 0 to 255: those of Latin-1 that are visible
@@ -571,9 +446,8 @@ class BytePairTokenizer(Tokenizer):
         )
 
     @classmethod
-    def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "BytePairTokenizer":
+    def train(cls, file: BinaryIO, size: int, vocab_size: int) -> "BytePairTokenizer":
         """The 256 bytes, the pairs that the text has most often, and <|endoftext|>."""
-        vocab_size = vocab_size or cls.default_vocab_size
         if vocab_size <= len(BYTES):
             raise UserError("the vocabulary size must be 257 or more: bytes, and an end of text")
         texts = cls.chunks(file, min(size, cls.LEARNED_BYTES))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+import tokenizers
 from backend import devices
 from backend.cpu import native
 from backend.errors import UserError
@@ -129,10 +130,9 @@ def resolve(
 ) -> TrainingConfig:
     """The settings of the start, with the given ones in their places."""
     name, before = given.get("tokenizer"), start.config
-    if start.tokenizer and name not in (None, before.tokenizer):
-        found = find_tokenizer(name)
-        if found and found.digest() == start.tokenizer.digest():
-            given["tokenizer"] = before.tokenizer  # by another name
+    is_found = start.tokenizer and name not in (None, before.tokenizer, *tokenizers.TOKENIZERS)
+    if is_found and find_tokenizer(name).digest() == start.tokenizer.digest():
+        given["tokenizer"] = before.tokenizer  # by another name
     settings = flat(before) | given
     for whole, part in (("d_model", "n_heads"), ("batch_size", "accumulate")):
         if settings[whole] % settings[part]:

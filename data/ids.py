@@ -58,6 +58,7 @@ class Corpus:
                 if os.fstat(file.fileno()).st_size:  # nothing can't be mapped
                     self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 self.ids = np.frombuffer(self.mapped or b"", self.tokenizer.dtype)
+        self.n_training = 0 if self.ids is None else len(self.ids) * 9 // 10
 
     def __reduce__(self):
         """For another process of this machine, which maps the file itself."""
@@ -67,10 +68,6 @@ class Corpus:
         """Removes a temporary file, which all who have it mapped still read."""
         if self.temporary:
             self.temporary.cleanup()
-
-    @property
-    def n_training(self) -> int:
-        return len(self.ids) * 9 // 10
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """starts (n,) -> the `length` ids from each start on: int32 (n, length)"""
@@ -128,7 +125,8 @@ class Encoder:
         is_given = isinstance(self.tokenizer, Tokenizer)
         if is_given:
             self.prepare(self.tokenizer)
-        learned = self.folder(self.tokenizer.key_of_learned(self.vocab_size))
+        name = [self.tokenizer.name] if self.tokenizer.names_learned else []
+        learned = self.folder([self.vocab_size, *name])
         if corpus := self.kept(learned):
             return corpus
         if not is_given:

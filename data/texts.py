@@ -140,6 +140,7 @@ class Texts:
         self.texts = [text for path in paths for text in texts_of(path, flag)]
         self.is_repeatable = not any(text.is_stream for text in self.texts)
         self.facts = [text.facts() for text in self.texts]  # as they are now
+        self.n_stored = sum(size for _, size, *_ in self.facts)  # bytes
         self.names = [text.name for text in self.texts]
         others = f" and {len(self.names) - 1} more" if self.names[1:] else ""
         self.name = self.names[0] + others
@@ -153,11 +154,6 @@ class Texts:
         """Goes to the start; `bar` shows the bytes read from then on, as they are stored."""
         self.bar, self.starts, self.n_read = bar, [], 0  # starts: of the first byte that is stored
         self.chunks, self.chunk = self._chunks(), b""
-
-    @property
-    def n_stored(self) -> int:
-        """Bytes."""
-        return sum(size for _, size, *_ in self.facts)
 
     def read(self, size: int) -> bytes:
         """Up to `size` bytes, none only at the end of the last text."""

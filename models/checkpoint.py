@@ -58,11 +58,7 @@ def find(folder: Path) -> Path:
         fetch_byte_pairs(repository)
     else:  # gpt-burn's characters are in no file
         optional += kind.files
-    files = ("model.safetensors", INDEX)
-    if not any(map(repository.cached, files)):  # else all is there, and no one is asked
-        for file in optional:
-            repository.download(file)
-    weights = repository.fetch(*files)
+    weights = repository.fetch("model.safetensors", INDEX, after=optional)
     if weights.name == INDEX:
         for shard in sorted(set(safetensors.weight_map(weights).values())):
             repository.fetch(shard)
@@ -71,21 +67,15 @@ def find(folder: Path) -> Path:
 
 def fetch_byte_pairs(repository: hub.Repository) -> Path:
     """Fetches the files of a tokenizer of byte pairs; their folder."""
-    lists, whole = "vocab.json", "tokenizer.json"
-    if not any(map(repository.cached, (lists, whole))):  # else all is there, and no one is asked
-        for file in ("added_tokens.json", *OF_FOLDERS.role_files):
-            repository.download(file)
-    path = repository.fetch(lists, whole)
-    if path.name == lists:
+    optional = ("added_tokens.json", *OF_FOLDERS.role_files)
+    path = repository.fetch("vocab.json", "tokenizer.json", after=optional)
+    if path.name == "vocab.json":
         repository.fetch("merges.txt")
     return path.parent
 
 
-def find_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer of a folder or of a name on the Hugging Face Hub; None for one of TOKENIZERS,
-    which learns from a text."""
-    if name in TOKENIZERS:
-        return None
+def find_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a folder or of a name on the Hugging Face Hub, which learns nothing."""
     folder, reason = Path(name), "there is no such folder"
     try:
         if hub.is_name(folder):

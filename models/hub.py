@@ -8,6 +8,7 @@ knows of tensors.
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from backend.errors import UserError
@@ -40,13 +41,16 @@ class Repository:
         self.client, self.name = huggingface_hub, name
         self.revision, self.is_reached = "main", False
 
-    def fetch(self, *files: str) -> Path:
-        """The first of these files that the repository has.
+    def fetch(self, *files: str, after: Iterable[str] = ()) -> Path:
+        """The first of these files that the repository has, after others that it may have.
 
-        The Hub is asked for what is not in the cache and for nothing else.
+        Where one is in the cache, all is there, and the Hub is not asked.
         """
         path = next(filter(None, map(self.cached, files)), None)
-        path = path or next(filter(None, map(self.download, files)), None)
+        if path is None:
+            for file in after:
+                self.download(file)
+            path = next(filter(None, map(self.download, files)), None)
         if path is None:
             missing = f"{self.name} on the Hub has no {' or '.join(files)}"
             is_of_weights = files[0].endswith(".safetensors")

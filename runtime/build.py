@@ -56,14 +56,8 @@ TARGETS = {
     "x86_64-macos": Target("x86_64-macos", X86, links_model=True),
     "aarch64-macos": Target("aarch64-macos", ARM, links_model=True),
 }
-WASM = (
-    "-target",
-    "wasm32-freestanding",
-    "-msimd128",
-    "-DKERNELS=kernels_any",
-    "-DHALVES_ARE_SINGLE",
-)
-WASM += ("-Wl,--no-entry", "-Wl,-z,stack-size=1048576", "-Wl,--export-memory")
+WASM = ["-target", "wasm32-freestanding", "-msimd128", "-Wl,--no-entry", "-Wl,--export-memory"]
+WASM += ["-DKERNELS=kernels_any", "-DHALVES_ARE_SINGLE", "-Wl,-z,stack-size=1048576"]
 
 
 def zig(*words: str | Path, folder: Path | None = None) -> None:
@@ -89,13 +83,8 @@ def program(target: Target, sources: Path, output: Path) -> None:
         raise UserError(f"{need}: try --weights int8")
 
     def kernels(name: str) -> Path:
-        flags = (
-            f"-mcpu={target.processors[name]}",
-            f"-DKERNELS=kernels_{name}",
-            "-target",
-            target.triple,
-        )
-        flags += (f"-DHALVES_ARE_SINGLE={int(name == 'sse2')}",)
+        flags = [f"-mcpu={target.processors[name]}", "-target", target.triple]
+        flags += [f"-DKERNELS=kernels_{name}", f"-DHALVES_ARE_SINGLE={int(name == 'sse2')}"]
         return compiled(sources, sources / f"{name}.o", "-c", *flags, RUNTIME / "steps.c")
 
     with ThreadPoolExecutor(NUM_CPU_THREADS.value) as threads:

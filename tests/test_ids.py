@@ -54,7 +54,7 @@ def read(
     special: bool = True,
 ) -> Corpus:
     if isinstance(tokenizer, str):
-        tokenizer = find_tokenizer(tokenizer) or TOKENIZERS[tokenizer]
+        tokenizer = TOKENIZERS.get(tokenizer) or find_tokenizer(tokenizer)
     n_bytes = n_mega_bytes and n_mega_bytes << 20
     paths = list(map(Path, paths)) or [CORPUS]
     return ids.read(paths, n_bytes, tokenizer, None, keep, {"disable": True}, special)

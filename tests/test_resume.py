@@ -20,10 +20,9 @@ import train
 from gpt_tiny import GPTConfig
 from models import checkpoint, safetensors
 from training import checkpoint as training_checkpoint
-from training import signals as signals_to_stop
 from training import trainer
 from training.config import TrainingConfig
-from training.workers import World
+from training.workers import HEARD, World, noted_signals
 
 MUON = ["--optimizer", "muon", "--grad-clip", "1", "--decay", "cosine"]
 N_KILLS = int(os.environ.get("GPT_TINY_KILLS", "3"))
@@ -90,7 +89,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path, whole, signals, number,
     *about_the_text, _ = err.splitlines()
     assert all("Python's own help" in line for line in about_the_text)
     assert training.returncode == status
-    assert err.endswith(signals_to_stop.HEARD.decode())
+    assert err.endswith(HEARD.decode())
     command = re.search(r"python train.py (--resume \S+)", out)[1].split()
     assert not (tmp_path / "model" / "config.json").exists()
 
@@ -120,17 +119,17 @@ def test_a_training_whose_terminal_goes_away_is_stored(tmp_path, signals):
 
 @not_on_windows("Windows has no such terminals")
 def test_a_terminal_that_goes_away_may_say_so_twice_while_the_training_is_stored(signals):
-    with signals_to_stop.noted_signals(World()) as noted:
+    with noted_signals(World()) as noted:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
             signal.raise_signal(number)
     assert noted == [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP]
 
 
-@pytest.mark.parametrize(("rank", "says"), [(0, signals_to_stop.HEARD.decode()), (1, "")])
+@pytest.mark.parametrize(("rank", "says"), [(0, HEARD.decode()), (1, "")])
 def test_a_signal_is_answered_at_once_by_the_worker_that_speaks_for_all(signals, capfd, rank, says):
     world = World()
     world.rank, world.size = rank, 2
-    with signals_to_stop.noted_signals(world):
+    with noted_signals(world):
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
             assert capfd.readouterr().err == says

@@ -2,5 +2,5 @@
 
 `checkpoint` is what a training starts from and leaves on disk, `optimizers` how it learns,
 `metrics` what is to be seen of it, `checks` what is looked at before; `workers` share the batches,
-`launch` starts them, `signals` stop them. Nothing here knows of a command line.
+and stop by signals, `launch` starts them. Nothing here knows of a command line.
 """

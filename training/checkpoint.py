@@ -29,7 +29,7 @@ from training.config import (
     as_option,
     changed,
     flat,
-    kinds,
+    settings_of,
 )
 from training.optimizers import OPTIMIZERS
 
@@ -138,21 +138,15 @@ def read_progress(
 
 def settings_to_json(config: TrainingConfig) -> dict[str, object]:
     """All settings by name, and the directory in which their paths are found."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, tuple):
-            return [plain(each) for each in value]
-        return str(value) if isinstance(value, Path) else value
-
-    settings = {name: plain(value) for name, value in flat(config).items()}
-    return {"directory": os.getcwd(), **settings}
+    settings = {"directory": os.getcwd(), **flat(config)}
+    return json.loads(json.dumps(settings, default=str))  # paths as text, tuples as lists
 
 
 def settings_from_json(saved: dict[str, object]) -> TrainingConfig:
     """What `settings_to_json` wrote; TypeError for a value of the wrong kind."""
     saved, settings = EARLIER | saved, {}
-    for name, kind in kinds(DEFAULTS).items():
-        value = saved[name]
+    for each, _ in settings_of(DEFAULTS):
+        name, kind, value = each.name, each.type, saved[each.name]
         if name == "text_corpus":
             settings[name] = tuple(found_from(saved["directory"], path) for path in value)
         elif kind == Path | None:

@@ -3,8 +3,8 @@
 The defaults stand here, and those of the model's sizes in GPTConfig.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 from backend.errors import UserError
@@ -89,34 +89,28 @@ class TrainingConfig:
         return replace(self, model=model, tokenizer=tokenizer.name)
 
 
-def flat(config) -> dict[str, object]:
-    """Every setting of a config and of the configs in it, by name."""
-    settings = {}
-    for name, value in sections(config):
-        settings |= flat(value) if is_dataclass(value) else {name: value}
-    return settings
-
-
-def kinds(config) -> dict[str, object]:
-    """The type of every setting, by name."""
-    types = {}
+def settings_of(config) -> Iterator[tuple[Field, object]]:
+    """Every setting of a config and of the configs in it: its field and its value."""
     for each in fields(config):
         value = getattr(config, each.name)
-        types |= kinds(value) if is_dataclass(value) else {each.name: each.type}
-    return types
+        if is_dataclass(value):
+            yield from settings_of(value)
+        else:
+            yield each, value
+
+
+def flat(config) -> dict[str, object]:
+    """Every setting by name."""
+    return {each.name: value for each, value in settings_of(config)}
 
 
 def changed(config, settings: Mapping[str, object]):
     """The config with other values for some settings, wherever in it they stand."""
     values = {}
-    for name, value in sections(config):
+    for name, value in vars(config).items():
         is_section = is_dataclass(value)
         values[name] = changed(value, settings) if is_section else settings.get(name, value)
     return replace(config, **values)
-
-
-def sections(config) -> list[tuple[str, object]]:
-    return [(each.name, getattr(config, each.name)) for each in fields(config)]
 
 
 DEFAULTS = TrainingConfig()

@@ -16,8 +16,7 @@ from tinygrad.helpers import DEV
 
 from backend import devices, machine
 from backend.errors import UserError
-from training.signals import HANGUP, stop_signals
-from training.workers import COLUMNS
+from training.workers import COLUMNS, HANGUP, stop_signals
 
 BANNER = b"\n" + 40 * b"="  # begins what mpiexec tells of a rank that was killed
 

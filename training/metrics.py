@@ -1,37 +1,14 @@
-"""What is to be seen of a training: a bar, a line a step, `metrics.csv` and `loss.png`."""
+"""What is to be seen of a training: a line a step, `metrics.csv` and `loss.png`."""
 
 import csv
 import io
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-
-from tqdm import tqdm
 
 from backend.files import write_file
 
 METRICS = "metrics.csv"
 COLUMNS = "step,batch,tokens,train_loss,validation_loss,learning_rate,tokens_per_second,seconds"
-
-
-def bar(
-    batches: range,
-    description: str,
-    tokens_per_batch: int,
-    loss_of: Callable[[int], float],
-    options: Mapping[str, object],
-) -> Iterator[int]:
-    """The batches that are left of a step, with a bar on a terminal, whose options these are."""
-    shown_as = "{desc} {bar} {n_fmt}/{total_fmt}{postfix}"
-    first, total = batches.start, batches.stop
-    bar = tqdm(batches, description, total, initial=first, bar_format=shown_as, **options)
-    started = shown = time.time()
-    for batch in bar:
-        yield batch
-        if not bar.disable and (now := time.time()) > shown + 0.5:  # to look at a loss takes time
-            shown, rate = now, (batch + 1 - first) * tokens_per_batch / (now - started)
-            bar.set_postfix_str(f"loss {loss_of(batch):.4f} {rate:,.0f} tokens/s", refresh=False)
 
 
 def step_line(

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from backend.arrays import FlatBuffer, copy_in, copy_out, zeros
 from backend.errors import UserError
@@ -22,8 +23,7 @@ from training.batches import capture_training, capture_validation, make_plan
 from training.checkpoint import Checkpoint
 from training.config import TRAINING, TrainingConfig, changed
 from training.optimizers import OPTIMIZERS, learning_rate
-from training.signals import noted_signals
-from training.workers import World
+from training.workers import World, noted_signals
 
 
 class Trainer:
@@ -119,15 +119,19 @@ class Trainer:
         return 0
 
     def bar(self, step: int) -> Iterator[int]:
-        """The batches that are left of a step."""
-        config, world = self.config, self.world
-        batches = range(self.progress.batch, config.batches_per_step)
-
-        def loss_of(batch: int) -> float:
-            return copy_out(self.losses)[batch] * world.size
-
-        description = f"step {step + 1}/{config.n_steps}"
-        return metrics.bar(batches, description, self.tokens_per_batch, loss_of, world.bar())
+        """The batches that are left of a step, with a bar on a terminal."""
+        first, total = self.progress.batch, self.config.batches_per_step
+        description, batches = f"step {step + 1}/{self.config.n_steps}", range(first, total)
+        options = {"bar_format": "{desc} {bar} {n_fmt}/{total_fmt}{postfix}", **self.world.bar}
+        bar = tqdm(batches, description, total, initial=first, **options)
+        started = shown = time.time()
+        for batch in bar:
+            yield batch
+            if not bar.disable and (now := time.time()) > shown + 0.5:  # a look takes time
+                loss = copy_out(self.losses)[batch] * self.world.size
+                rate = (batch + 1 - first) * self.tokens_per_batch / (now - started)
+                bar.set_postfix_str(f"loss {loss:.4f} {rate:,.0f} tokens/s", refresh=False)
+                shown = now
 
     def weights(self) -> dict[str, np.ndarray]:
         """The parameters by name; UserError if one of them is not finite."""
@@ -153,12 +157,9 @@ class Trainer:
         folder = checkpoint.new_folder(step)
         if announce:
             announce(f"store checkpoint model to: {folder}")
-        config, tokenizer = (
-            changed(self.config, {"output_path": self.folder}),
-            self.corpus.tokenizer,
-        )
+        config = changed(self.config, {"output_path": self.folder})
         arrays = self.weights(), self.optimizer.memory.read()
-        Checkpoint(config, TRAINING, tokenizer, *arrays, self.progress).save(folder)
+        Checkpoint(config, TRAINING, self.corpus.tokenizer, *arrays, self.progress).save(folder)
         if self.latest:
             checkpoint.drop_progress(self.latest)
         self.latest = folder
@@ -202,11 +203,11 @@ def read_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, world: Worl
     machine one rank encodes for all."""
     files = config.files
     n_bytes = files.n_mega_bytes and files.n_mega_bytes << 20
-    tokenizer = tokenizer or find_tokenizer(config.tokenizer) or TOKENIZERS[config.tokenizer]
+    tokenizer = tokenizer or TOKENIZERS.get(config.tokenizer) or find_tokenizer(config.tokenizer)
     if tokenizer is CharTokenizer and files.format == "burn":
         tokenizer = CharTokenizer()  # gpt-burn has no others
     sizes = n_bytes, tokenizer, config.max_vocab_size
-    options = {"keep": not files.no_save, "bar": world.bar(), "special": not config.no_special}
+    options = {"keep": not files.no_save, "bar": world.bar, "special": not config.no_special}
     read = partial(ids.read, files.text_corpus, *sizes, **options)
     for _ in range(9):
         corpus = world.broadcast_on_machine(read)

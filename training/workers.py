@@ -1,14 +1,17 @@
-"""Data-parallel training over MPI: the ranks of a world, which divide each batch among themselves.
+"""Data-parallel training over MPI: the ranks of a world, which divide each batch among themselves,
+and the signals that ask them to stop.
 
 A rank computes the gradients of its share; one Allreduce sums them, and every rank makes the same
 update. Without MPI there is a world of one, through the same code.
 """
 
+import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from tinygrad.helpers import DEV, NUM_CPU_THREADS, PARALLEL, Target
@@ -19,6 +22,8 @@ from backend.errors import UserError
 
 # what the launchers of MPICH, Intel MPI, Open MPI and Slurm tell a rank
 UNDER_MPI = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+HANGUP = getattr(signal, "SIGHUP", None)  # which Windows lacks
+HEARD = b"stopping after the batch in flight; a second Ctrl-C or SIGTERM stops at once\n"
 COLUMNS = "GPT_TINY_COLUMNS"  # the width of the terminal that a launcher's output goes to
 
 
@@ -31,6 +36,8 @@ class World:
         """`explain` says in words what an error of this rank is."""
         self.explain = explain
         self.columns = int(os.environ.get(COLUMNS, 0)) or None
+        # options of tqdm's bars; None shows them where standard error is a terminal
+        self.bar = {"leave": False, "dynamic_ncols": True, "disable": None}
         self.is_under_mpi = any(name in os.environ for name in UNDER_MPI)
         if not self.is_under_mpi:
             return
@@ -40,6 +47,8 @@ class World:
             raise UserError("training with mpiexec needs: pip install '.[mpi]'") from error
         self.mpi, self.ranks = MPI, MPI.COMM_WORLD
         self.rank, self.size = self.ranks.rank, self.ranks.size
+        if self.columns:  # of a terminal, through mpiexec
+            self.bar |= {"dynamic_ncols": False, "ncols": self.columns, "disable": self.rank > 0}
         if self.size > 1:
             self.of_machine = self.ranks.Split_type(MPI.COMM_TYPE_SHARED)
             self.n_on_machine = self.of_machine.size
@@ -101,12 +110,6 @@ class World:
         received = self.of_machine.bcast(made)
         return received if made is None else made  # which may hold a temporary file
 
-    def bar(self) -> dict[str, object]:
-        """Options of a tqdm bar: it is shown by rank 0 on a terminal, also through mpiexec."""
-        is_shown = self.rank == 0 and (sys.stderr.isatty() or self.columns)
-        width = {"ncols": self.columns, "dynamic_ncols": not self.columns}
-        return {"disable": not is_shown, "leave": False, **width}
-
     def broadcast_tensors(self, tensors: list) -> None:
         """Gives every rank the bits that rank 0 has in its tensors."""
         for tensor in tensors if self.size > 1 else ():
@@ -129,3 +132,41 @@ class World:
         threading.Event().wait(0.5)  # mpiexec drops what it has not passed on when it is to end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would say more
         self.ranks.Abort(1)
+
+
+def stop_signals() -> list[int]:
+    """Ctrl-C, SIGTERM, and the hangup of a terminal, unless nohup has it ignored."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:
+        numbers.append(HANGUP)
+    return numbers
+
+
+@contextlib.contextmanager
+def noted_signals(world: World) -> Iterator[list[int]]:
+    """The signals to stop that have come so far, for the batch in flight to end first.
+
+    The first is answered on stderr. A second one ends the process at once, but for workers, which
+    only all together can end, and but for a hangup, which may come twice.
+    """
+    noted, previous = [], {}
+
+    def note(number: int, frame) -> None:
+        if world.rank == 0 and not noted:
+            is_bar_shown = bool(sys.stderr.isatty() or world.columns)
+            with contextlib.suppress(OSError):  # print may be what this interrupts
+                os.write(2, b"\n" * is_bar_shown + HEARD)
+        noted.append(number)
+        if world.size == 1 and number != HANGUP:
+            restore(signal.SIGINT, signal.SIGTERM)
+
+    def restore(*numbers: int) -> None:
+        for number in numbers:
+            signal.signal(number, previous[number])
+
+    for number in stop_signals():
+        previous[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore(*previous)
