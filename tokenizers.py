@@ -325,6 +325,7 @@ class SimpleVowelTokenizer(Tokenizer):
             raise UserError(f"{CATCH_ALL} stands for unknown tokens and cannot be one")
         self.tokens = [token.encode() for token in known] + [b""]
         self.ids = {token: id for id, token in enumerate(self.tokens[:-1])}
+        self._fill_slots()
 
     @staticmethod
     def tokenize(text: str) -> list[str]:
@@ -333,22 +334,55 @@ class SimpleVowelTokenizer(Tokenizer):
         One starts at each separator, after each separator, and at each vowel that stands more than
         3 UTF-8 bytes after the start of the token before it.
         """
-        return list(map(in_text, vowel_tokens(text)))
+        data = text.encode("utf-8", "surrogatepass")
+        places = pairwise(token_offsets(text, data).tolist())
+        return [data[start:end].decode("utf-8", "surrogatepass") for start, end in places]
 
     @classmethod
     def train(cls, file: BinaryIO, size: int, vocab_size: int) -> "SimpleVowelTokenizer":
-        counts = Counter()
+        counts: Counter[bytes] = Counter()
         for text in cls.chunks(file, size):
-            counts.update(vowel_tokens(text))
+            data = text.encode()
+            offsets = token_offsets(text, data)
+            count_tokens(counts, data, offsets, np.arange(len(offsets) - 1))
         return cls(token.decode() for token in most_frequent(counts, vocab_size - 1))
 
     def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
-        tokens = vowel_tokens(text)
-        ids = np.array([self.ids.get(token, self.unknown) for token in tokens], self.dtype)
+        data = text.encode("utf-8", "surrogatepass")
+        offsets = token_offsets(text, data)
+        keys = token_keys(data, offsets)
+        slots = self._slots(keys)
+        ids = self.slot_ids[slots]
+        others = np.flatnonzero(self.slot_keys[slots] != keys)
+        ids[others] = self.unknown
+        others = others[self.crowded[slots[others]]]
+        tokens = slices(data, offsets, others)
+        ids[others] = [self.ids.get(token, self.unknown) for token in tokens]
         if unknown is not None:
-            counts = Counter(token for token in tokens if token not in self.ids)
-            unknown.add(len(text), {in_text(token): n for token, n in counts.items()})
+            counts = count_tokens(Counter(), data, offsets, np.flatnonzero(ids == self.unknown))
+            tokens = (token.decode("utf-8", "surrogatepass") for token in counts)
+            unknown.add(len(text), dict(zip(tokens, counts.values(), strict=True)))
         return ids
+
+    def _fill_slots(self) -> None:
+        """A hash table for numpy: one token a slot; `ids` must be asked about a crowded slot's."""
+        short = [token for token in self.ids if 0 < len(token) < 8]
+        offsets = np.cumsum([0] + [len(token) for token in short])
+        keys = token_keys(b"".join(short), offsets)
+        self.slot_bits = len(short).bit_length() + 6  # so that few share one
+        slots = self._slots(keys)
+        self.slot_keys = np.zeros(1 << self.slot_bits, np.uint64)
+        self.slot_keys[slots] = keys
+        self.slot_ids = np.zeros(1 << self.slot_bits, self.dtype)
+        self.slot_ids[slots] = [self.ids[token] for token in short]
+        self.crowded = np.bincount(slots, minlength=1 << self.slot_bits) > 1
+        # Long tokens have the key 0, whose slot is the first; no token has the key 8.
+        self.slot_keys[0], self.crowded[0] = 8, True
+
+    def _slots(self, keys: np.ndarray) -> np.ndarray:
+        # Multiplicative hashing (Knuth, volume 3, 6.4), by 2^64 over the golden ratio.
+        hashes = keys * np.uint64(0x9E3779B97F4A7C15)
+        return (hashes >> np.uint64(64 - self.slot_bits)).astype(np.int64)
 
     @staticmethod
     def boundary(text: str) -> int:
@@ -356,29 +390,77 @@ class SimpleVowelTokenizer(Tokenizer):
         return next(separators, 0)
 
 
-def one_of(characters: Iterable[str]) -> bytes:
-    """A regular expression for their UTF-8, fast for ASCII."""
-    in_ascii = re.escape("".join(each for each in characters if each.isascii()))
-    others = [each for each in characters if not each.isascii()]
-    return "|".join([f"[{in_ascii}]", *others]).encode()
+OTHER, VOWEL, SEPARATOR = range(3)
+KINDS = np.full(0x3002, OTHER, np.uint8)  # by code point; U+3000 is the last separator
+KINDS[[ord(character) for character in VOWELS]] = VOWEL
+KINDS[[ord(character) for character in SEPARATORS]] = SEPARATOR
+ASCII_KINDS = KINDS[:128].tobytes() + bytes(128)
 
 
-VOWEL_TOKEN = re.compile(
-    rb"""%(separator)b
-    | (?: (?!%(separator)b) . ){1,4} [\x80-\xbf]*  # up to 4 bytes, and the rest of a character
-      (?: (?!%(separator)b|%(vowel)b) . )*  # up to the next vowel
+def token_offsets(text: str, data: bytes) -> np.ndarray:
+    """Where the tokens of `SimpleVowelTokenizer.tokenize` start in the text's UTF-8, and its end.
+
+    Numpy looks at all bytes at once.
     """
-    % {b"separator": one_of(SEPARATORS), b"vowel": one_of(VOWELS)},
-    re.DOTALL | re.VERBOSE,
-)
+    # Flags a byte, and one for the end; 3 more before the first.
+    kinds = np.frombuffer(bytearray(3) + data.translate(ASCII_KINDS) + b"\0", np.uint8)
+    ends = kinds == SEPARATOR
+    if not text.isascii():
+        points = code_points(text)
+        points = points[points > 0x7F]
+        first_bytes = np.flatnonzero(np.frombuffer(data, np.uint8) >= 0xC0) + 3
+        kinds[first_bytes] = KINDS[np.minimum(points, len(KINDS) - 1)]
+        last_bytes = first_bytes + 1 + (points > 0x7FF) + (points > 0xFFFF)
+        ends[last_bytes] = kinds[first_bytes] == SEPARATOR
+    vowels = kinds == VOWEL
+    certain = kinds == SEPARATOR  # a token starts here, whatever came before
+    certain[1:] |= ends[:-1]
+    certain[[3, -1]] = True
+
+    # A vowel starts a token if none of the 3 bytes before it does, which in turn depends on those
+    # before. Supposing first that no vowel starts one, then that all do which then seem free to,
+    # and so on, gives lower and upper bounds in turn; where they still differ after a few rounds,
+    # bytes are looked at one by one.
+    starts = certain
+    for _ in range(4):
+        previous = starts
+        starts = certain.copy()
+        near = previous[:-3] | previous[1:-2] | previous[2:-1]
+        starts[3:] |= vowels[3:] & ~near
+    settled = bytearray(starts)
+    for index in np.flatnonzero(starts != previous).tolist():
+        settled[index] = 1 not in settled[index - 3 : index]
+    return np.flatnonzero(np.frombuffer(settled, bool)[3:])
 
 
-def vowel_tokens(text: str) -> list[bytes]:
-    return VOWEL_TOKEN.findall(text.encode("utf-8", "surrogatepass"))
+def token_keys(data: bytes, offsets: np.ndarray) -> np.ndarray:
+    """A number for each token: its length as the lowest byte, its bytes as the highest ones.
+
+    0 for those of more than 7 bytes, which do not fit.
+    """
+    # The 8 bytes from each offset on, as one number.
+    windows = np.ndarray(len(data) + 1, "<u8", data + bytes(8), strides=(1,))[offsets[:-1]]
+    lengths = np.diff(offsets).astype(np.uint64)
+    lengths *= lengths < 8
+    return (windows << (64 - 8 * lengths)) + lengths  # numpy shifts by 64 to 0
 
 
-def in_text(token: bytes) -> str:
-    return token.decode("utf-8", "surrogatepass")
+def slices(data: bytes, offsets: np.ndarray, indices: np.ndarray) -> Iterator[bytes]:
+    starts, ends = offsets[indices].tolist(), offsets[indices + 1].tolist()
+    return (data[start:end] for start, end in zip(starts, ends, strict=True))
+
+
+def count_tokens(
+    counts: Counter[bytes], data: bytes, offsets: np.ndarray, indices: np.ndarray
+) -> Counter[bytes]:
+    """Adds how often there is each of some tokens of a text."""
+    keys, repeats = np.unique(token_keys(data, offsets)[indices], return_counts=True)
+    for key, count in zip(keys.tolist(), repeats.tolist(), strict=True):
+        length, *_ = packed = key.to_bytes(8, "little")
+        counts[packed[8 - length :]] += count
+    del counts[b""]  # the key that long tokens share
+    counts.update(slices(data, offsets, indices[np.diff(offsets)[indices] > 7]))
+    return counts
 
 
 # The characters by which GPT-2's files write the bytes 0 to 255: those of Latin-1 that are visible
