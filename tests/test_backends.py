@@ -6,9 +6,8 @@ import random
 import re
 
 import numpy as np
-import pytest
 from conftest import DATA, greedy
-from tinygrad import Device, Tensor, TinyJit
+from tinygrad import Device
 
 import train
 from inference.generator import Generator
@@ -47,30 +46,3 @@ def test_greedy_text_with_the_cache_and_past_the_window(reference):
     prompt = prompts[1]
     text = greedy(Generator(model), tokenizer, prompt["ids"], 70)
     assert (prompt["prompt"] + text) == prompt["greedy"][:74]
-
-
-@pytest.mark.skipif(BACKEND == "CPU", reason="test_model.py generates all of them on the CPU")
-def test_every_token_of_the_greedy_texts_is_the_likeliest(reference):
-    """As good as generating them token by token, and quicker: many windows at once."""
-    model, tokenizer, prompts = reference
-    context_length, batch = model.config.context_length, 100
-    windows, lengths, tokens = [], [], []
-    for prompt in prompts:
-        n_prompt = len(prompt["prompt"])
-        ids = tokenizer.encode(prompt["greedy"])
-        for position in range(n_prompt, len(ids)):
-            window = ids[max(0, position - context_length) : position]
-            windows.append(np.pad(window, (0, context_length - len(window))))
-            lengths.append(len(window))
-            tokens.append(ids[position])
-    assert len(windows) == 200 * len(prompts)
-
-    logits = TinyJit(lambda ids: model(ids).realize())
-    logits.cnt = 1  # its first call captures
-    likeliest = []
-    for first in range(0, len(windows), batch):
-        part = np.array(windows[first : first + batch], np.int32)
-        last = np.array(lengths[first : first + batch]) - 1
-        of_last = logits(Tensor(part).realize()).numpy()[np.arange(batch), last]
-        likeliest += of_last[:, : tokenizer.unknown].argmax(-1).tolist()
-    assert likeliest == tokens

@@ -261,10 +261,10 @@ def test_a_model_for_gpt_burn_has_its_characters_alone(folder, monkeypatch, caps
 
 
 def test_validation_size_and_checkpoint_every(call, folder):
-    options = ["--validation-size", "5", "--checkpoint-every", "2", "-n", "3", "-o", "options"]
+    options = ["--validation-size", "8", "--checkpoint-every", "2", "-n", "3", "-o", "options"]
     result = call(train.main, *TINY, *options)
     assert result.status == 0
-    assert '"validation_size": 5' in result.out
+    assert '"validation_size": 8' in result.out
     # a name that another training took in the same second gets a number behind it
     stored = re.findall(r"checkpoint model to: [^_\n]+_(\d+)(?:_\d+)?\n", result.out)
     assert stored == ["1", "2"]  # after 2 steps, and the last one
