@@ -5,11 +5,10 @@ from collections.abc import Callable
 
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.helpers import ContextVar
-from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import KernelInfo
 
-from backend.cpu.native import address_of, blas
+from backend.cpu.native import address_of, blas, calling
 from backend.cpu.threads import CHUNKS_PER_CORE, chunk_of
+from backend.matmul import stored
 
 ATTENTION_BLOCKS = ContextVar("ATTENTION_BLOCKS", 1)  # 0 leaves it to the plain formula
 MOST_D = 128  # that attention.c has room for
@@ -33,7 +32,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, dropout: Callable) -> T
     address = address_of("attention", device)
     dropout_key = dropout.next_key() if rate else address  # any number: it changes nothing
     results = (Tensor.empty(*x, device=device) for x in (query.shape, (b, h, 2, t)))
-    operands = (x.contiguous() for x in (query, key, value))
+    operands = map(stored, (query, key, value))
     sources = [x.uop for x in (*results, *operands, dropout_key, address)]
     kernel, backward = (functools.partial(f, rate=rate) for f in (attention_kernel, gradient))
     return Tensor(UOp.custom_kernel(*sources, fxn=kernel, grad_fxn=backward)[0])
@@ -61,7 +60,5 @@ def attention_kernel(*tensors: UOp, rate: float) -> UOp:
     integers = (integer.cast(dtypes.int32) for integer in integers)
     pointers = (tensor.flatten()[0] for tensor in tensors)
     arguments = *pointers, *integers, UOp.const(int(rate * 2**32), dtypes.uint32)
-    call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
     name = "attention" if len(tensors) == 6 else "attention_gradients"
-    info = KernelInfo(name=name, opts_to_apply=(), estimates=Estimates())
-    return call.end(chunk).sink(arg=info)
+    return calling(name, address, arguments, chunk)

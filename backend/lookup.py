@@ -1,21 +1,24 @@
-"""Rows of a large table by their ids, on every backend."""
+"""Rows of a table by their ids, on every backend."""
 
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.uop.ops import AxisType, KernelInfo
 
 
 def look_up(table: Tensor, ids: Tensor) -> Tensor:
-    """table (n_rows, d), ids (n,) -> float32 (n, d)
+    """table (n_rows, d), ids of any shape -> float32 (*ids.shape, d)
 
     The gradient adds row after row to a table of zeros. tinygrad's own compares all ids with all
-    rows, and so does a product with one-hot rows, which is faster for small tables alone.
+    rows, and so does a product with one-hot rows, which is faster for small tables on a GPU alone.
     """
     if not isinstance(table, Tensor):  # a QuantizedMatrix
         return table.rows(ids)
-    rows = Tensor.empty(ids.shape[0], table.shape[1], device=table.device)
-    ids = ids.cast(dtypes.int32).contiguous()
-    kernel = UOp.custom_kernel(rows.uop, table.uop, ids.uop, fxn=copy_rows, grad_fxn=gradient)
-    return Tensor(kernel[0])
+    if table.shape[0] <= 1024 and not table.device.startswith("CPU"):
+        one_hot = (ids.unsqueeze(-1) == Tensor.arange(table.shape[0])).cast(dtypes.float32)
+        return one_hot @ table
+    rows = Tensor.empty(ids.numel(), table.shape[1], device=table.device)
+    sources = rows.uop, table.uop, ids.flatten().cast(dtypes.int32).contiguous().uop
+    kernel = UOp.custom_kernel(*sources, fxn=copy_rows, grad_fxn=gradient)
+    return Tensor(kernel[0]).reshape(*ids.shape, -1)
 
 
 def gradient(of_rows: UOp, call: UOp) -> tuple:

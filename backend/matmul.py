@@ -221,8 +221,8 @@ def positions(n: sint) -> Tensor:
 def stored(x: Tensor) -> Tensor:
     """x in memory; if a size varies, at the start of a buffer of the largest shape of x."""
     shape = tuple(at_most(size) for size in x.shape)
-    if x.shape == shape:
-        return x.contiguous()
+    if x.shape == shape:  # of what a kernel has stored in another shape tinygrad makes a copy
+        return x if x.uop.has_buffer_identity(after_ok=True) else x.contiguous()
     if x.uop.op is Ops.SHRINK and x.uop.src[0].shape == shape:
         return Tensor(x.uop.src[0])  # a KV cache, which x is the filled part of
     whole = Tensor.empty(*shape, device=x.device, dtype=x.dtype)

@@ -4,7 +4,8 @@ validation before it."""
 from collections.abc import Callable
 
 import numpy as np
-from tinygrad import Context, Tensor, Variable
+from tinygrad import Context, Tensor, UOp, Variable
+from tinygrad.uop.ops import Ops
 
 from backend.arrays import copy_in, copy_out, from_numpy, zeros
 from backend.jit_cache import CachedJit
@@ -90,7 +91,7 @@ def compute_gradients(
     """The loss of a shard's windows (n, time + 1), in a part for each key of dropout; leaves its
     gradients in the optimizer's buffer. The losses and the gradients of the shards add up."""
     parameters, gradients = (
-        buffer.views.values() for buffer in (optimizer.parameters, optimizer.gradients)
+        list(buffer.views.values()) for buffer in (optimizer.parameters, optimizer.gradients)
     )
     n_parts, total = config.accumulate, None
     size = windows.shape[0] // n_parts
@@ -101,12 +102,26 @@ def compute_gradients(
         with Context(PRODUCT_DTYPE=config.dtype):
             loss = model.loss(inputs, targets, dropout) / (n_parts * n_shards)
             of_part = loss.gradient(*parameters)
-        for gradient, more in zip(gradients, of_part, strict=True):
-            gradient.assign(gradient + more if part else more)
         total = total + loss if part else loss
+        if part:
+            of_part = [of_all + more for of_all, more in zip(gradients, of_part, strict=True)]
         # before the update changes what they depend on, and the next part takes the memory
-        Tensor.realize(total, *gradients)
+        Tensor.realize(*stored_in(gradients, of_part, total))
     return total
+
+
+def stored_in(places: list[Tensor], tensors: list[Tensor], *others: Tensor) -> list[Tensor]:
+    """What to realise so that the tensors are in these places, and others that depend on them."""
+    stores, swapped = [], {}
+    for place, tensor in zip(places, tensors, strict=True):
+        if tensor.uop.base.op is Ops.AFTER and tensor.uop.has_buffer_identity(after_ok=True):
+            # of a kernel that has a buffer of its own: tinygrad would copy that
+            swapped[tensor.uop.base.src[0].base] = place.uop.base
+            stores.append(tensor)
+        else:
+            stores.append(place.assign(tensor))
+    sink = UOp.sink(*(tensor.uop for tensor in (*stores, *others)))
+    return [Tensor(uop) for uop in sink.substitute(swapped).src]
 
 
 def capture_validation(

@@ -1,4 +1,4 @@
-"""Functions in C that kernels call: gemv.c, gemm.c, attention.c, and sgemm of numpy's BLAS.
+"""Functions in C that kernels call: gemv.c, gemm.c, attention.c, norm.c, and sgemm of numpy's BLAS.
 
 A kernel reads a function's address from a buffer: kernels are kept, and an address differs from run
 to run. `names` tells these buffers from others: a kept jit holds the name of the function instead.
@@ -8,18 +8,22 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
+from tinygrad.renderer import Estimates
+from tinygrad.uop.ops import KernelInfo
 
 from backend.arrays import from_numpy
 from backend.cpu.compiler import RENDER_ONLY, CPUProgram, load_c
 
 FILES = {"gemv": "gemv.c", "sbgemm": "gemm.c"}  # by function
 FILES |= {"attention": "attention.c", "attention_gradients": "attention.c"}
+FILES |= {"layer_norm": "norm.c", "layer_norm_gradients": "norm.c"}
 names: dict[UOp, str] = {}  # of functions, by the buffer with the address
 
 
@@ -54,6 +58,13 @@ def load(name: str) -> CPUProgram | None:
         if "no fast products of bfloat16" not in str(error):  # as gemm.c says
             raise
         return None
+
+
+def calling(name: str, address: UOp, arguments: Iterable[UOp], *ranges: UOp) -> UOp:
+    """A kernel that calls the function at the address, once for each number of the ranges."""
+    call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
+    info = KernelInfo(name=name, opts_to_apply=(), estimates=Estimates())
+    return call.end(*ranges).sink(arg=info)
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,10 @@ def plain_loops(kernel: Scheduler) -> Scheduler:
     if not isinstance(kernel.ren, ClangRenderer):
         return hand_coded_optimizations(kernel)  # tinygrad's own
     kernel = Kernel(kernel.ast, kernel.ren)
-    # A sum down the columns of a matrix: clang can't swap the loops, so sum 8 columns at once.
+    # A sum down the columns of a matrix: clang can't swap the loops, so sum a cache line of columns
+    # at once, or fewer. Of more columns clang makes no vectors.
     for axis in columns_summed(kernel)[-1:]:
-        width = max(n for n in range(1, 9) if kernel.full_shape[axis] % n == 0)
+        width = max(n for n in (*range(1, 9), 16) if kernel.full_shape[axis] % n == 0)
         if width > 1:
             with contextlib.suppress(KernelOptError):
                 kernel.apply_opt(Opt(OptOps.UPCAST, axis, width))
