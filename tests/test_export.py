@@ -13,6 +13,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -358,7 +359,12 @@ def test_no_file_of_the_model_is_an_output(call, tmp_path, unloaded, name):
 
 @pytest.mark.parametrize(("name", "written"), [("story.v2", "story.v2"), ("a.html", "a")])
 def test_a_large_page_is_a_folder_of_its_name(call, tmp_path, monkeypatch, name, written):
+    def write_sources(decoder, tokenizer, help_text: str, folder: Path) -> SimpleNamespace:
+        (folder / "model.bin").write_bytes(b"weights")
+        return SimpleNamespace(n_file_bytes=7, n_halves=0, n_memory_bytes=0)
+
     monkeypatch.setattr(export, "MAX_PAGE_BYTES", 1000)
+    monkeypatch.setattr(export, "write_sources", write_sources)
     monkeypatch.setattr(export.build, "page", lambda *sources, address: address)
     for _ in range(2):  # the second takes the place of the first
         result = call(export.main, REFERENCE, "--page", "-o", tmp_path / name)

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GPT2, ROOT, assert_error
+from conftest import GPT2, ROOT, Result, assert_error
 
+import run
 import tokenizers
+import train
 from models import checkpoint, hub, safetensors
 
 pytest.importorskip("huggingface_hub")
@@ -108,42 +110,35 @@ def server():
 
 
 @pytest.fixture
-def start(server, tmp_path):
-    """Starts a command in a folder of its own, with the server for the Hub."""
-
-    def start(*words: str | Path, limit=None, **environment: str) -> subprocess.Popen:
-        theirs = ("HF_", "HUGGING")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
-        ours = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "cache"), "no_proxy": "*"}
-        ours["HF_HUB_DISABLE_TELEMETRY"] = "1"  # with it, the client asks for more than files
-        return subprocess.Popen(
-            [sys.executable, ROOT / words[0], *words[1:]],
-            cwd=tmp_path,
-            env=kept | ours | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            preexec_fn=limit,
-        )
-
-    return start
+def folder(tmp_path) -> Path:
+    return tmp_path
 
 
-@pytest.fixture
-def call(start):
-    @dataclass
-    class Result:
-        status: int
-        out: str
-        err: str
+@pytest.fixture(autouse=True)
+def client(server, tmp_path, monkeypatch):
+    """Has the client read its variables anew, which it does when it is imported."""
 
-    def call(*words: str | Path, **options) -> Result:
-        with start(*words, **options) as process:
-            out, err = process.communicate()
-        return Result(process.returncode, out, err)
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]
 
-    return call
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+        monkeypatch.delenv(name)
+    variables = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "cache")}
+    variables |= {"no_proxy": "*"}
+    variables["HF_HUB_DISABLE_TELEMETRY"] = "1"  # with it, the client asks for more than files
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    forget()
+    yield forget
+    forget()
+
+
+def start(folder: Path, *words: str | Path, **options) -> subprocess.Popen:
+    """run.py in a process of its own, with the server for the Hub."""
+    command = [sys.executable, ROOT / "run.py", *words]
+    options |= dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, cwd=folder, text=True, encoding="utf-8", **options)
 
 
 @pytest.fixture(scope="module")
@@ -157,29 +152,33 @@ def stored(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("cache/hub/models--*/snapshots/*/*"))
 
 
-def test_a_name_is_fetched_once_and_then_asked_of_no_one(server, call, tmp_path, expected):
+def test_a_name_is_fetched_once_and_then_asked_of_no_one(
+    server, client, call, monkeypatch, tmp_path, expected
+):
     server.repositories["gpt2"] = FILES | {"pytorch_model.bin": b"pickle", "README.md": b"long"}
-    first = call("run.py", "gpt2", *GREEDY, HF_TOKEN="hf_secret")
-    assert (first.status, first.out, first.err) == (0, expected, "")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with start(tmp_path, "gpt2", *GREEDY) as first:
+        assert first.communicate() == (expected, "")
     assert server.fetched() == NEEDED == stored(tmp_path)
     assert server.tokens == {"Bearer hf_secret"}
 
     server.requests.clear()
-    again = call("run.py", "gpt2", *GREEDY)
-    assert (again.status, again.out, again.err) == (0, expected, "")
-    offline = call("run.py", "gpt2", *GREEDY, HF_HUB_OFFLINE="1")
-    assert (offline.out, offline.err) == (expected, "")
+    for _ in range(2):
+        again = call(run.main, "gpt2", *GREEDY)
+        assert (again.status, again.out, again.err) == (0, expected, "")
+        client()
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert server.requests == []
 
 
 def test_a_generation_config_is_fetched_where_there_is_one(server, call, tmp_path):
     ends = json.dumps({"eos_token_id": REFERENCE["greedy_ids"][0]}).encode()
     server.repositories["gpt2"] = FILES | {"generation_config.json": ends}
-    assert call("run.py", "gpt2", *GREEDY).out == REFERENCE["text"] + "\n"
+    assert call(run.main, "gpt2", *GREEDY).out == REFERENCE["text"] + "\n"
     assert server.fetched() == sorted([*NEEDED, "generation_config.json"]) == stored(tmp_path)
 
     server.requests.clear()
-    assert call("run.py", "gpt2", *GREEDY).out == REFERENCE["text"] + "\n"
+    assert call(run.main, "gpt2", *GREEDY).out == REFERENCE["text"] + "\n"
     assert server.requests == []
 
 
@@ -191,12 +190,12 @@ def test_a_folder_wins_over_the_name(monkeypatch):
 def test_weights_in_several_files_are_fetched_and_run_like_one(server, call, tmp_path, expected):
     files = {name: FILES[name] for name in NEEDED if name != "model.safetensors"}
     server.repositories["someone/large-gpt2"] = files | cut_in_two(tmp_path)
-    assert call("run.py", "someone/large-gpt2", *GREEDY).out == expected
+    assert call(run.main, "someone/large-gpt2", *GREEDY).out == expected
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert stored(tmp_path) == sorted([*files, *shards, "model.safetensors.index.json"])
 
     server.requests.clear()
-    assert call("run.py", "someone/large-gpt2", *GREEDY).out == expected
+    assert call(run.main, "someone/large-gpt2", *GREEDY).out == expected
     assert server.requests == []
 
 
@@ -214,11 +213,11 @@ def cut_in_two(folder: Path) -> dict[str, bytes]:
 
 def test_a_training_starts_from_a_name_and_takes_its_tokenizer_by_name(server, call, tmp_path):
     (tmp_path / "text").write_text("too short")
-    assert_error(call("train.py", "--tokenizer", "gpt2", "-t", "text", "-x"), 1, ["too short"])
+    assert_error(call(train.main, "--tokenizer", "gpt2", "-t", "text", "-x"), 1, ["too short"])
     assert server.fetched() == stored(tmp_path) == ["merges.txt", "vocab.json"]
 
     named = ("--init-from", "gpt2", "--tokenizer", "gpt2")
-    assert_error(call("train.py", *named, "-t", "text", "-x"), 1, ["too short"])
+    assert_error(call(train.main, *named, "-t", "text", "-x"), 1, ["too short"])
     assert server.fetched() == NEEDED
 
 
@@ -229,11 +228,11 @@ def test_a_tokenizer_json_is_fetched_where_its_lists_are_not(server, call, tmp_p
     files = {name: FILES[name] for name in ("config.json", "model.safetensors")}
     files |= {"tokenizer.json": whole, "tokenizer_config.json": b'{"pad_token": null}'}
     server.repositories["saved"] = files
-    assert call("run.py", "saved", *GREEDY).out == expected
+    assert call(run.main, "saved", *GREEDY).out == expected
     assert server.fetched() == sorted(files) == stored(tmp_path)
 
     server.requests.clear()
-    assert call("run.py", "saved", *GREEDY).out == expected
+    assert call(run.main, "saved", *GREEDY).out == expected
     assert server.requests == []
 
 
@@ -241,7 +240,7 @@ def test_added_tokens_are_fetched_and_not_a_tokenizer_json_beside_the_lists(serv
     (tmp_path / "text").write_text("too short")
     added = {"added_tokens.json": b'{"<|pad|>": 512}', "tokenizer.json": b"long"}
     server.repositories["gpt2"] = FILES | added
-    assert_error(call("train.py", "--tokenizer", "gpt2", "-t", "text", "-x"), 1, ["too short"])
+    assert_error(call(train.main, "--tokenizer", "gpt2", "-t", "text", "-x"), 1, ["too short"])
     assert server.fetched() == ["added_tokens.json", "merges.txt", "vocab.json"]
 
 
@@ -251,20 +250,18 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(server, call, tmp_p
     safetensors.write(tmp_path / "large", tensors)
     server.repositories["gpt2"] = FILES | {"model.safetensors": (tmp_path / "large").read_bytes()}
     server.cuts = 1
-    result = call("run.py", "gpt2", *GREEDY)
+    result = call(run.main, "gpt2", *GREEDY)
     if result.status != 0:  # older clients leave it to the next run
         assert_error(result, 1, ["does not give its model.safetensors"])
-        result = call("run.py", "gpt2", *GREEDY)
+        result = call(run.main, "gpt2", *GREEDY)
     assert (result.out, result.err) == (expected, "")
     pieces = 10 << 20  # bytes that the client writes at a time
     assert server.fetched() == sorted([*NEEDED, f"model.safetensors from {pieces}"])
 
 
-def test_after_ctrl_c_what_is_whole_stays_and_the_rest_is_fetched(
-    server, start, call, signals, tmp_path
-):
+def test_after_ctrl_c_what_is_whole_stays_and_the_rest_is_fetched(server, call, signals, tmp_path):
     server.holds = True
-    with start("run.py", "gpt2", *GREEDY) as process:
+    with start(tmp_path, "gpt2", *GREEDY) as process:
         server.is_halfway.wait()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
@@ -273,17 +270,18 @@ def test_after_ctrl_c_what_is_whole_stays_and_the_rest_is_fetched(
 
     server.holds = False
     server.requests.clear()
-    assert call("run.py", "gpt2", *GREEDY).status == 0
+    assert call(run.main, "gpt2", *GREEDY).status == 0
     assert server.fetched() == ["model.safetensors"]
 
 
-def test_a_full_disk_is_an_error_and_no_part_of_a_file_is_taken_for_it(call, tmp_path):
+def test_a_full_disk_is_an_error_and_no_part_of_a_file_is_taken_for_it(tmp_path):
     resource = pytest.importorskip("resource")
 
     def limit():  # of the bytes in a file
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    result = call("run.py", "gpt2", limit=limit)
+    with start(tmp_path, "gpt2", preexec_fn=limit) as process:
+        result = Result(process.wait(), *process.communicate())
     assert_error(result, 1, ["cannot store model.safetensors in", "cache", "File too large"])
     assert stored(tmp_path) == ["config.json", "merges.txt", "vocab.json"]
 
@@ -312,15 +310,18 @@ OTHERS = {
 def test_what_the_hub_does_not_give_is_an_error_of_one_line(server, call, name, words):
     server.repositories |= OTHERS
     server.repositories["pickled"]["pytorch_model.bin"] = b"\x80\x04."
-    assert_error(call("run.py", name), 1, words)
+    assert_error(call(run.main, name), 1, words)
     assert not {"model.safetensors", "pytorch_model.bin"}.intersection(server.fetched())
 
 
-def test_without_a_network_the_error_says_so_at_once(server, call):
-    result = call("run.py", "gpt2", HF_ENDPOINT="http://127.0.0.1:9")
+def test_without_a_network_the_error_says_so_at_once(server, client, call, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    result = call(run.main, "gpt2")
     words = "there is no model folder gpt2, and http://127.0.0.1:9 does not give its config.json: "
     assert_error(result, 1, [words])
-    result = call("run.py", "gpt2", HF_HUB_OFFLINE="1")
+    client()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = call(run.main, "gpt2")
     assert_error(result, 1, ["there is no model folder gpt2", "lacks its", "HF_HUB_OFFLINE"])
     assert server.requests == []
 

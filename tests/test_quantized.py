@@ -1,11 +1,10 @@
 """Quantized weights: products of them are exact, and a model hardly notices."""
 
 import ctypes
-import pydoc_data.topics
 
 import numpy as np
 import pytest
-from conftest import GPT2, REFERENCE
+from conftest import GPT2
 from tinygrad import Device, Tensor
 
 import run
@@ -16,8 +15,6 @@ from backend.matmul import gemv
 from backend.quantized import QMAX, QuantizedMatrix
 from gpt_tiny import GPT, GPTConfig, initial_weights
 from inference.generator import Generator, quantize
-from inference.scoring import losses
-from models import checkpoint
 
 on_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
 
@@ -109,21 +106,6 @@ def test_rows_are_looked_up_in_a_quantized_table():
     np.testing.assert_allclose(rows, table[[7, 0, 49]], atol=np.abs(table).max() / 127)
 
 
-def nats_per_token(model: GPT, ids: np.ndarray) -> float:
-    return np.mean(np.concatenate([nats for _, nats in losses(model, ids)]))
-
-
-@on_cpu
-@pytest.mark.parametrize("kind", QMAX)
-def test_quantized_weights_cost_less_than_half_a_percent_of_bits(kind):
-    model, tokenizer = checkpoint.load(REFERENCE)
-    text = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-    ids = tokenizer.encode(text[-8000:])
-    exact = nats_per_token(model, ids)
-    quantize(model, kind)
-    assert nats_per_token(model, ids) == pytest.approx(exact, rel=0.005)
-
-
 @pytest.mark.parametrize("gpt2", [False, True])
 def test_prompts_and_tokens_agree_on_quantized_weights(gpt2):
     config = GPTConfig(
@@ -150,8 +132,7 @@ def test_weights_of_another_kind_are_refused(reference):
         quantize(reference[0], "int4")
 
 
-@pytest.mark.parametrize("model", [REFERENCE, GPT2])
-def test_run_takes_quantized_weights(call, model):
-    result = call(run.main, model, "--weights", "int8", "-n", "20", "-p", "the value")
+def test_run_takes_quantized_weights(call):
+    result = call(run.main, GPT2, "--weights", "int8", "-n", "20", "-p", "the value")
     assert result.status == 0, result.err
     assert len(result.out) > 20

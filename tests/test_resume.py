@@ -21,11 +21,10 @@ from gpt_tiny import GPTConfig
 from models import checkpoint, safetensors
 from training import checkpoint as training_checkpoint
 from training import trainer
-from training.config import TrainingConfig
 from training.workers import HEARD, World, noted_signals
 
 MUON = ["--optimizer", "muon", "--grad-clip", "1", "--decay", "cosine"]
-N_KILLS = int(os.environ.get("GPT_TINY_KILLS", "3"))
+N_KILLS = int(os.environ.get("GPT_TINY_KILLS", "2"))
 
 
 def train_apart(folder: Path, *words: str) -> str:
@@ -79,7 +78,9 @@ def whole(tmp_path_factory) -> Callable[..., tuple[list[str], bytes]]:
     [("SIGINT", 130, []), ("SIGTERM", 143, []), ("SIGHUP", 129, []), ("SIGINT", 130, MUON)],
 )
 @not_on_windows("Windows sends no signals to a process")
-def test_resumed_training_equals_uninterrupted(tmp_path, whole, signals, number, status, words):
+def test_resumed_training_equals_uninterrupted(
+    tmp_path, train_here, whole, signals, number, status, words
+):
     training = start(tmp_path, *TINY, *words, "-n", "4", "-o", "model")
     before = training.stdout.readline()
     while not before.endswith("\n") or "step   1/4" not in before.splitlines()[-1]:
@@ -93,7 +94,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path, whole, signals, number,
     command = re.search(r"python train.py (--resume \S+)", out)[1].split()
     assert not (tmp_path / "model" / "config.json").exists()
 
-    rest = train_apart(tmp_path, *command)
+    rest = train_here(*command)
     lines, model = whole(*words)
     assert step_lines(before + out) + step_lines(rest) == lines
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
@@ -166,8 +167,7 @@ def test_a_finished_training_of_an_earlier_version_goes_on_for_longer(tmp_path, 
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
 
 
-def test_samples_along_the_way_change_no_digit(tmp_path, train_here, monkeypatch):
-    monkeypatch.setattr(train, "DEFAULTS", TrainingConfig(batches_per_step=3))
+def test_samples_along_the_way_change_no_digit(tmp_path, train_here):
     plain = train_here(*TINY, "-n", "4", "-o", "plain")
     out = train_here(*TINY, "-n", "2", "-o", "model", "--sample-every", "1")
     rest = train_here("--resume", ".data/checkpoints", "-n", "4", "--sample-every", "2")

@@ -234,12 +234,12 @@ def test_vowel_tokenizer_trains_is_saved_and_generates(call, folder, corpus):
 
 
 def test_a_text_in_another_script_trains_by_default_and_is_continued_in_its_own(call, folder):
-    text = "чайник на плите поёт, дождь идёт. " * 50
+    # with the line break, which prompts begin with, of as many characters as gpt-burn's
+    text = ("чайник на плите поёт, дождь идёт. " + "".join(map(chr, range(0x410, 0x473)))) * 50
     (folder / "ru.txt").write_text(text, encoding="utf-8")
     result = call(train.main, *TINY, "-n", "1", "-t", "ru.txt", "-o", "ru")
     assert result.status == 0
-    n = len(set(text)) + 1  # with the line break, which prompts begin with
-    own = f"ru.txt: the vocabulary is its own {n} characters, for gpt-burn's 103 leave out 76.5 %\n"
+    own = "ru.txt: the vocabulary is its own 103 characters, for gpt-burn's 103 leave out 94.0 %\n"
     assert result.err == own
     for path in ("ru", re.search(r"checkpoint model to: (.+)", result.out)[1]):
         _, tokenizer = checkpoint.load(folder / path)
@@ -261,10 +261,10 @@ def test_a_model_for_gpt_burn_has_its_characters_alone(folder, monkeypatch, caps
 
 
 def test_validation_size_and_checkpoint_every(call, folder):
-    options = ["--validation-size", "5", "--checkpoint-every", "2", "-n", "3", "-o", "options"]
+    options = ["--validation-size", "8", "--checkpoint-every", "2", "-n", "3", "-o", "options"]
     result = call(train.main, *TINY, *options)
     assert result.status == 0
-    assert '"validation_size": 5' in result.out
+    assert '"validation_size": 8' in result.out
     # a name that another training took in the same second gets a number behind it
     stored = re.findall(r"checkpoint model to: [^_\n]+_(\d+)(?:_\d+)?\n", result.out)
     assert stored == ["1", "2"]  # after 2 steps, and the last one
@@ -431,7 +431,6 @@ def test_wrong_usage_is_refused_by_the_name_of_the_option(call, options, words):
     ("options", "device", "status", "words"),
     [
         (["-n", "0"], "CPU", 2, ["-n/--n-steps", "'0'"]),
-        (["-t", "missing.txt"], "CPU", 1, ["missing.txt"]),
         ([], "ABACUS", 1, ["DEV=ABACUS", "these do:", "CPU"]),
         ([], "QCOM", 1, ["DEV=QCOM does not open here", "these do:", "CPU"]),
         ([], "CPU:x", 1, ["DEV=CPU:x does not open here", "no renderer 'X'"]),
@@ -450,8 +449,7 @@ def test_the_process_ends_with_one_line_and_its_status(folder, options, device, 
     assert process.stdout == ""
 
 
-@pytest.mark.parametrize("script", ["train.py", "run.py"])
-@pytest.mark.parametrize("backend", ["CUDA", "METAL"])
+@pytest.mark.parametrize(("script", "backend"), [("train.py", "CUDA"), ("run.py", "METAL")])
 def test_an_older_way_to_choose_a_backend_is_refused_with_todays(folder, script, backend):
     environment = {name: value for name, value in os.environ.items() if name != "DEV"}
     process = subprocess.run(

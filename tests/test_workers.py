@@ -23,6 +23,8 @@ from gpt_tiny import GPTConfig
 from models import checkpoint
 from training import checkpoint as training_checkpoint
 from training import launch, workers
+from training.batches import make_plan
+from training.config import TrainingConfig, changed
 
 pytest.importorskip("mpi4py", reason="training with workers needs the extra mpi")
 
@@ -30,6 +32,8 @@ MPIEXEC = str(Path(sys.executable).with_name("mpiexec"))
 HANGS = 120  # seconds after which something does
 # the validation is computed in twos whatever the number of workers: one jit serves them all
 TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "8", "--validation-size", "22"]
+TINY += ["--dropout", "0"]  # which would differ between workers
+TEXT = ROOT / "README.md"
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen:
@@ -37,11 +41,17 @@ def start(folder: Path, *words: str) -> subprocess.Popen:
 
 
 def ranks(
-    folder: Path, n_workers: int, *words: str, launcher: list[str] | None = None, stdin=None
+    folder: Path,
+    n_workers: int,
+    *words: str,
+    launcher: list[str] | None = None,
+    text: Path | str = TEXT,
+    stdin=None,
 ) -> list:
     """What each rank of tests/ranks.py noted."""
     launcher = launcher or [MPIEXEC, "-n", str(n_workers)]
-    command = [*launcher, sys.executable, ROOT / "tests/ranks.py", *TINY, "-x", "-n", "1", *words]
+    words = [*TINY, "-x", "-n", "1", "-t", text, *words]
+    command = [*launcher, sys.executable, ROOT / "tests/ranks.py", *words]
     options = {"stdin": stdin, "cwd": folder, "timeout": HANGS}
     run = subprocess.run(command, capture_output=True, text=True, **options)
     assert run.returncode == 0, run.stderr + run.stdout
@@ -61,57 +71,71 @@ def mpi() -> None:
 @pytest.fixture(scope="module")
 def of_one(mpi, tmp_path_factory) -> list[float]:
     """The losses of one worker's first 50 batches, without dropout."""
-    return ranks(tmp_path_factory.mktemp("one"), 1, "--dropout", "0")[0]["losses"]
+    return ranks(tmp_path_factory.mktemp("one"), 1)[0]["losses"]
 
 
-@pytest.mark.parametrize("n_workers", [2, 4])
-def test_workers_give_the_losses_of_one_and_hold_the_same_bits(tmp_path, of_one, n_workers):
-    records = ranks(tmp_path, n_workers, "--dropout", "0")
+@pytest.fixture(scope="module")
+def of_two(mpi, tmp_path_factory) -> list[dict]:
+    return ranks(tmp_path_factory.mktemp("two"), 2)
+
+
+def test_workers_give_the_losses_of_one_and_hold_the_same_bits(tmp_path, of_one, of_two):
     assert len(of_one) == 50
-    for record in records:
-        np.testing.assert_allclose(record["losses"], of_one, rtol=0, atol=1e-5)
-        assert record["device"] == "CPU"
-    assert len({record["checksum"] for record in records}) == 1
-
-
-def test_dropout_differs_between_workers(tmp_path, of_one):
-    with_dropout = ranks(tmp_path, 2, "--dropout", "0.2")
-    assert np.abs(np.subtract(with_dropout[0]["losses"], of_one)).max() > 1e-3
-    assert with_dropout[0]["checksum"] == with_dropout[1]["checksum"]
+    for records in (of_two, ranks(tmp_path, 4)):
+        for record in records:
+            np.testing.assert_allclose(record["losses"], of_one, rtol=0, atol=1e-5)
+            assert record["device"] == "CPU"
+        assert len({record["checksum"] for record in records}) == 1
 
 
 def test_workers_with_muon_give_the_losses_of_one_and_hold_the_same_bits(tmp_path, mpi):
-    words = ["--dropout", "0", "--optimizer", "muon", "--accumulate", "2", "--grad-clip", "1"]
+    words = ["--optimizer", "muon", "--accumulate", "2", "--grad-clip", "1"]
     [alone], records = ranks(tmp_path, 1, *words), ranks(tmp_path, 2, *words)
     for record in records:
         np.testing.assert_allclose(record["losses"], alone["losses"], rtol=0, atol=1e-4)
-    assert records[0]["checksum"] == records[1]["checksum"]
+    assert len({record["checksum"] for record in records}) == 1
+
+
+def test_workers_share_the_windows_of_a_batch_and_drop_values_by_keys_of_their_own():
+    config = changed(TrainingConfig(), {"batch_size": 8, "accumulate": 2, "batches_per_step": 3})
+    corpus = SimpleNamespace(
+        n_training=100, windows=lambda starts, n: np.arange(n) + starts[:, None]
+    )
+    optimizer, world = SimpleNamespace(rates=lambda n: [n]), workers.World()
+
+    def plan() -> list[np.ndarray]:
+        rng = np.random.default_rng(0)
+        return [tensor.numpy() for tensor in make_plan(config, corpus, optimizer, 0, rng, world)]
+
+    [windows, _, rates], world.size = plan(), 2
+    [first, keys, of_first], world.rank = plan(), 1
+    second, others, of_second = plan()
+    np.testing.assert_array_equal(np.concatenate([first, second], 1), windows)
+    assert len({*keys.ravel(), *others.ravel()}) == 3 * 2 * 2  # batches, parts, workers
+    assert rates.tolist() == of_first.tolist() == of_second.tolist()
+
+
+HOSTS = [f"tiny_{name}_{os.getpid()}" for name in "ab"]  # no one else's
 
 
 def in_namespaces() -> list[str] | None:
     """Two network namespaces as hosts with a link between them; None where that is not allowed."""
     commands = """
-        ip netns add tiny_a
-        ip netns add tiny_b
-        ip link add tiny_a netns tiny_a type veth peer name tiny_b netns tiny_b
-        ip -n tiny_a addr add 10.77.0.1/24 dev tiny_a
-        ip -n tiny_b addr add 10.77.0.2/24 dev tiny_b
-        ip -n tiny_a link set tiny_a up
-        ip -n tiny_b link set tiny_b up
-        ip -n tiny_a link set lo up
-        ip -n tiny_b link set lo up"""
-    for command in commands.strip().splitlines():
+        ip netns add {0}
+        ip netns add {1}
+        ip link add wire netns {0} type veth peer name wire netns {1}
+        ip -n {0} link set wire addrgenmode none
+        ip -n {1} link set wire addrgenmode none
+        ip -n {0} addr add 10.77.0.1/24 dev wire
+        ip -n {1} addr add 10.77.0.2/24 dev wire
+        ip -n {0} link set wire up
+        ip -n {1} link set wire up
+        ip -n {0} link set lo up
+        ip -n {1} link set lo up"""
+    for command in commands.format(*HOSTS).strip().splitlines():
         if subprocess.run(command.split(), capture_output=True).returncode:
             return None
-    for name in ("tiny_a", "tiny_b"):  # a new address is not used before it is known to be unique
-        while (
-            "tentative"
-            in subprocess.run(
-                ["ip", "-n", name, "addr"], capture_output=True, text=True, check=True
-            ).stdout
-        ):
-            pass
-    return ["ip", "netns", "exec", "tiny_a"]
+    return ["ip", "netns", "exec", HOSTS[0]]
 
 
 @pytest.fixture
@@ -125,13 +149,13 @@ def namespaces():
             pytest.skip("network namespaces need root")
         yield enter
     finally:
-        for name in ("tiny_a", "tiny_b"):
+        for name in HOSTS:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def received(enter: list[str]) -> int:
     """Bytes that came over the link so far."""
-    statistics = ["cat", "/sys/class/net/tiny_a/statistics/rx_bytes"]
+    statistics = ["cat", "/sys/class/net/wire/statistics/rx_bytes"]
     return int(subprocess.run([*enter, *statistics], capture_output=True, check=True).stdout)
 
 
@@ -140,7 +164,7 @@ def test_two_machines_give_the_losses_of_one(tmp_path, of_one, namespaces):
     shell.write_text(
         "#!/bin/sh\n"
         'while [ "$1" != 10.77.0.1 ] && [ "$1" != 10.77.0.2 ]; do shift; done\n'
-        "case $1 in *.1) name=tiny_a;; *) name=tiny_b;; esac; shift\n"
+        f"case $1 in *.1) name={HOSTS[0]};; *) name={HOSTS[1]};; esac; shift\n"
         'exec ip netns exec $name sh -c "$*"\n'
     )
     shell.chmod(0o755)
@@ -148,7 +172,7 @@ def test_two_machines_give_the_losses_of_one(tmp_path, of_one, namespaces):
     launcher = [*namespaces, MPIEXEC, "-n", "2", *hosts, "-launcher-exec", str(shell)]
     launcher += ["-genv", "UCX_TLS", "tcp,self"]  # nothing else is shared by two machines
     before = received(namespaces)
-    records = ranks(tmp_path, 2, "--dropout", "0", launcher=launcher)
+    records = ranks(tmp_path, 2, launcher=launcher)
     for record in records:
         np.testing.assert_allclose(record["losses"], of_one, rtol=0, atol=1e-5)
     n_bytes = 100 * 4 * GPTConfig(8, 104, 1, 2, 8, 32).n_parameters
@@ -310,7 +334,7 @@ def wait_for_end(processes: list[int]) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_path, mpi):
-    words = [*TINY, "--dropout", "0", "-n", "1000", "--checkpoint-every", "1"]
+    words = [*TINY, "-n", "1000", "--checkpoint-every", "1"]
     training = start(tmp_path, *words, "--workers", "2")
     wait_for(training, "step   1/")
     processes = workers_of(training)
@@ -341,7 +365,7 @@ def test_interrupted_or_killed_workers_end_and_resume_with_another_number(tmp_pa
 
 @pytest.mark.parametrize(("n_steps", "number", "status"), [(3, 0, 0), (1000, signal.SIGINT, 130)])
 def test_workers_outlive_the_reader_of_their_lines(tmp_path, mpi, n_steps, number, status):
-    words = [*TINY, "--dropout", "0", "-n", str(n_steps), "-o", "model", "--workers", "2"]
+    words = [*TINY, "-n", str(n_steps), "-o", "model", "--workers", "2"]
     training = start(tmp_path, *words)
     wait_for(training, "step   1/")
     training.stdout.close()
@@ -354,12 +378,9 @@ def test_workers_outlive_the_reader_of_their_lines(tmp_path, mpi, n_steps, numbe
         checkpoint.load(tmp_path / "model")
 
 
-def test_standard_input_reaches_all_workers(tmp_path, of_one):
-    (tmp_path / "text.txt").write_text("The context of the containers. " * 100)
-    of_file = ranks(tmp_path, 2, "--dropout", "0", "-t", "text.txt")
-    with (tmp_path / "text.txt").open() as file:
-        of_input = ranks(tmp_path, 2, "--dropout", "0", "-t", "-", stdin=file)
-    assert of_input == of_file
+def test_standard_input_reaches_all_workers(tmp_path, of_two):
+    with TEXT.open() as file:
+        assert ranks(tmp_path, 2, text="-", stdin=file) == of_two
 
 
 def test_a_corpus_that_differs_between_machines_is_noticed(tmp_path, mpi):
