@@ -146,23 +146,27 @@ def test_functions_compiled_together_do_what_each_says(compiler):
 
 
 KILLED = """
-import os, sys
+import os, signal, sys
 import backend, numpy as np
 from tinygrad import Tensor
 from backend.cpu import processes
 if sys.argv[1] == "forks":
     processes.begin_fork = os.abort
-else:
+elif sys.argv[1] == "starts":
     processes.can_fork = lambda: False
     processes.worker._init_worker = os.abort
 x = Tensor(np.ones(7, np.float32)).realize()
+if sys.argv[1] == "idle":
+    Tensor.realize(x.max(), (x * 3).contiguous())
+    for process in processes.pool().executor._processes:
+        os.kill(process, signal.SIGKILL)
 y, z = x.sum(), (x * 2).contiguous()
 Tensor.realize(y, z)
 print(y.item(), z.tolist()[0])
 """
 
 
-@pytest.mark.parametrize("kind", ["forks", "starts"])
+@pytest.mark.parametrize("kind", ["forks", "starts", "idle"])
 def test_the_work_of_a_compiling_process_that_is_killed_is_done_here(kind, tmp_path):
     environment = os.environ | {"PARALLEL": "2", "CACHEDB": str(tmp_path / "cache.db")}
     command = [sys.executable, "-c", KILLED, kind]

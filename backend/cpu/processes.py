@@ -55,13 +55,15 @@ class CompilingPool:
     def imap_unordered(self, compile_one: Callable, tasks: Iterable[tuple]) -> Iterator[tuple]:
         tasks = list(tasks)
         n = max(1, min(N_TOGETHER, len(tasks) // (2 * PARALLEL.value)))
-        parts = [tasks[i : i + n] for i in range(0, len(tasks), n)]
+        left = {i: tasks[i : i + n] for i in range(0, len(tasks), n)}
         compile_part = compile_together if self.forks else compile_each
-        left = {self.executor.submit(compile_part, compile_one, part): part for part in parts}
         try:
-            for future in as_completed(list(left)):
-                yield from future.result()
-                del left[future]
+            submit = functools.partial(self.executor.submit, compile_part, compile_one)
+            places = {submit(part): i for i, part in left.items()}
+            for future in as_completed(places):
+                results = future.result()
+                del left[places[future]]
+                yield from results
         except BrokenProcessPool:  # the system has killed one: this process does what is left
             pool.cache_clear()
             for part in left.values():
