@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, not_on_windows
 from tinygrad import Device, Tensor, helpers
 from tinygrad.device import TinyELF
 
@@ -173,6 +173,12 @@ def test_the_work_of_a_compiling_process_that_is_killed_is_done_here(kind, tmp_p
     options = {"env": environment, "capture_output": True, "text": True, "timeout": 60}
     process = subprocess.run(command, cwd=ROOT, **options)
     assert (process.stdout, process.stderr, process.returncode) == ("7.0 2.0\n", "", 0)
+
+
+@not_on_windows("has no groups of processes")
+def test_ctrl_c_in_a_terminal_reaches_no_compiler(compiler):
+    leads_a_group = "import os; print(os.getpgrp() == os.getpid())"
+    assert compiler.call([sys.executable, "-c", leads_a_group], "") == b"True\n"
 
 
 def test_a_kept_object_that_is_damaged_or_foreign_is_compiled_anew(compiler):

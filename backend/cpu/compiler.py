@@ -71,7 +71,9 @@ class CPUCompiler(ClangCompiler):
     def call(self, command: list[str], source: str) -> bytes:
         flags = f"{FREESTANDING} --target={self.arch}-none-unknown-elf {FLAGS} - -o -"
         command = [*command, *self.args, *DEFINITIONS, *flags.split()]
-        run = subprocess.run(command, input=source.encode(), capture_output=True)
+        # in a session of its own: Ctrl-C is for this process, which may have to end a batch first
+        options = {"capture_output": True, "start_new_session": True}
+        run = subprocess.run(command, input=source.encode(), **options)
         if run.returncode:
             raise ValueError(f"{command[0]} does not compile: {run.stderr.decode()[:300]}")
         return run.stdout

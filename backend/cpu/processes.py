@@ -22,7 +22,7 @@ N_TOGETHER = 4  # kernels in one call: clang takes as long to start as to compil
 
 def may_start() -> bool:
     """Processes, that is: those of a pool start none, and PARALLEL may forbid it."""
-    return not multiprocessing.current_process().daemon and PARALLEL.value > 1
+    return multiprocessing.parent_process() is None and PARALLEL.value > 1
 
 
 def can_fork() -> bool:
@@ -68,6 +68,10 @@ class CompilingPool:
             pool.cache_clear()
             for part in left.values():
                 yield from compile_each(compile_one, part)
+        except BaseException:  # Ctrl-C, say, and Python would wait for all that is to be done
+            pool.cache_clear()
+            self.executor.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def compile_each(compile_one: Callable, tasks: list[tuple]) -> list[tuple[int, UOp]]:
