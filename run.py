@@ -76,7 +76,7 @@ def generate(
     generator: Generator, tokenizer: tokenizers.Tokenizer, arguments: argparse.Namespace
 ) -> None:
     n_samples, rng = arguments.n_samples, np.random.default_rng(arguments.seed)
-    sampling = arguments.temperature, rng, arguments.top_k, arguments.top_p
+    sampling = arguments.temperature, rng, arguments.top_k, arguments.top_p, tokenizer.excluded
     for prompt in prompts(arguments.prompt, arguments.interactive):
         unknown = tokenizers.Unknown()
         ids = tokenizer.encode(prompt, unknown) if prompt else beginning(tokenizer)
@@ -84,7 +84,7 @@ def generate(
         tokens = generator(
             np.tile(ids, (n_samples, 1)).astype(np.int32),
             arguments.n_new_tokens,
-            lambda logits: sample(logits, *sampling, excluded=tokenizer.excluded),
+            lambda logits: sample(logits, *sampling),
         )
         streams = (TextStream(tokenizer, arguments.stop, tokenizer.ends) for _ in range(n_samples))
         shown = "" if arguments.interactive else bold(prompt)

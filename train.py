@@ -199,10 +199,11 @@ def print_sample(trainer: Trainer) -> None:
 def continued(trainer: Trainer, ids: np.ndarray, n_new_tokens: int) -> Iterator[str]:
     """ids (n,) -> the text that follows, as it comes. Its random numbers are no one else's."""
     tokenizer, rng = trainer.corpus.tokenizer, np.random.default_rng(trainer.config.seed)
+    excluded = tokenizer.excluded
     tokens = Generator(trainer.model)(
         ids[None].astype(np.int32),
         n_new_tokens,
-        lambda logits: sample(logits, 1.0, rng, excluded=tokenizer.excluded),
+        lambda logits: sample(logits, 1.0, rng, excluded=excluded),
     )
     stream = TextStream(tokenizer, ends=tokenizer.ends)
     return (text for [text] in added_texts(tokens, [stream]))
