@@ -135,6 +135,11 @@ def in_namespaces() -> list[str] | None:
     for command in commands.format(*HOSTS).strip().splitlines():
         if subprocess.run(command.split(), capture_output=True).returncode:
             return None
+    deadline = time.monotonic() + HANGS
+    for name in HOSTS:  # Linux may take a second until it calls a link running, and UCX asks
+        command = ["ip", "-n", name, "link", "show", "wire"]
+        while b"state UP" not in subprocess.run(command, capture_output=True).stdout:
+            assert time.monotonic() < deadline, "the link between two hosts stays down"
     return ["ip", "netns", "exec", HOSTS[0]]
 
 
@@ -170,7 +175,8 @@ def test_two_machines_give_the_losses_of_one(tmp_path, of_one, namespaces):
     shell.chmod(0o755)
     hosts = ["-hosts", "10.77.0.1,10.77.0.2", "-ppn", "1", "-launcher", "ssh"]
     launcher = [*namespaces, MPIEXEC, "-n", "2", *hosts, "-launcher-exec", str(shell)]
-    launcher += ["-genv", "UCX_TLS", "tcp,self"]  # nothing else is shared by two machines
+    # nothing else is shared by two machines
+    launcher += ["-genv", "UCX_TLS", "tcp,self", "-genv", "UCX_NET_DEVICES", "wire"]
     before = received(namespaces)
     records = ranks(tmp_path, 2, launcher=launcher)
     for record in records:
