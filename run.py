@@ -69,27 +69,32 @@ def main() -> None:
         score(model, tokenizer, arguments.score)
     else:
         generator = Generator(model, arguments.n_samples, arguments.stride)
-        generate(generator, tokenizer, arguments)
+        rng = np.random.default_rng(arguments.seed)
+        for prompt in prompts(arguments.prompt, arguments.interactive):
+            generate(prompt, generator, tokenizer, rng, arguments)
 
 
 def generate(
-    generator: Generator, tokenizer: tokenizers.Tokenizer, arguments: argparse.Namespace
+    prompt: str,
+    generator: Generator,
+    tokenizer: tokenizers.Tokenizer,
+    rng: np.random.Generator,
+    arguments: argparse.Namespace,
 ) -> None:
-    """Prints each prompt with its continuation: one as it comes, several one after the other."""
-    n_samples, rng = arguments.n_samples, np.random.default_rng(arguments.seed)
+    """Prints the prompt and its continuation as it comes, or several, one after the other."""
+    n_samples = arguments.n_samples
+    ids = np.tile(encode_prompt(prompt, tokenizer), (n_samples, 1)).astype(np.int32)
     sampling = arguments.temperature, rng, arguments.top_k, arguments.top_p, tokenizer.excluded
-    for prompt in prompts(arguments.prompt, arguments.interactive):
-        ids = np.tile(encode_prompt(prompt, tokenizer), (n_samples, 1)).astype(np.int32)
-        tokens = generator(ids, arguments.n_new_tokens, lambda logits: sample(logits, *sampling))
-        streams = [TextStream(tokenizer, arguments.stop) for _ in range(n_samples)]
-        shown = "" if arguments.interactive else bold(prompt)
-        added = chain([[shown] * n_samples], added_texts(tokens, streams))
-        if n_samples == 1:
-            for [text] in added:
-                print(text, end="", flush=True)
-            print(flush=True)
-        else:
-            print("\n".join(map("".join, zip(*added, strict=True))), flush=True)
+    tokens = generator(ids, arguments.n_new_tokens, lambda logits: sample(logits, *sampling))
+    shown = "" if arguments.interactive else bold(prompt)
+    streams = (TextStream(tokenizer, arguments.stop) for _ in range(n_samples))
+    added = chain([[shown] * n_samples], added_texts(tokens, streams))
+    if n_samples == 1:
+        for [text] in added:
+            print(text, end="", flush=True)
+        print(flush=True)
+    else:
+        print("\n".join(map("".join, zip(*added, strict=True))), flush=True)
 
 
 def encode_prompt(prompt: str, tokenizer: tokenizers.Tokenizer) -> np.ndarray:

@@ -40,7 +40,16 @@ def read(folder: Path | str) -> tuple[GPTConfig, Tokenizer, Mapping[str, np.ndar
     folder = find(Path(folder))
     config = read_config(folder)
     model = GPTConfig(**config["model"])
-    return model, read_tokenizer(folder, config), read_weights(folder, shapes(model))
+    parameter_shapes, vocab_size = shapes(model), model.vocab_size
+    tokenizer = tokenizers.load(config.get("tokenizer", tokenizers.DEFAULT), folder)
+    if isinstance(tokenizer, OF_FOLDERS):  # the model may have more rows than tokens
+        tokenizer.n_surplus = max(0, vocab_size - tokenizer.vocab_size)
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{folder / 'config.json'}: vocab_size is {vocab_size}, but the tokenizer "
+            f"{tokenizer.name!r} has {tokenizer.vocab_size} tokens: they do not belong together"
+        )
+    return model, tokenizer, read_weights(folder, parameter_shapes)
 
 
 def find(folder: Path) -> Path:
@@ -128,20 +137,6 @@ def parse_config(path: Path) -> dict:
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     return config
-
-
-def read_tokenizer(folder: Path, config: dict) -> Tokenizer:
-    """The tokenizer of a folder. With byte pairs, the model may have more rows than tokens."""
-    vocab_size = config["model"]["vocab_size"]
-    tokenizer = tokenizers.load(config.get("tokenizer", tokenizers.DEFAULT), folder)
-    if isinstance(tokenizer, OF_FOLDERS):
-        tokenizer.n_surplus = max(0, vocab_size - tokenizer.vocab_size)
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"{folder / 'config.json'}: vocab_size is {vocab_size}, but the tokenizer "
-            f"{tokenizer.name!r} has {tokenizer.vocab_size} tokens: they do not belong together"
-        )
-    return tokenizer
 
 
 def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, np.ndarray]:
