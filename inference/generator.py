@@ -122,19 +122,16 @@ def sample(
     if top_p is not None:
         weights[:, 1:][(totals - weights >= top_p * totals[:, -1:])[:, 1:]] = 0
     totals = weights.cumsum(-1)
-    places = (totals <= (rng.random(len(logits)) * totals[:, -1])[:, None]).sum(-1)
-    return np.take_along_axis(order, places[:, None], -1)[:, 0]
+    indices = (totals <= (rng.random(len(logits)) * totals[:, -1])[:, None]).sum(-1)
+    return np.take_along_axis(order, indices[:, None], -1)[:, 0]
 
 
 def quantize(model: GPT, kind: str) -> None:
-    """Replaces the matrices of all products by matrices of the kind "int8" or "float16".
-
-    ValueError for another kind.
-    """
+    """Quantizes the matrices of all products to "int8" or "float16"; ValueError for other kinds."""
     if kind not in QMAX:
         raise ValueError(f"weights are rounded to {' or '.join(QMAX)}, not {kind!r}")
     layers = list(get_state_dict(model, tensor_type=Linear).values())
-    if model.config.gpt2:  # whose token embedding is the head as well
+    if model.config.gpt2:  # the token embedding is the head as well
         layers.append(model.token_embedding)
     with Context(LRU=0):  # frees the memory of replaced tensors
         for layer in layers:

@@ -65,7 +65,7 @@ def find(folder: Path) -> Path:
         fetch_byte_pairs(repository)
     else:  # gpt-burn's characters are in no file
         optional += kind.files
-    weights = repository.fetch("model.safetensors", INDEX, after=optional)
+    weights = repository.fetch("model.safetensors", INDEX, optional=optional)
     if weights.name == INDEX:
         for shard in sorted(set(safetensors.weight_map(weights).values())):
             repository.fetch(shard)
@@ -75,7 +75,7 @@ def find(folder: Path) -> Path:
 def fetch_byte_pairs(repository: hub.Repository) -> Path:
     """Downloads the files of a byte pair tokenizer; returns their folder."""
     optional = ("added_tokens.json", *OF_FOLDERS.role_files)
-    path = repository.fetch("vocab.json", "tokenizer.json", after=optional)
+    path = repository.fetch("vocab.json", "tokenizer.json", optional=optional)
     if path.name == "vocab.json":
         repository.fetch("merges.txt")
     return path.parent

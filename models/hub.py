@@ -1,8 +1,8 @@
 """Downloads models of the Hugging Face Hub by name into the Hub's cache.
 
-The package `huggingface_hub` does, so that HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and tokens work as
-everywhere. It takes long to import: only names import it, folders do not. Nothing here knows of
-tensors.
+The package `huggingface_hub` does the work, so HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and tokens
+apply as everywhere. Its import is slow, and happens for names only, not for folders. Nothing here
+knows of tensors.
 """
 
 import os
@@ -41,12 +41,14 @@ class Repository:
         self.client, self.name = huggingface_hub, name
         self.revision, self.is_reached = "main", False
 
-    def fetch(self, *files: str, after: Iterable[str] = ()) -> Path:
-        """The path of the first of `files` that the repository has; the optional files `after` are
-        downloaded before it, so that with it in the cache, the Hub need not be asked."""
+    def fetch(self, *files: str, optional: Iterable[str] = ()) -> Path:
+        """The path of the first of `files` that the repository has.
+
+        Optional files are downloaded first: with one of `files` in the cache, nothing is missing.
+        """
         path = next(filter(None, map(self.cached, files)), None)
         if path is None:
-            for file in after:
+            for file in optional:
                 self.download(file)
             path = next(filter(None, map(self.download, files)), None)
         if path is None:

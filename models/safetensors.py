@@ -1,6 +1,6 @@
 """Safetensors files: a u64 length, a JSON header of that length, then the bytes of the tensors.
 
-A large model may be in several files, shards, with an index that names the file of each tensor.
+A large model may be in several files, its shards, with an index of each tensor's shard.
 """
 
 import json
@@ -22,7 +22,7 @@ OTHER_DTYPES = (
     *("BOOL", "F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ"),
     *("F8_E5M2FNUZ", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64"),
 )
-# the first number in the name of a dtype
+# bits of a dtype, the first number in its name
 N_BITS = {kind: int((re.findall(r"\d+", kind) or [8])[0]) for kind in (*DTYPES, *OTHER_DTYPES)}
 MAX_DIMENSIONS = 64  # numpy's and PyTorch's
 
