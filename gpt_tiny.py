@@ -46,6 +46,7 @@ class GPTConfig:
 
     @property
     def n_parameters(self) -> int:
+        """In closed form: a damaged config may ask for more layers than can be built."""
         d_model, d_hidden = self.d_model, self.d_hidden
         block = 4 * d_model**2 + 2 * d_model * d_hidden + d_hidden + 5 * d_model
         block += 4 * d_model if self.gpt2 else 0

@@ -27,10 +27,9 @@ PLACEHOLDER = "the values of a parameter"
 NORM = {"gamma": True, "beta": True, "epsilon": None}
 LINEAR = {"weight": True, "bias": True}
 PROJECTION = {"weight": True, "bias": None}
-MULTI_HEAD = {
-    **{"n_heads": None, "d_k": None, "query": PROJECTION, "key": PROJECTION, "value": PROJECTION},
-    **{"attn_dropout": None, "out": PROJECTION, "resid_dropout": None},
-}
+PROJECTIONS = dict.fromkeys(("query", "key", "value"), PROJECTION)
+MULTI_HEAD = {"n_heads": None, "d_k": None, **PROJECTIONS, "attn_dropout": None}
+MULTI_HEAD |= {"out": PROJECTION, "resid_dropout": None}
 PWFF = {"linear_1": LINEAR, "gelu": None, "linear_2": LINEAR, "dropout": None}
 BLOCK = {"norm_1": NORM, "multi_head": MULTI_HEAD, "norm_2": NORM, "pwff": PWFF}
 
@@ -169,15 +168,11 @@ def write_record(path: Path, weights: dict[str, np.ndarray], n_layers: int) -> N
 
     settings = "HalfPrecisionSettings"
     recorder = "burn_core::record::file::NamedMpkFileRecorder<burn_core::record::settings::"
-    metadata = {
-        **{"float": HALF, "int": "i16", "format": f"{recorder}{settings}>"},
-        **{"version": "0.13.2", "settings": settings},
-    }
+    metadata = {"float": HALF, "int": "i16", "format": f"{recorder}{settings}>"}
+    metadata |= {"version": "0.13.2", "settings": settings}
     embedding = {"weight": True}
-    item = {
-        **{"token_embedding": embedding, "positional_embedding": embedding, "dropout": None},
-        **{"blocks": [BLOCK] * n_layers, "norm": NORM, "linear": LINEAR},
-    }
+    item = {"token_embedding": embedding, "positional_embedding": embedding, "dropout": None}
+    item |= {"blocks": [BLOCK] * n_layers, "norm": NORM, "linear": LINEAR}
     record = msgpack.packb({"metadata": metadata, "item": fill(item, ""), "_b": []})
     if surplus := weights.keys() - set(names):
         raise UserError(f"gpt-burn's record has no place for {min(surplus)}")
