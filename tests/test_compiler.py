@@ -1,4 +1,4 @@
-"""Any clang serves, and ziglang's where there is none."""
+"""The compiler is CC, a clang on the PATH, or ziglang's; its objects are cached and checked."""
 
 import ctypes
 import io
@@ -82,7 +82,7 @@ def test_a_clang_that_does_not_compile_is_left_with_a_warning(compiler, path, ca
 
 
 @pytest.mark.parametrize("forks", [True, False])
-def test_it_is_said_once_whatever_processes_compile(path, forks):
+def test_the_warning_is_printed_once_whatever_processes_compile(path, forks):
     code = f"""
 import backend, numpy as np
 from tinygrad import Tensor
@@ -122,7 +122,7 @@ def test_on_a_machine_without_a_compiler_the_backend_works(path, tmp_path):
     assert (process.stdout, process.stderr) == ("[6.0]\n", "")
 
 
-def test_a_terminal_shows_what_is_compiled_in_a_line_that_goes_away(monkeypatch):
+def test_a_terminal_shows_a_bar_while_kernels_are_compiled_and_none_after(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -133,7 +133,7 @@ def test_a_terminal_shows_what_is_compiled_in_a_line_that_goes_away(monkeypatch)
     assert erased == "\x1b[K"
 
 
-def test_functions_compiled_together_do_what_each_says(compiler):
+def test_kernels_of_one_name_compiled_together_keep_their_code(compiler):
     loop = "for (int i = 0; i < 8; i++) x[i] = i / 3.0f;"
     bodies = {"x[0] += 1;": 5, loop: 0, "x[0] *= x[0];": 16}
     sources = [f"ABI void f(float *x) {{ {body} }}" for body in bodies]
@@ -170,7 +170,7 @@ print(y.item(), z.tolist()[0])
 
 
 @pytest.mark.parametrize("kind", ["forks", "starts", "idle"])
-def test_the_work_of_a_compiling_process_that_is_killed_is_done_here(kind, tmp_path):
+def test_kernels_of_a_killed_compiling_process_are_compiled_here(kind, tmp_path):
     environment = os.environ | {"PARALLEL": "2", "CACHEDB": str(tmp_path / "cache.db")}
     command = [sys.executable, "-c", KILLED, kind]
     options = {"env": environment, "capture_output": True, "text": True, "timeout": 60}
@@ -205,7 +205,7 @@ def test_a_damaged_cache_costs_time_alone(compiler, tmp_path, monkeypatch):
     connection.close()
 
 
-def test_another_version_of_the_program_or_another_processor_has_objects_of_its_own(
+def test_the_cache_key_depends_on_the_compiler_module_and_the_processor(
     compiler, tmp_path, monkeypatch
 ):
     def key() -> str:

@@ -11,7 +11,7 @@ enum { LANES = 4, N_VECTORS = 4, MR = 6 };
 #else
 enum { LANES = 4, N_VECTORS = 2, MR = 6 };
 #endif
-// A register tile has MR rows of N_VECTORS vectors. MAX_D is MOST_D in attention.py.
+// A register tile has MR rows of N_VECTORS vectors. Python asks for heads of up to MAX_D.
 enum { NR = LANES * N_VECTORS, BLOCK = 96, MAX_D = 128 };
 
 #define VECTOR(type) __attribute__((ext_vector_type(LANES), aligned(4), may_alias)) type
@@ -26,7 +26,7 @@ typedef __attribute__((aligned(64))) float tile[BLOCK * BLOCK], row[BLOCK];
 #define INLINE static inline __attribute__((always_inline, min_vector_width(512)))
 #define NOINLINE static __attribute__((noinline, min_vector_width(512)))
 
-INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long min(long a, long b) { return a < b ? a : b; }
 
 // 2^x for x <= 0, with an error of 2e-9 before rounding; 0 for x < -126.
 INLINE floats power_of_2(floats x) {
@@ -52,7 +52,7 @@ NOINLINE void gemm(float *c, long ldc, float *a, long a_row, long a_column, floa
     for (long i = 0; i < m && !(triangle == UPPER_C && i >= j + NR); i += MR) {
       floats sums[MR][N_VECTORS] = {};
       long start = triangle == UPPER_A ? i : 0, end = triangle == LOWER_A ? i + MR : k;
-      for (long l = start; l < least(end, k); l++)
+      for (long l = start; l < min(end, k); l++)
 #pragma unroll
         for (int y = 0; y < MR; y++)
 #pragma unroll
@@ -70,7 +70,7 @@ NOINLINE void gemm(float *c, long ldc, float *a, long a_row, long a_column, floa
 
 // x (n, d) * factor, with rows `stride` apart, to rows of `width`; zeros pad them to whole tiles.
 NOINLINE void pack(float *out, long width, float *x, long stride, long n, long d, float factor) {
-  for (long i = 0; i < least(n + NR, BLOCK); i++, out += width, x += stride) {
+  for (long i = 0; i < min(n + NR, BLOCK); i++, out += width, x += stride) {
     long end = i < n ? d : 0;
     for (long j = 0; j < end; j++) out[j] = x[j] * factor;
     for (long j = end; j < width; j++) out[j] = 0;
@@ -79,7 +79,7 @@ NOINLINE void pack(float *out, long width, float *x, long stride, long n, long d
 
 // The same, transposed: to (d, BLOCK).
 NOINLINE void pack_transposed(float *out, float *x, long stride, long n, long d, float factor) {
-  for (long i = 0; i < least(n + NR, BLOCK); i += LANES)
+  for (long i = 0; i < min(n + NR, BLOCK); i += LANES)
     for (long j = 0; j < d; j++) {
       floats numbers;
       for (int l = 0; l < LANES; l++) numbers[l] = i + l < n ? x[(i + l) * stride + j] : 0;
@@ -88,36 +88,37 @@ NOINLINE void pack_transposed(float *out, float *x, long stride, long n, long d,
 }
 
 // Rows are `width` apart in a packed block, `stride` in memory. Dropout keeps weights whose hash is
-// least_kept or more, and scales them by kept_factor.
+// threshold or more, with threshold = rate * 2^32, and scales them by kept_factor.
 typedef struct {
   long n_heads, time, d, width, stride;
   float scale, kept_factor;
-  unsigned key, least_kept;
-} Config;
+  unsigned key, threshold;
+} Settings;
 
-INLINE Config config_of(unsigned *dropout_key, int n_heads, int time, int d, unsigned least_kept) {
-  float kept_factor = 4294967296.0 / (4294967296.0 - least_kept);
-  return (Config){n_heads, time, d, (d + NR - 1) / NR * NR, (long)n_heads * d,
-                  1 / __builtin_sqrtf(d), kept_factor, *dropout_key, least_kept};
+INLINE Settings settings(unsigned *dropout_key, int n_heads, int time, int d, unsigned threshold) {
+  float kept_factor = 4294967296.0 / (4294967296.0 - threshold);
+  return (Settings){n_heads, time, d, (d + NR - 1) / NR * NR, (long)n_heads * d,
+                  1 / __builtin_sqrtf(d), kept_factor, *dropout_key, threshold};
 }
 #define LOG2_E 1.44269504f
 
 // Dropout's factors for the weights with these indices, by gpt_tiny.py's hash.
-INLINE floats dropout(Config *s, words index) {
+INLINE floats dropout(Settings *s, words index) {
   words x = index + s->key;
   x = (x ^ (x >> 16)) * 0x21F0AAAD;
   x = (x ^ (x >> 15)) * 0xD35A2D97;
   x = x ^ (x >> 15);
-  return x >= s->least_kept ? (floats)s->kept_factor : (floats)0;
+  return x >= s->threshold ? (floats)s->kept_factor : (floats)0;
 }
 
 // Online softmax: replaces scores (keys, queries), times log2(e), by weights exp(score - maximum),
 // with dropout, and updates each query's maximum and sum of weights. rescale (queries): the factors
 // for outputs of the blocks before. The weight of the tile's first query and key has first_index.
-NOINLINE void update_softmax(Config *s, float *scores, float *maximum, float *sums, float *rescale,
-                             long n_q, long n_k, unsigned first_index, int is_diagonal) {
+NOINLINE void update_softmax(Settings *s, float *scores, float *maximum, float *sums,
+                             float *rescale, long n_q, long n_k, unsigned first_index,
+                             int is_diagonal) {
   for (long i = 0; i < n_q; i += LANES) {
-    long end = is_diagonal ? least(n_k, i + LANES + MR) : n_k;  // that a product reads
+    long end = is_diagonal ? min(n_k, i + LANES + MR) : n_k;  // that a product reads
     words query, last = BLOCK;  // the last key that each query attends to
     for (int lane = 0; lane < LANES; lane++) query[lane] = i + lane;
     if (is_diagonal) last = query;
@@ -130,7 +131,7 @@ NOINLINE void update_softmax(Config *s, float *scores, float *maximum, float *su
     for (unsigned k = 0; k < end; k++) {
       floats weight = last >= k ? power_of_2(AT(scores, k * BLOCK + i) - greatest) : (floats)0;
       sum += weight;
-      AT(scores, k * BLOCK + i) = s->least_kept ? weight * dropout(s, index + k) : weight;
+      AT(scores, k * BLOCK + i) = s->threshold ? weight * dropout(s, index + k) : weight;
     }
     AT(rescale, i) = power_of_2(AT(maximum, i) - greatest);
     AT(maximum, i) = greatest;
@@ -144,24 +145,24 @@ NOINLINE void update_softmax(Config *s, float *scores, float *maximum, float *su
 // and one over its sum of exponentials.
 ABI void attention(float *out, float *statistics, float *query, float *key, float *value,
                    unsigned *dropout_key, int first, int last, int n_heads, int time, int d,
-                   unsigned least_kept) {
+                   unsigned threshold) {
   columns q;
   rows k, v, o;
   tile scores;
-  Config s = config_of(dropout_key, n_heads, time, d, least_kept);
+  Settings s = settings(dropout_key, n_heads, time, d, threshold);
   for (long head = first; head < last; head++)
     for (long i = 0; i < time; i += BLOCK) {
       long start = (head / n_heads * time * n_heads + head % n_heads) * d;
-      long n_q = least(BLOCK, time - i), queries = start + i * s.stride;
+      long n_q = min(BLOCK, time - i), offset_q = start + i * s.stride;
       row maximum, sums, rescale;
       for (long x = 0; x < BLOCK; x++) maximum[x] = -__builtin_inff(), sums[x] = 0;
       for (long x = 0; x < BLOCK * s.width; x++) o[x] = 0;
-      pack_transposed(q, query + queries, s.stride, n_q, d, s.scale * LOG2_E);
+      pack_transposed(q, query + offset_q, s.stride, n_q, d, s.scale * LOG2_E);
       for (long j = 0; j <= i; j += BLOCK) {
         int is_diagonal = j == i;
-        long n_k = least(BLOCK, time - j), keys = start + j * s.stride;
-        pack(k, s.width, key + keys, s.stride, n_k, d, 1);
-        pack(v, s.width, value + keys, s.stride, n_k, d, 1);
+        long n_k = min(BLOCK, time - j), offset_k = start + j * s.stride;
+        pack(k, s.width, key + offset_k, s.stride, n_k, d, 1);
+        pack(v, s.width, value + offset_k, s.stride, n_k, d, 1);
         gemm(scores, BLOCK, k, s.width, 1, q, BLOCK, n_k, n_q, d, is_diagonal ? UPPER_C : FULL, 0);
         update_softmax(&s, scores, maximum, sums, rescale, n_q, n_k, (head * time + i) * time + j,
                        is_diagonal);
@@ -171,21 +172,22 @@ ABI void attention(float *out, float *statistics, float *query, float *key, floa
              1);
       }
       for (long x = 0; x < n_q; x++) {
-        float *of_query = statistics + head * 2 * time + i + x;
-        of_query[0] = maximum[x];
-        of_query[time] = 1 / sums[x];
-        for (long y = 0; y < d; y++) out[queries + x * s.stride + y] = o[x * s.width + y] / sums[x];
+        float *pair = statistics + head * 2 * time + i + x;
+        pair[0] = maximum[x];
+        pair[time] = 1 / sums[x];
+        for (long y = 0; y < d; y++)
+          out[offset_q + x * s.stride + y] = o[x * s.width + y] / sums[x];
       }
     }
 }
 
 // Replaces scores by weights, computed anew, and gradients of weights by gradients of scores:
 // weight * (gradient - delta), delta (queries) being sum(gradient * weight) = grad_out . out.
-NOINLINE void softmax_gradients(Config *s, float *scores, float *grads, float *maximum,
+NOINLINE void softmax_gradients(Settings *s, float *scores, float *grads, float *maximum,
                                 float *inverse_sums, float *delta, long n_q, long n_k,
                                 unsigned first_index, int is_diagonal) {
   for (long i = 0; i < n_q; i += LANES) {
-    long end = is_diagonal ? least(n_k, i + LANES + MR) : n_k;
+    long end = is_diagonal ? min(n_k, i + LANES + MR) : n_k;
     words query, last = BLOCK;
     for (int lane = 0; lane < LANES; lane++) query[lane] = i + lane;
     if (is_diagonal) last = query;
@@ -193,7 +195,7 @@ NOINLINE void softmax_gradients(Config *s, float *scores, float *grads, float *m
     for (unsigned k = 0; k < end; k++) {
       floats *score = &AT(scores, k * BLOCK + i), *grad = &AT(grads, k * BLOCK + i);
       floats weight = power_of_2(*score - AT(maximum, i)) * AT(inverse_sums, i);
-      floats factor = s->least_kept ? dropout(s, index + k) : 1;
+      floats factor = s->threshold ? dropout(s, index + k) : 1;
       floats grad_score = weight * (*grad * factor - AT(delta, i));
       *score = last >= k ? weight * factor : (floats)0;
       *grad = last >= k ? grad_score : (floats)0;
@@ -214,47 +216,47 @@ NOINLINE void add_rows(float *out, long stride, float *x, long width, long n, lo
 ABI void attention_gradients(float *grad_query, float *grad_key, float *grad_value,
                              float *grad_out, float *out, float *statistics, float *query,
                              float *key, float *value, unsigned *dropout_key, int first, int last,
-                             int n_heads, int time, int d, unsigned least_kept) {
+                             int n_heads, int time, int d, unsigned threshold) {
   columns q_transposed, g_transposed;
   rows q, g, k, v, sums, grad_q;
   tile scores, grads;
-  Config s = config_of(dropout_key, n_heads, time, d, least_kept);
+  Settings s = settings(dropout_key, n_heads, time, d, threshold);
   for (long head = first; head < last; head++)
     for (long i = 0; i < time; i += BLOCK) {
       long start = (head / n_heads * time * n_heads + head % n_heads) * d;
-      long n_q = least(BLOCK, time - i), queries = start + i * s.stride;
-      pack(q, s.width, query + queries, s.stride, n_q, d, s.scale);
-      pack(g, s.width, grad_out + queries, s.stride, n_q, d, 1);
-      pack_transposed(q_transposed, query + queries, s.stride, n_q, d, s.scale * LOG2_E);
-      pack_transposed(g_transposed, grad_out + queries, s.stride, n_q, d, 1);
+      long n_q = min(BLOCK, time - i), offset_q = start + i * s.stride;
+      pack(q, s.width, query + offset_q, s.stride, n_q, d, s.scale);
+      pack(g, s.width, grad_out + offset_q, s.stride, n_q, d, 1);
+      pack_transposed(q_transposed, query + offset_q, s.stride, n_q, d, s.scale * LOG2_E);
+      pack_transposed(g_transposed, grad_out + offset_q, s.stride, n_q, d, 1);
       row maximum = {}, inverse_sums = {}, delta = {};
       for (long x = 0; x < n_q; x++) {
         maximum[x] = statistics[head * 2 * time + i + x];
         inverse_sums[x] = statistics[(head * 2 + 1) * time + i + x];
         for (long y = 0; y < d; y++)
-          delta[x] += g[x * s.width + y] * out[queries + x * s.stride + y];
+          delta[x] += g[x * s.width + y] * out[offset_q + x * s.stride + y];
       }
       for (long x = 0; x < BLOCK * s.width; x++) grad_q[x] = 0;
       for (long j = 0; j <= i; j += BLOCK) {
         int is_diagonal = j == i, upper_c = is_diagonal ? UPPER_C : FULL;
         int upper_a = is_diagonal ? UPPER_A : FULL;
-        long n_k = least(BLOCK, time - j), keys = start + j * s.stride;
-        pack(k, s.width, key + keys, s.stride, n_k, d, 1);
-        pack(v, s.width, value + keys, s.stride, n_k, d, 1);
+        long n_k = min(BLOCK, time - j), offset_k = start + j * s.stride;
+        pack(k, s.width, key + offset_k, s.stride, n_k, d, 1);
+        pack(v, s.width, value + offset_k, s.stride, n_k, d, 1);
         gemm(scores, BLOCK, k, s.width, 1, q_transposed, BLOCK, n_k, n_q, d, upper_c, 0);
         gemm(grads, BLOCK, v, s.width, 1, g_transposed, BLOCK, n_k, n_q, d, upper_c, 0);
         softmax_gradients(&s, scores, grads, maximum, inverse_sums, delta, n_q, n_k,
                           (head * time + i) * time + j, is_diagonal);
         // the block on the diagonal is the first that adds to the gradients of its keys
         gemm(sums, s.width, scores, BLOCK, 1, g, s.width, n_k, d, n_q, upper_a, 0);
-        add_rows(grad_value + keys, s.stride, sums, s.width, n_k, d, is_diagonal);
+        add_rows(grad_value + offset_k, s.stride, sums, s.width, n_k, d, is_diagonal);
         gemm(sums, s.width, grads, BLOCK, 1, q, s.width, n_k, d, n_q, upper_a, 0);
-        add_rows(grad_key + keys, s.stride, sums, s.width, n_k, d, is_diagonal);
+        add_rows(grad_key + offset_k, s.stride, sums, s.width, n_k, d, is_diagonal);
         gemm(grad_q, s.width, grads, 1, BLOCK, k, s.width, n_q, d, n_k,
              is_diagonal ? LOWER_A : FULL, 1);
       }
       for (long x = 0; x < n_q; x++)
         for (long y = 0; y < d; y++)
-          grad_query[queries + x * s.stride + y] = grad_q[x * s.width + y] * s.scale;
+          grad_query[offset_q + x * s.stride + y] = grad_q[x * s.width + y] * s.scale;
     }
 }

@@ -85,7 +85,7 @@ typedef struct {
   long row_stride, k_stride;
 } Rows;
 
-INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long min(long a, long b) { return a < b ? a : b; }
 INLINE long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 INLINE number *at(Rows x, long row, long k) {
   return x.start + row * x.row_stride + k * x.k_stride;
@@ -221,8 +221,8 @@ INLINE void update_tile(float *c, long ldc, Rows a, number *b, long depth, int i
   else
     micro_kernel(out, stride, (Rows){a.start, GROUP, MR}, b, depth, is_set);
   if (is_whole) return;
-  for (int i = 0; i < least(height, MR); i++)
-    for (int j = 0; j < least(width, NR); j++) {
+  for (int i = 0; i < min(height, MR); i++)
+    for (int j = 0; j < min(width, NR); j++) {
       float *place = c + i * ldc + j;
       *place = buffer[i * NR + j] + (is_first ? 0 : *place);
     }
@@ -286,7 +286,7 @@ INLINE void pack_block(number *restrict out, int width, int is_a, long padded, R
                        long depth) {
 #define PACKED(row, k) (out + (k) / GROUP * GROUP * width + (row) * GROUP + (k) % GROUP)
   if (n < width || depth < PACK_STEP) {
-    for (int k = 0; k < least(round_up(depth, GROUP), PACK_STEP); k++)
+    for (int k = 0; k < min(round_up(depth, GROUP), PACK_STEP); k++)
       for (int i = 0; i < width; i++) *PACKED(i, k) = i < n && k < depth ? *at(x, i, k) : 0;
   } else if (x.k_stride == 1) {
     for (int i = 0; i < width; i += 2) {
@@ -335,12 +335,12 @@ ABI void GEMM(int order, int flag_a, int flag_b, long m, long n, long k, float a
   long n_blocks = (k + KC - 1) / KC, block = round_up((k + n_blocks - 1) / n_blocks, PACK_STEP);
   for (long column = 0; column < n; column += NC)
     for (long start = 0; start < k; start += block) {
-      long width = least(n - column, NC), depth = least(k - start, block);
+      long width = min(n - column, NC), depth = min(k - start, block);
       long padded = round_up(depth, STEP);
       pack(packed_b, NR, 0, rows_from(columns_b, column, start), width, depth);
       for (long row = 0; row < m; row += MC) {
         Rows x = rows_from(rows_a, row, start);
-        long height = least(m - row, MC);
+        long height = min(m - row, MC);
         int is_in_place = x.k_stride == 1 && (GROUP == 1 || IS_TILED) && depth == padded;
         long n_in_place = is_in_place ? height / MR * MR : 0;
         pack(packed_a, MR, 1, rows_from(x, n_in_place, 0), height - n_in_place, depth);

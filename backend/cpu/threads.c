@@ -7,7 +7,7 @@ typedef unsigned long long word;
 typedef ABI void kernel_8(word, word, word, word, word, word, word, word);
 typedef ABI void kernel_64(PARAMETERS);
 typedef ABI long system_call(long, ...);  // libc's syscall, or a function that yields the core
-enum { FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129, MANY = 1 << 30 };
+enum { FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129, ALL_THREADS = 1 << 30 };
 
 typedef struct {  // the next kernel follows the last argument
   word address, n_chunks, chunk_argument, n_arguments, arguments[];
@@ -93,7 +93,7 @@ ABI void run_kernels(Kernel *kernel, word n_kernels, word thread_id, word n_thre
       call_kernel(kernel, chunk);
       word n_done = __atomic_add_fetch(&state->n_done, 1, __ATOMIC_SEQ_CST);
       if (n_done == n_before + n_chunks && __atomic_load_n(&state->n_asleep, __ATOMIC_SEQ_CST))
-        call(futex, &state->n_done, FUTEX_WAKE_PRIVATE, MANY);
+        call(futex, &state->n_done, FUTEX_WAKE_PRIVATE, ALL_THREADS);
       has_worked = 1;
     }
     if (has_worked) thread.last_kernel = ticks() - start;
