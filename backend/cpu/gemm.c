@@ -46,8 +46,8 @@ static void plain(int order, int flag_a, int flag_b, long m, long n, long k, flo
 enum { GROUP = 2, VECTOR_ROWS = 1, VECTOR_COLUMNS = 16, MR = 32, NR = 32 };
 #elif BFLOAT16 && __ARM_FEATURE_BF16_VECTOR_ARITHMETIC  // Graviton 3, Apple M2
 enum { GROUP = 4, VECTOR_ROWS = 2, VECTOR_COLUMNS = 2, MR = 8, NR = 12 };
-// Zen 4, Cooper Lake. Sapphire Rapids without AMX takes twice as long as for float32.
-#elif BFLOAT16 && !TILES && (__AVX512BF16__ && !__AMX_BF16__ || EMULATED)  // for tests
+// Zen 4, Cooper Lake; on Sapphire Rapids vdpbf16ps takes twice as long as float32. Tests emulate it.
+#elif BFLOAT16 && !TILES && (__AVX512BF16__ && !__AMX_BF16__ || EMULATED)
 enum { GROUP = 2, VECTOR_ROWS = 1, VECTOR_COLUMNS = 16, MR = 12, NR = 32 };
 #elif BFLOAT16
 #error no fast products of bfloat16
@@ -290,14 +290,14 @@ INLINE void pack_block(number *restrict out, int width, int is_a, long padded, R
       for (int i = 0; i < width; i++) *PACKED(i, k) = i < n && k < depth ? *at(x, i, k) : 0;
   } else if (x.k_stride == 1) {
     for (int i = 0; i < width; i += 2) {
-      number *one = at(x, i, 0), *other = at(x, i + 1, 0);
-      __builtin_prefetch(one + width * x.row_stride);  // of the next panel
-      __builtin_prefetch(other + width * x.row_stride);
+      number *row_1 = at(x, i, 0), *row_2 = at(x, i + 1, 0);
+      __builtin_prefetch(row_1 + width * x.row_stride);  // of the next panel
+      __builtin_prefetch(row_2 + width * x.row_stride);
       VECTOR(group, 16)
-      both = __builtin_shufflevector(*(groups *)one, *(groups *)other, 0, 8, 1, 9, 2, 10, 3, 11, 4,
-                                     12, 5, 13, 6, 14, 7, 15);
+      pairs = __builtin_shufflevector(*(groups *)row_1, *(groups *)row_2, 0, 8, 1, 9, 2, 10, 3, 11,
+                                      4, 12, 5, 13, 6, 14, 7, 15);
 #pragma unroll
-      for (int k = 0; k < 8; k++) *(two_groups *)PACKED(i, k * GROUP) = ((two_groups *)&both)[k];
+      for (int k = 0; k < 8; k++) *(two_groups *)PACKED(i, k * GROUP) = ((two_groups *)&pairs)[k];
     }
   } else
     for (int k = 0; k < PACK_STEP; k += GROUP) {
