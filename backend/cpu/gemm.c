@@ -46,7 +46,7 @@ static void plain(int order, int flag_a, int flag_b, long m, long n, long k, flo
 enum { GROUP = 2, VECTOR_ROWS = 1, VECTOR_COLUMNS = 16, MR = 32, NR = 32 };
 #elif BFLOAT16 && __ARM_FEATURE_BF16_VECTOR_ARITHMETIC  // Graviton 3, Apple M2
 enum { GROUP = 4, VECTOR_ROWS = 2, VECTOR_COLUMNS = 2, MR = 8, NR = 12 };
-// Zen 4, Cooper Lake; on Sapphire Rapids vdpbf16ps takes twice as long as float32. Tests emulate it.
+// Zen 4, Cooper Lake. Sapphire Rapids needs twice float32's time for vdpbf16ps. Tests emulate it.
 #elif BFLOAT16 && !TILES && (__AVX512BF16__ && !__AMX_BF16__ || EMULATED)
 enum { GROUP = 2, VECTOR_ROWS = 1, VECTOR_COLUMNS = 16, MR = 12, NR = 32 };
 #elif BFLOAT16
