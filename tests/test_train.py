@@ -201,8 +201,9 @@ def test_what_contradicts_the_model_to_start_from_is_refused(call, corpus, optio
     assert_error(call(train.main, "--init-from", GPT2, "-t", corpus, *options), 1, words)
 
 
-def test_what_agrees_with_the_model_to_start_from_is_taken(call, folder, corpus):
+def test_what_agrees_with_the_model_to_start_from_is_taken(call, folder, corpus, monkeypatch):
     pytest.importorskip("tiktoken")
+    monkeypatch.setattr(train, "print_example", lambda *_: None)  # test_gpt2.py generates
     (folder / "bpe").mkdir()  # is not taken for one with a vocabulary
     options = ["-h", "4", "-d", "48", "--tokenizer", GPT2, "-c", "16", "--dropout", "0"]
     words = ["--init-from", GPT2, "-t", corpus, "-b", "2", "--validation-size", "2", "-n", "1"]
