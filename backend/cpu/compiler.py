@@ -19,7 +19,6 @@ from types import SimpleNamespace
 
 from tinygrad import Device, helpers
 from tinygrad.device import TinyELF
-from tinygrad.helpers import ContextVar
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
@@ -47,7 +46,6 @@ FREESTANDING = "-c -x c -fPIC -ffreestanding -nostdlib -fno-ident"
 DEFINITIONS = [f"-DABI={ClangRenderer.abi}"]
 if sys.platform == "win32":  # it gives a stack its memory page by page, in their order
     DEFINITIONS += ["-Xclang", "-fstack-clash-protection"]
-RENDER_ONLY = ContextVar("RENDER_ONLY", 0)  # kernels are not compiled, nor what they call
 SAID = "GPT_TINY_SAID"  # a variable for the processes that this one starts
 # What tinygrad writes is C with clang's vectors.
 PROBE = "typedef float f4 __attribute__((ext_vector_type(4))); f4 f(f4 x) { return x + x.wzyx; }"
@@ -79,8 +77,6 @@ class CPUCompiler(ClangCompiler):
         return run.stdout
 
     def compile_cached(self, source: str) -> bytes:
-        if RENDER_ONLY:
-            return b""
         return self.cached(source) or self.keep(source, self.compile(source))
 
     def cached_or_source(self, source: str) -> bytes:
