@@ -1,10 +1,10 @@
-// Asks the worker for the text, piece by piece, and shows it.
+// Asks the worker for text, piece by piece, and shows it. Knows no model.
 "use strict";
 const form = document.forms[0];
 const { prompt, tokens, temperature, topK, topP, seed, write, goOn, copy, stop, text } =
   form.elements;
 const element = (id) => document.getElementById(id);
-const SIMD = "AGFzbQEAAAABBQFgAAF7AwIBAAoKAQgAQQD9D/1iCw=="; // a program with such an instruction
+const SIMD = "AGFzbQEAAAABBQFgAAF7AwIBAAoKAQgAQQD9D/1iCw=="; // a program with a SIMD instruction
 let worker, hasEnd, isStopped;
 
 const ask = (message) => new Promise((resolve, reject) => {
@@ -27,7 +27,7 @@ async function load() {
   if (dataset.address && location.protocol === "file:")
     throw Error("A page on disk cannot read its model: run `python -m http.server` in the folder");
   worker = new Worker(URL.createObjectURL(new Blob([element("worker").textContent])));
-  const address = new URL(dataset.address, location).href; // the worker is at another place
+  const address = new URL(dataset.address, location).href; // the worker has another base address
   const program = element("program").textContent;
   ({ hasEnd } = await ask({ task: "load", program, weights, address }));
   if (hasEnd) prompt.placeholder = "How the text begins, or nothing. Ctrl+Enter writes on.";
@@ -77,7 +77,7 @@ function show(status, { isWriting = false, canGoOn = false } = {}) {
   goOn.disabled = !canGoOn;
   copy.disabled = isWriting || !text.firstChild;
   stop.hidden = !isWriting;
-  if (isFocused) (isWriting ? stop : canGoOn ? goOn : write).focus(); // not on a button that is off
+  if (isFocused) (isWriting ? stop : canGoOn ? goOn : write).focus(); // never on a disabled button
 }
 
 copy.onclick = async () => {

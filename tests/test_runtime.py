@@ -48,11 +48,11 @@ def both(request, tmp_path_factory):
     config = GPTConfig(4, tokenizer.vocab_size, n_layers=1, n_heads=1, d_model=4, d_hidden=4)
     write_sources(Decoder(GPT(config, initial_weights(config, 0))), tokenizer, "", folder)
     files = ["-shared", "-fPIC", "-DKERNELS=kernels_any", "-DHALVES_ARE_SINGLE", "-Wno-everything"]
-    files += [build.RUNTIME / name for name in ("page.c", "steps.c")] + build.SHARED
-    library = ctypes.CDLL(str(build.compiled(folder, folder / "model.so", *files)))
-    library.model_place.restype = ctypes.c_void_p
+    files += [build.RUNTIME / name for name in ("page.c", "steps.c")] + build.SHARED_FILES
+    library = ctypes.CDLL(str(build.compile_c(folder, folder / "model.so", *files)))
+    library.model_address.restype = ctypes.c_void_p
     model = (folder / "model.bin").read_bytes()
-    ctypes.memmove(library.model_place(), model, len(model))
+    ctypes.memmove(library.model_address(), model, len(model))
     return tokenizer, library
 
 
