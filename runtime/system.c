@@ -66,12 +66,16 @@ void choose_kernels(void) {
 
 static int n_cores(void) {
   const char *limit = getenv("NUM_CPU_THREADS");
+  double most = limit ? atoi(limit) : N_CHUNKS, period;
+  FILE *quota = limit ? NULL : fopen("/sys/fs/cgroup/cpu.max", "r");  // of a container
+  if (quota && fscanf(quota, "%lf %lf", &most, &period) == 2) most /= period;
+  if (quota) fclose(quota);
 #if _WIN32
   int n = pthread_num_processors_np();
 #else
   int n = sysconf(_SC_NPROCESSORS_ONLN);
 #endif
-  if (limit && atoi(limit) < n) n = atoi(limit);
+  if (most < n) n = most;
   return n < 1 || !IS_LARGE ? 1 : n < N_CHUNKS ? n : N_CHUNKS;
 }
 
