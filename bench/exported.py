@@ -68,7 +68,7 @@ def open_page(output: Path, n: int):
     page = chromium.launch(executable_path=path, args=["--no-sandbox"]).new_page()
     page.goto(address)
     page.get_by_text("Ready").wait_for(timeout=600_000)
-    page.get_by_label("Tokens").fill(str(n))
+    page.get_by_label("Tokens", exact=True).fill(str(n))
     page.get_by_label("Temperature").fill("0")
     return page
 

@@ -37,8 +37,9 @@ void EXPORT(widen_halves)(void) {
 int EXPORT(set_seed)(int n) { return seed(input, n); }
 
 // Takes the prompt, n bytes, from the input; returns the percentage of unknown characters.
-double EXPORT(start)(int n, double temperature, int top_k, double top_p) {
+double EXPORT(start)(int n, double temperature, int top_k, double top_p, int takes_specials) {
   sampling = (Sampling){temperature, top_p, top_k};
+  n_specials = takes_specials ? N_SPECIALS : 0;
   set_prompt((Text){input, n}, (Text){}, ids);
   return unknown.n ? 100.0 * unknown.n / unknown.n_characters : 0;
 }

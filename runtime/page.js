@@ -1,7 +1,7 @@
 // Asks the worker for text, piece by piece, and shows it. Knows no model.
 "use strict";
 const form = document.forms[0];
-const { prompt, tokens, temperature, topK, topP, seed, write, goOn, copy, stop, text } =
+const { prompt, tokens, temperature, topK, topP, seed, noSpecial, write, goOn, copy, stop, text } =
   form.elements;
 const element = (id) => document.getElementById(id);
 const SIMD = "AGFzbQEAAAABBQFgAAF7AwIBAAoKAQgAQQD9D/1iCw=="; // a program with a SIMD instruction
@@ -30,6 +30,7 @@ async function load() {
   const address = new URL(dataset.address, location).href; // the worker has another base address
   const program = element("program").textContent;
   ({ hasEnd } = await ask({ task: "load", program, weights, address }));
+  noSpecial.parentElement.hidden = !hasEnd;
   if (hasEnd) prompt.placeholder = "How the text begins, or nothing. Ctrl+Enter writes on.";
   element("weights").remove();
   show("Ready");
@@ -40,7 +41,7 @@ async function setPrompt() {
   text.firstChild.textContent = prompt.value || (hasEnd ? "" : "\n");
   const { percent, unknown } = await ask({ task: "start", prompt: text.textContent,
     seed: seed.value, temperature: temperature.valueAsNumber, topK: topK.valueAsNumber || 0,
-    topP: topP.value ? topP.valueAsNumber : Infinity });
+    topP: topP.value ? topP.valueAsNumber : Infinity, takesSpecials: !noSpecial.checked });
   const share = percent < 0.05 ? "Less than 0.1 %" : `${percent.toFixed(1)} %`;
   const lack = `${share} of the prompt is not in the model's vocabulary: `;
   element("warning").textContent = percent ? lack + unknown.map(visible).join(" ") : "";

@@ -38,9 +38,9 @@ function copyIn(text) {
   return bytes.length;
 }
 
-function start({ prompt, seed, temperature, topK, topP }) {
+function start({ prompt, seed, temperature, topK, topP, takesSpecials }) {
   if (!model.set_seed(copyIn(seed))) throw Error("the seed is too large");
-  const percent = model.start(copyIn(prompt), temperature, topK, topP);
+  const percent = model.start(copyIn(prompt), temperature, topK, topP, takesSpecials);
   const numbers = new Uint32Array(model.memory.buffer, model.counts_of_unknown(), 15);
   const token = (i) => decoder.decode(memory(numbers[3 * i], numbers[3 * i + 1]));
   postMessage({ percent, unknown: [0, 1, 2, 3, 4].map(token).filter(Boolean) });
