@@ -91,17 +91,14 @@ def write_program(target: Target, sources: Path, output: Path) -> None:
     with ThreadPoolExecutor(NUM_CPU_THREADS.value) as threads:
         objects = list(threads.map(compile_kernels, target.processors))
     files = ["-target", target.triple, *target.flags, *PROGRAM_FILES, *SHARED_FILES, *objects]
+    if target.links_model:
+        seal(model, 0)
+        files.append(model_object(target, sources))
+    program = compile_c(sources, sources / "program", *files)
     with replacing_file(output) as new:
-        if target.links_model:
-            seal(model, 0)
-            compile_c(sources, new, *files, model_object(target, sources))
-        else:
-            code = compile_c(sources, sources / "program", *files).read_bytes()
-            code += bytes(-len(code) % ALIGNMENT)
-            with new.open("wb") as file, model.open("rb") as weights:
-                file.write(code)
-                shutil.copyfileobj(weights, file, 1 << 24)
-            seal(new, len(code))
+        shutil.copyfile(program, new)
+        if not target.links_model:
+            append(model, new)
         new.chmod(0o755)
 
 
@@ -111,6 +108,14 @@ def model_object(target: Target, sources: Path) -> Path:
     triple = target.triple.replace("-", "-apple-")
     zig("clang", "-c", f"--target={triple}", "model.s", "-o", "model.o", folder=sources)
     return sources / "model.o"
+
+
+def append(model: Path, program: Path) -> None:
+    with program.open("ab") as file, model.open("rb") as weights:
+        file.write(bytes(-file.tell() % ALIGNMENT))
+        offset = file.tell()
+        shutil.copyfileobj(weights, file, 1 << 24)
+    seal(program, offset)
 
 
 def seal(path: Path, offset: int) -> None:

@@ -27,7 +27,8 @@ def write_sources(decoder, tokenizer: Tokenizer, help_text: str, folder: Path) -
     kernels.c holds the kernels of a step, one.c and many.c call them for one token and for a chunk,
     model.h holds sizes, offsets and the help, model.bin the weights and the tokens.
     """
-    kernels = Kernels(decoder.weights)
+    arrays = tables(tokenizer)
+    is_end, is_excluded = is_one_of(tokenizer.ends), is_one_of(tokenizer.excluded)
     constants = {
         "CONTEXT_LENGTH": decoder.context_length,
         "CHUNK": decoder.chunk,
@@ -39,8 +40,8 @@ def write_sources(decoder, tokenizer: Tokenizer, help_text: str, folder: Path) -
         "N_TOKENS": len(tokenizer.tokens),
         "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
     }
-    is_end, is_excluded = is_one_of(tokenizer.ends), is_one_of(tokenizer.excluded)
-    for name, array in tables(tokenizer).items():
+    kernels = Kernels(decoder.weights)
+    for name, array in arrays.items():
         constants |= {name: kernels.add(array), f"N_{name}": len(array)}
 
     for file, n in {"one.c": 1, "many.c": decoder.chunk}.items():
@@ -82,7 +83,8 @@ class Kernels:
             offset, is_half = self.add(as_numpy(weight)), weight.dtype == dtypes.half
             argument = f"HALF({offset // 2})" if is_half else f"WEIGHT({offset})"
             self.arguments[weight.uop.base.buffer] = argument
-            self.n_halves = self.n_file_bytes // 2 if is_half else self.n_halves
+            if is_half:
+                self.n_halves = self.n_file_bytes // 2
 
     def add(self, array: np.ndarray) -> int:
         """Appends an array to the file; returns its offset there, in bytes."""
