@@ -27,7 +27,7 @@ byte *EXPORT(input_address)(void) { return input; }
 int EXPORT(max_input)(void) { return MAX_INPUT; }
 int EXPORT(has_end)(void) { return END >= 0; }
 
-// The model is at its address now.
+// Called when the model is at its address.
 void EXPORT(widen_halves)(void) {
   for (long i = 0; i < N_HALVES; i++)
     ((float *)space)[i] = widen(((const unsigned short *)model)[i]);

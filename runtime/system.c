@@ -1,4 +1,4 @@
-// The memory, the cores and the processor that an exported program runs on. Knows no text.
+// The memory, the cores and the processor that an exported program runs on. Knows no tokens.
 #include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
