@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
-from tinygrad.helpers import ContextVar
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo
 
 from backend.arrays import from_numpy
-from backend.cpu.compiler import CPUProgram, load_c, processor
+from backend.cpu.compiler import RENDER_ONLY, CPUProgram, load_c, processor
 
 FILES = {"gemv": "gemv.c", "sgemm": "gemm.c", "sbgemm": "gemm.c"}  # by function
 FILES |= {"attention": "attention.c", "attention_gradients": "attention.c"}
@@ -31,7 +30,6 @@ ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
 # The flags of processors whose float32 gemm.c multiplies faster than numpy's BLAS, as was measured
 # (bench/README.md), and a flag that they lack; the others keep BLAS.
 GEMM_IS_FASTER = {"AMD Zen 3": ({"sse4a", "vaes"}, "avx512f")}
-RENDER_ONLY = ContextVar("RENDER_ONLY", 0)  # functions are not compiled: their addresses are 0
 names: dict[UOp, str] = {}  # of functions, by the buffer with the address
 
 
