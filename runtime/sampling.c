@@ -1,4 +1,4 @@
-// Draws a token from logits as inference/sampling.py does, with the same sums in the same order, by
+// Draws a token from logits as inference/generator.py does, the same sums in the same order, by
 // numpy's default generator, PCG64 (O'Neill, 2014). Knows no text.
 #include "runtime.h"
 
