@@ -192,8 +192,7 @@ def gemv_kernel(y: UOp, matrix: UOp, x: UOp, address: UOp) -> UOp:
 def few_vectors() -> Context:
     """A context for what needs no gradient, in which gemv multiplies as many vectors as it is
     faster with than BLAS or gemm.c, which copy the matrix."""
-    n_vectors = 256 if "avx512bw" in processor() else 16
-    return Context(FEW_VECTORS=FEW_VECTORS.value or n_vectors)
+    return Context(FEW_VECTORS=FEW_VECTORS.value or (256 if "avx512bw" in processor() else 16))
 
 
 def at_most(size: sint) -> int:
