@@ -10,7 +10,7 @@ from tinygrad.helpers import NUM_CPU_THREADS
 
 from backend.arrays import as_numpy, from_numpy
 from backend.cpu.native import blas
-from backend.lookup import look_up
+from backend.functional import embedding
 from backend.matmul import einsum, gemv
 
 # the greatest value of a quantized matrix: of float16, the greatest integer that 11 bits hold
@@ -19,7 +19,7 @@ QMAX = {"int8": 127, "float16": 2047}
 
 @dataclass
 class QuantizedMatrix:
-    """A matrix `values * scales` (n, k), which `einsum` and `look_up` take in place of a tensor.
+    """A matrix `values * scales` (n, k), which `einsum` and `embedding` take in place of a tensor.
 
     values (n, k) are int8, or float16 up to 2047; scales (n, 1) are float32. On the CPU gemv.c
     reads the values as they are. The vectors that it multiplies by int8, or several by float16, are
@@ -80,5 +80,5 @@ class QuantizedMatrix:
         return min(32767, (2**31 - 1) // (QMAX[self.kind] * n_summed))
 
     def rows(self, ids: Tensor) -> Tensor:
-        """look_up(self, ids)"""
-        return look_up(self.values, ids) * look_up(self.scales, ids)
+        """embedding(ids, self)"""
+        return embedding(ids, self.values) * embedding(ids, self.scales)
