@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tinygrad import Context, Device, Tensor
 
-from backend import attention, erf
-from gpt_tiny import Dropout, Embedding, GPTConfig, LayerNorm, MultiHeadAttention, no_dropout
+from backend import attention, einsum, embedding, erf
+from gpt_tiny import Dropout, GPTConfig, LayerNorm, MultiHeadAttention, no_dropout
 
 on_the_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend DEV=CPU")
 
@@ -112,10 +112,9 @@ def test_rows_of_a_large_table_and_their_gradient_are_those_of_numpy():
     table = rng.standard_normal((5000, 24), np.float32)
     ids = rng.integers(0, 5000, (3, 40)) // 7 * 7  # some of them more than once
     grad_rows = rng.standard_normal((3, 40, 24), np.float32)
-    embedding = Embedding(*table.shape)
-    embedding.weight = Tensor(table)
-    rows = embedding(Tensor(ids.astype(np.uint16)))
-    grad_table = (rows * Tensor(grad_rows)).sum().gradient(embedding.weight)[0]
+    weight = Tensor(table)
+    rows = embedding(Tensor(ids.astype(np.uint16)), weight)
+    [grad_table] = (rows * Tensor(grad_rows)).sum().gradient(weight)
 
     expected = np.zeros_like(table)
     np.add.at(expected, ids, grad_rows)
@@ -123,12 +122,20 @@ def test_rows_of_a_large_table_and_their_gradient_are_those_of_numpy():
     np.testing.assert_allclose(grad_table.numpy(), expected, rtol=0, atol=1e-6)
 
 
-def test_a_gradient_that_is_a_constant_reaches_a_large_table():
-    embedding, ids = Embedding(5000, 1), Tensor(np.array([[0, 1]], np.uint16))
-    embedding.weight = Tensor(np.ones((5000, 1), np.float32)).realize()
-    rows = embedding(ids)
-    [grad_table] = (rows - rows.mean(-1, keepdim=True)).square().sum().gradient(embedding.weight)
-    assert not grad_table.numpy().any()
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: attention(*[x.reshape(1, 2, 1, 1)] * 3, no_dropout),
+        lambda x: einsum("bti,oi->bto", x.reshape(1, 2, 1), Tensor.empty(1, 1)),
+        lambda x: embedding(Tensor([[0, 1]]), x),
+    ],
+    ids=["attention", "einsum", "embedding"],
+)
+def test_the_constant_gradient_of_a_norm_over_one_value_reaches_a_kernel(function):
+    x = Tensor(np.ones((2, 1), np.float32)).realize()
+    y = function(x)
+    [grad_x] = (y - y.mean(-1, keepdim=True)).square().sum().gradient(x)
+    assert not grad_x.numpy().any()
 
 
 def test_erf_and_its_derivative_are_those_of_mathematics():
