@@ -1,4 +1,4 @@
-"""The kernels of a function as C, of which a compiler makes a program for any processor."""
+"""The kernels of a function as C, for a compiler of any processor."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from tinygrad.engine.realize import capturing, get_call_arg_uops
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.uop.ops import Ops, buffers
 
-N_CHUNKS = 24  # of which 2, 3, 4, 6, 8, 12 or 24 cores have equal numbers
+N_CHUNKS = 24  # shared equally by 2, 3, 4, 6, 8, 12 or 24 cores
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a kernel: its C, one function, the function's name, and the arguments.
+    """A call of a kernel: the source of one C function, its name, and its arguments.
 
-    The arguments are buffers, each with an offset in bytes, and then variables by name. Of a kernel
-    in chunks `core_id` is one of the variables: the number of the chunk.
+    The arguments are buffers, each with an offset in bytes, and then variables by name. In a kernel
+    with several chunks the variable `core_id` is the index of the chunk.
     """
 
     source: str
@@ -30,17 +30,17 @@ class Call:
 
 
 def rendered(function: Callable, *tensors: Tensor, **variables: range) -> list[Call]:
-    """The kernels that `function` runs on the CPU, in chunks for up to N_CHUNKS cores.
+    """The calls of kernels by which `function` runs on the CPU, in chunks for up to N_CHUNKS cores.
 
-    It takes realised tensors, and by name integers, each from the range in `variables`. gemv.c
-    multiplies all that it can. Nothing is compiled, and nothing is run.
+    The function takes realised tensors, and by name integers within the ranges in `variables`.
+    gemv.c does every product that it can. Nothing is compiled or run.
     """
     bound = {
         name: Variable(name, numbers[0], numbers[-1]).bind(numbers[0])
         for name, numbers in variables.items()
     }
     kernels = []
-    # what tinygrad gives kernels to in place of running them, as it does to capture a jit
+    # tinygrad adds kernels here in place of running them, as when it captures a jit
     recorder = SimpleNamespace(add_linear=lambda linear, _: kernels.extend(linear.src))
     chunks = {"NUM_CPU_THREADS": N_CHUNKS, "CHUNKS_PER_CORE": 1}
     with Context(RENDER_ONLY=1, SPEC=0, PARALLEL=0, JIT=2, FEW_VECTORS=2**31 - 1, **chunks):
@@ -50,15 +50,15 @@ def rendered(function: Callable, *tensors: Tensor, **variables: range) -> list[C
         finally:
             capturing.clear()
         linear = jit_lower(UOp(Ops.LINEAR, src=tuple(kernels)), set(buffers), [])
-    return [call_of(kernel) for kernel in linear.src]
+    return [to_call(kernel) for kernel in linear.src]
 
 
-def call_of(kernel: UOp) -> Call:
+def to_call(kernel: UOp) -> Call:
     program, info = kernel.src[0], kernel.src[0].arg
     source = next(part.arg for part in program.src if part.op is Ops.SOURCE)
     arguments = [argument.buffer for argument in get_call_arg_uops(kernel)]
     return Call(
-        source.replace(ClangRenderer.abi, ""),  # this system's calling convention
+        source.replace(ClangRenderer.abi, ""),  # without this system's calling convention
         info.function_name,
         info.global_size[0],
         [(buffer.base, buffer.offset) for buffer in arguments],

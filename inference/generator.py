@@ -11,7 +11,7 @@ from backend.arrays import copy_in, copy_out, from_numpy, zeros
 from backend.errors import UserError
 from backend.jit_cache import CachedJit
 from backend.matmul import few_vectors
-from backend.quantized import QMAX, QuantizedMatrix
+from backend.quantized import QMAX, quantize_matrix
 from gpt_tiny import GPT, KeyValueCache
 
 
@@ -113,7 +113,7 @@ def quantize(model: GPT, kind: str) -> None:
             if name.endswith(".weight") and name not in tables:
                 *path, last = name.split(".")
                 layer = functools.reduce(child, path, model)
-                setattr(layer, last, QuantizedMatrix.of(parameter, kind))
+                setattr(layer, last, quantize_matrix(parameter, kind))
 
 
 def child(parent: object, key: str) -> object:

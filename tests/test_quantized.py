@@ -12,7 +12,7 @@ from backend import einsum, embedding
 from backend.cpu import native
 from backend.cpu.compiler import load_c
 from backend.matmul import gemv
-from backend.quantized import QMAX, QuantizedMatrix
+from backend.quantized import QMAX, QuantizedMatrix, quantize_matrix
 from gpt_tiny import GPT, GPTConfig, initial_weights
 from inference.generator import Generator, quantize
 
@@ -20,7 +20,7 @@ on_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend D
 
 
 def of(matrix: np.ndarray, kind: str) -> QuantizedMatrix:
-    return QuantizedMatrix.of(Tensor(matrix).realize(), kind)
+    return quantize_matrix(Tensor(matrix).realize(), kind)
 
 
 @on_cpu
