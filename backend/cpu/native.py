@@ -29,7 +29,7 @@ ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
 # Processors whose float32 gemm.c multiplies faster than numpy's BLAS, as measured
 # (bench/README.md): the flags that they have, and one that they lack. The others keep BLAS.
 GEMM_IS_FASTER = {"AMD Zen 3": ({"sse4a", "vaes"}, "avx512f")}
-buffers: dict[tuple[str, int, str], Tensor] = {}  # by function, address and device
+buffers: dict[tuple[str, int, str], Tensor] = {}  # with addresses, by function, address, device
 names: dict[UOp, str] = {}  # of the functions, by buffer
 
 
@@ -60,10 +60,12 @@ def call(
 
 def address_of(name: str, device: str) -> Tensor:
     """A buffer (1,) of uint64 with the address of a C function."""
-    of_blas = blas().sgemm if name == "sgemm" else 0
-    key = name, 0 if RENDER_ONLY else of_blas or load(name).addr, device
+    address = blas().sgemm if name == "sgemm" else 0
+    if not (address or RENDER_ONLY):
+        address = load(name).addr
+    key = name, address, device
     if key not in buffers:
-        buffers[key] = from_numpy(np.array([key[1]], np.uint64), device)
+        buffers[key] = from_numpy(np.array([address], np.uint64), device)
         names[buffers[key].uop.base] = name
     return buffers[key]
 
