@@ -61,8 +61,8 @@ def attention_kernel(*tensors: UOp, name: str, rate: float) -> UOp:
     *tensors, address = tensors
     b, t, h, d = tensors[0].shape
     chunk, start, size = chunk_of(b * h, 0, b * h * t * t * d, CHUNKS_PER_CORE.value)
-    least_kept = UOp.const(int(rate * 2**32), dtypes.uint32)
-    return native.call(name, address, [*tensors, start, start + size, h, t, d, least_kept], chunk)
+    threshold = UOp.const(int(rate * 2**32), dtypes.uint32)
+    return native.call(name, address, [*tensors, start, start + size, h, t, d, threshold], chunk)
 
 
 def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, epsilons: Epsilons) -> Tensor | None:
@@ -84,12 +84,12 @@ def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, epsilons: Epsilons) -> Te
 def norm_gradient(grad_y: UOp, call: UOp, epsilons: Epsilons) -> tuple:
     _, statistics, x, gamma, *_ = call.src[1:]
     n_chunks = row_chunks(x)[0].vmax + 1
-    sums = UOp.empty(n_chunks, 2, x.shape[-1], device=x.device)  # of gamma's and beta's gradients
+    partial_sums = UOp.empty(n_chunks, 2, x.shape[-1], device=x.device)  # of gamma and beta
     address = address_of("layer_norm_gradients", x.device).uop
-    tensors = x.empty_like(), sums, grad_y, statistics.after(call), x, gamma, address
+    tensors = x.empty_like(), partial_sums, grad_y, statistics.after(call), x, gamma, address
     kernel = functools.partial(norm_kernel, name="layer_norm_gradients", epsilons=epsilons)
-    grad_x, sums, *_ = UOp.custom_kernel(*tensors, fxn=kernel)
-    grad_gamma, grad_beta = Tensor(sums).sum(0)
+    grad_x, partial_sums, *_ = UOp.custom_kernel(*tensors, fxn=kernel)
+    grad_gamma, grad_beta = Tensor(partial_sums).sum(0)
     return None, None, grad_x, grad_gamma.uop, grad_beta.uop, None
 
 
