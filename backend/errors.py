@@ -1,6 +1,6 @@
-"""What a user can get wrong, told from a fault of the program."""
+"""Errors of the user, in contrast to faults of the program."""
 
 
 class UserError(ValueError):
-    """Its message is one line that says what to do; every other ValueError is a fault of ours, or
-    of a library, and shows its traceback."""
+    """An error with a message of one line that says what to do; any other ValueError is a fault of
+    the program or of a library, and shows its traceback."""

@@ -202,8 +202,7 @@ class Encoder:
                 facts["n_ids_bytes"] = file.tell()
             self.tokenizer.save(new)
             (new / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-            for path in (*new.iterdir(), new):
-                files.sync(path)
+            files.sync(*new.iterdir(), new)
             if corpus := self.kept(folder):  # of another training, which began at the same time
                 return corpus
             shutil.rmtree(folder, ignore_errors=True)  # of a text as it was before
