@@ -17,7 +17,7 @@ from tinygrad.helpers import PARALLEL
 from backend.cpu.compiler import ELF, CPUCompiler
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-N_TOGETHER = 4  # kernels in one call: clang takes as long to start as to compile one
+N_PARTS = 3  # of all kernels, for each process: clang takes as long to start as to compile a kernel
 
 
 def may_start() -> bool:
@@ -54,8 +54,8 @@ class CompilingPool:
 
     def imap_unordered(self, compile_one: Callable, tasks: Iterable[tuple]) -> Iterator[tuple]:
         tasks = list(tasks)
-        n = max(1, min(N_TOGETHER, len(tasks) // (2 * PARALLEL.value)))
-        left = {i: tasks[i : i + n] for i in range(0, len(tasks), n)}
+        n = N_PARTS * PARALLEL.value
+        left = {i: tasks[i::n] for i in range(min(n, len(tasks)))}
         compile_part = compile_together if self.forks else compile_each
         try:
             submit = functools.partial(self.executor.submit, compile_part, compile_one)
