@@ -58,6 +58,7 @@ class CPUCompiler(ClangCompiler):
 
     def __init__(self, arch: Sequence[str]):
         super().__init__(arch)
+        self.begun = {}  # source -> the process that compiles it
         self.command = self.find()
         # tinygrad's cache of compiled kernels, which checkouts and machines may share, knows only
         # their source; what an object is like, and where it begins, is up to this file
@@ -69,14 +70,27 @@ class CPUCompiler(ClangCompiler):
         return self.call(self.command, src)
 
     def call(self, command: list[str], source: str) -> bytes:
+        process = self.begun.pop(source, None) or self.start(command, source)
+        code, errors = process.communicate()
+        if process.returncode:
+            raise ValueError(f"{command[0]} does not compile: {errors.decode()[:300]}")
+        return code
+
+    def start(self, command: list[str], source: str) -> subprocess.Popen:
         flags = f"{FREESTANDING} --target={self.arch}-none-unknown-elf {FLAGS} - -o -"
         command = [*command, *self.args, *DEFINITIONS, *flags.split()]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         # in a session of its own: Ctrl-C is for this process, which may have to end a batch first
-        options = {"capture_output": True, "start_new_session": True}
-        run = subprocess.run(command, input=source.encode(), **options)
-        if run.returncode:
-            raise ValueError(f"{command[0]} does not compile: {run.stderr.decode()[:300]}")
-        return run.stdout
+        process = subprocess.Popen(command, start_new_session=True, **pipes)
+        with contextlib.suppress(OSError), process.stdin:  # `call` says why it has ended
+            process.stdin.write(source.encode())
+        process.stdin = None  # closed, or processes forked later would keep it open
+        return process
+
+    def begin(self, source: str) -> None:
+        """Starts, if need be, what `compile_cached` waits for."""
+        if not (RENDER_ONLY or source in self.begun or self.cached(source)):
+            self.begun[source] = self.start(self.command, source)
 
     def compile_cached(self, source: str) -> bytes:
         if RENDER_ONLY:
@@ -178,12 +192,21 @@ class CPUProgram(ops_cpu.CPUProgram):
         self.fxn = ctypes.CFUNCTYPE(None)(self.addr)
 
 
+def source_of(file: str, **macros: object) -> str:
+    lines = [f"#define {name} {text}\n" for name, text in macros.items()]
+    return "".join(lines) + Path(__file__).with_name(file).read_text(encoding="utf-8")
+
+
+def begin_c(file: str, **macros: object) -> None:
+    """Begins to compile what `load_c` will load."""
+    Device["CPU"].renderer.compiler.begin(source_of(file, **macros))
+
+
 def load_c(file: str, function: str = "", **macros: object) -> CPUProgram:
-    """Compiles C beside this file, with these macros; the function, or the first one, is at `addr`
-    as long as the program exists."""
-    source, device = Path(__file__).with_name(file).read_text(encoding="utf-8"), Device["CPU"]
-    source = "".join(f"#define {name} {text}\n" for name, text in macros.items()) + source
-    code = device.renderer.compiler.compile_cached(source)
+    """The function, or the first one, of C beside this file, with these macros; it is at `addr` as
+    long as the program exists."""
+    device = Device["CPU"]
+    code = device.renderer.compiler.compile_cached(source_of(file, **macros))
     code = beginning_at(symbols(code)[function], code) if function else code
     return CPUProgram(device, TinyELF(code, "", device.renderer.target, ()))
 

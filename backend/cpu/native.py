@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
+from tinygrad.device import Buffer
 from tinygrad.dtype import DType
 from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import KernelInfo
+from tinygrad.uop.ops import KernelInfo, buffers
 
-from backend.arrays import from_numpy
-from backend.cpu.compiler import RENDER_ONLY, CPUProgram, load_c, processor
+from backend.cpu.compiler import RENDER_ONLY, CPUProgram, begin_c, load_c, processor
 
 FILES = {"gemv": "gemv.c", "sgemm": "gemm.c", "sbgemm": "gemm.c"}  # by function
 FILES |= {"attention": "attention.c", "attention_gradients": "attention.c"}
@@ -35,14 +35,27 @@ names: dict[UOp, str] = {}  # of functions, by the buffer with the address
 
 def address_of(name: str, device: str) -> Tensor:
     """The address of the function `name` in a buffer (1,) of uint64."""
-    return address_buffer(name, address(name), device)
+    return address_buffer(name, device, blas(), RENDER_ONLY.value)
 
 
 @functools.cache
-def address_buffer(name: str, address: int, device: str) -> Tensor:
-    buffer = from_numpy(np.array([address], np.uint64), device)
-    names[buffer.uop.base] = name
-    return buffer
+def address_buffer(name: str, device: str, *_: object) -> Tensor:
+    uop, buffer = UOp.new_buffer(device, 1, dtypes.uint64), AddressBuffer(device, 1, dtypes.uint64)
+    buffers[uop], names[uop], buffer.name = buffer.ref(1), name, name
+    # sbgemm's has been asked for, to see whether it compiles
+    if name != "sbgemm" and not (name == "sgemm" and blas().sgemm):
+        begin_c(FILES[name])
+    return Tensor(uop)
+
+
+class AddressBuffer(Buffer):
+    """Holds a function's address from its first use on: till then the function is compiled."""
+
+    def ensure_allocated(self) -> Buffer:
+        if not self.is_initialized():
+            self.memory = np.array([address(self.name)], np.uint64)
+            self.allocate(external_ptr=self.memory.ctypes.data)
+        return self
 
 
 def address(name: str) -> int | None:

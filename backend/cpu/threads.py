@@ -26,6 +26,9 @@ from backend.cpu.compiler import load_c
 
 MIN_SHARED_WORK = 1 << 14  # element operations; with fewer, waking a core costs more than it gives
 CHUNKS_PER_CORE = ContextVar("CHUNKS_PER_CORE", 4)  # chunks that it has not begun, others take
+# of threads.c, which calls any kernel with as many arguments
+MACROS = {"PARAMETERS": ", ".join(["word"] * 64)}
+MACROS["ARGUMENTS"] = ", ".join(f"a[{i}]" for i in range(64))
 FUTEX = 202 if platform.machine() == "x86_64" else 98  # the number of Linux's system call
 
 
@@ -155,9 +158,8 @@ def run_kernels(words: ctypes.Array, n_kernels: int, n_chunks: int) -> None:
 @functools.cache
 def thread_pool(**macros: object) -> tuple[ThreadPoolExecutor, Callable, ctypes.c_void_p]:
     """Threads, what each of them calls, threads.c's function, and the call by which it waits."""
-    macros["PARAMETERS"] = ", ".join(["word"] * 64)
-    macros["ARGUMENTS"] = ", ".join(f"a[{i}]" for i in range(64))
-    word, pointer, program = ctypes.c_uint64, ctypes.c_void_p, load_c("threads.c", **macros)
+    word, pointer = ctypes.c_uint64, ctypes.c_void_p
+    program = load_c("threads.c", **MACROS, **macros)
     arguments = pointer, word, word, word, pointer, pointer, pointer, word
     function = ctypes.CFUNCTYPE(None, *arguments)(program.addr)
     function.program = program  # which holds the code
