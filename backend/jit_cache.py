@@ -24,8 +24,9 @@ from tinygrad.uop.ops import Ops
 
 from backend import files
 from backend.cpu import native
-from backend.cpu.compiler import processor, sealed, unsealed
+from backend.cpu.compiler import begin_c, processor, sealed, unsealed
 from backend.cpu.native import blas
+from backend.cpu.threads import MACROS
 from backend.machine import CACHE
 
 KEPT_BYTES = 128 << 20  # of files of up to a few MB each
@@ -80,6 +81,8 @@ class CachedJit:
         self(*tensors, **numbers)
 
     def run_and_capture(self, *tensors: Tensor, **numbers: int) -> None:
+        if self.path:
+            begin_c("threads.c", **MACROS)
         variables = {
             name: Variable(name, self.variables[name][0], self.variables[name][-1]).bind(number)
             for name, number in numbers.items()

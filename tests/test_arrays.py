@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from conftest import assert_equal
-from tinygrad import Tensor, dtypes
+from tinygrad import Tensor, UOp, dtypes
 
 from backend.arrays import FlatBuffer, as_numpy, copy_in, copy_out, from_numpy, zeros
+from backend.cpu import patches
 
 SHAPES = {"a": (3, 5), "b": (3, 5), "c": (17,), "d": (1,)}
 ARRAYS = {name: np.full(SHAPES[name], ord(name), np.float32) for name in SHAPES}
@@ -29,6 +30,16 @@ def test_views_and_whole_hold_the_same(buffer):
     double(buffer.whole)
     for name, view in buffer.views.items():
         np.testing.assert_array_equal(view.numpy(), 2 * ARRAYS[name])
+
+
+@pytest.mark.parametrize("dtype", [dtypes.float32, dtypes.int16])
+def test_a_view_of_a_jits_memory_begins_where_tinygrads_rules_say(dtype):
+    view = UOp.new_buffer("CPU", 4096, dtypes.int8)[256:320].bitcast(dtype)
+    (buffer, start), expected = (
+        patches.contiguous_view(view),
+        patches.contiguous_view_by_rules(view),
+    )
+    assert (buffer.arg.slot, start) == (expected[0].arg.slot, expected[1])
 
 
 def test_a_part_is_a_stack_and_the_rest_another_part(buffer):

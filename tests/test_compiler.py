@@ -148,6 +148,15 @@ def test_kernels_of_one_name_compiled_together_keep_their_code(compiler):
         assert x[0] == expected
 
 
+def test_what_has_begun_is_waited_for(compiler, monkeypatch):
+    source = "ABI void f(float *x) { x[0] += 3; }"
+    monkeypatch.setattr(compiler, "cachekey", None)  # nothing is kept
+    compiler.begin(source)
+    monkeypatch.setattr(compiler, "start", None)  # nor anything else begun
+    compiler.begin(source)
+    assert compiler.compile_cached(source).startswith(b"\x7fELF")
+
+
 KILLED = """
 import os, signal, sys
 import backend, numpy as np

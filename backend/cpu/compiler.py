@@ -60,6 +60,7 @@ class CPUCompiler(ClangCompiler):
 
     def __init__(self, arch: Sequence[str]):
         super().__init__(arch)
+        self.begun: dict[str, subprocess.Popen] = {}  # processes that compile, by source
         self.command = self.find()
         # tinygrad's cache, which checkouts and machines may share, is keyed by the source; objects
         # also depend on the compiler, the processor and this file
@@ -71,14 +72,27 @@ class CPUCompiler(ClangCompiler):
         return self.call(self.command, src)
 
     def call(self, command: list[str], source: str) -> bytes:
+        process = self.begun.pop(source, None) or self.start(command, source)
+        code, errors = process.communicate()
+        if process.returncode:
+            raise ValueError(f"{command[0]} does not compile: {errors.decode()[:300]}")
+        return code
+
+    def start(self, command: list[str], source: str) -> subprocess.Popen:
         flags = f"{FREESTANDING} --target={self.arch}-none-unknown-elf {FLAGS} - -o -"
         command = [*command, *self.args, *DEFINITIONS, *flags.split()]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         # a new session: Ctrl-C is for this process, which may have to finish a batch
-        options = {"capture_output": True, "start_new_session": True}
-        run = subprocess.run(command, input=source.encode(), **options)
-        if run.returncode:
-            raise ValueError(f"{command[0]} does not compile: {run.stderr.decode()[:300]}")
-        return run.stdout
+        process = subprocess.Popen(command, start_new_session=True, **pipes)
+        with contextlib.suppress(OSError), process.stdin:  # `call` says why the compiler ended
+            process.stdin.write(source.encode())
+        process.stdin = None  # closed: later forks do not inherit it
+        return process
+
+    def begin(self, source: str) -> None:
+        """Starts to compile in the background; `compile_cached` waits for the object."""
+        if not (RENDER_ONLY or source in self.begun or self.cached(source)):
+            self.begun[source] = self.start(self.command, source)
 
     def compile_cached(self, source: str) -> bytes:
         if RENDER_ONLY:
@@ -183,12 +197,21 @@ class CPUProgram(ops_cpu.CPUProgram):
             self.fxn = ctypes.CFUNCTYPE(None)(self.addr)
 
 
+def source_of(file: str, **macros: object) -> str:
+    lines = [f"#define {name} {text}\n" for name, text in macros.items()]
+    return "".join(lines) + Path(__file__).with_name(file).read_text(encoding="utf-8")
+
+
+def begin_c(file: str, **macros: object) -> None:
+    """Starts to compile a C file of this folder, for `load_c`."""
+    Device["CPU"].renderer.compiler.begin(source_of(file, **macros))
+
+
 def load_c(file: str, function: str, **macros: object) -> CPUProgram:
     """Compiles a C file of this folder. The function is at the program's `addr` for as long as the
     program lives."""
-    source, device = Path(__file__).with_name(file).read_text(encoding="utf-8"), Device["CPU"]
-    source = "".join(f"#define {name} {text}\n" for name, text in macros.items()) + source
-    code = device.renderer.compiler.compile_cached(source)
+    device = Device["CPU"]
+    code = device.renderer.compiler.compile_cached(source_of(file, **macros))
     code = with_entry(code, symbol_offsets(code)[function])
     return CPUProgram(device, TinyELF(code, "", device.renderer.target, ()))
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
+from tinygrad.device import Buffer
 from tinygrad.dtype import DType
 from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import KernelInfo
+from tinygrad.uop.ops import KernelInfo, buffers
 
-from backend.arrays import from_numpy
-from backend.cpu.compiler import RENDER_ONLY, CPUProgram, load_c, processor
+from backend.cpu.compiler import CPUProgram, begin_c, load_c, processor
 
 FILES = {"gemv": "gemv.c", "sgemm": "gemm.c", "sbgemm": "gemm.c"}  # by function
 FILES |= {"attention": "attention.c", "attention_gradients": "attention.c"}
@@ -29,7 +29,6 @@ ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
 # Processors whose float32 gemm.c multiplies faster than numpy's BLAS, as measured
 # (bench/README.md): the flags that they have, and one that they lack. The others keep BLAS.
 GEMM_IS_FASTER = {"AMD Zen 3": ({"sse4a", "vaes"}, "avx512f")}
-buffers: dict[tuple[str, int, str], Tensor] = {}  # with addresses, by function, address, device
 names: dict[UOp, str] = {}  # of the functions, by buffer
 
 
@@ -60,14 +59,30 @@ def call(
 
 def address_of(name: str, device: str) -> Tensor:
     """A buffer (1,) of uint64 with the address of a C function."""
-    address = blas().sgemm if name == "sgemm" else 0
-    if not (address or RENDER_ONLY):
-        address = load(name).addr
-    key = name, address, device
-    if key not in buffers:
-        buffers[key] = from_numpy(np.array([address], np.uint64), device)
-        names[buffers[key].uop.base] = name
-    return buffers[key]
+    if name == "sbgemm":  # loaded already, to see whether it compiles
+        return address_buffer(name, load(name).addr, device)
+    return address_buffer(name, blas().sgemm if name == "sgemm" else 0, device)
+
+
+@functools.cache
+def address_buffer(name: str, address: int, device: str) -> Tensor:
+    uop, buffer = UOp.new_buffer(device, 1, dtypes.uint64), AddressBuffer(device, 1, dtypes.uint64)
+    buffer.function, buffer.address = name, address
+    buffers[uop], names[uop] = buffer.ref(1), name
+    if not address:
+        begin_c(FILES[name])
+    return Tensor(uop)
+
+
+class AddressBuffer(Buffer):
+    """Holds a function's address from its first use on; meanwhile the function is compiled."""
+
+    def ensure_allocated(self) -> Buffer:
+        if not self.is_initialized():
+            address = self.address or load(self.function).addr
+            self.memory = np.array([address], np.uint64)
+            self.allocate(external_ptr=self.memory.ctypes.data)
+        return self
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from tinygrad import Context, Device, UOp, helpers
 from tinygrad.helpers import PARALLEL
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-N_TOGETHER = 4  # kernels in a call of clang, which takes as long to start as to compile a kernel
+N_BATCHES = 3  # per process; a batch is one call of clang, whose start takes as long as a kernel
 
 
 def can_fork() -> bool:
@@ -48,8 +48,8 @@ class CompilingPool:
 
     def imap_unordered(self, compile_one: Callable, tasks: Iterable[tuple]) -> Iterator[tuple]:
         tasks = list(tasks)
-        n = max(1, min(N_TOGETHER, len(tasks) // (2 * PARALLEL.value)))
-        left = {i: tasks[i : i + n] for i in range(0, len(tasks), n)}
+        n = N_BATCHES * PARALLEL.value
+        left = {i: tasks[i::n] for i in range(min(n, len(tasks)))}
         compile_part = compile_together if self.forks else compile_each
         try:
             submit = functools.partial(self.executor.submit, compile_part, compile_one)

@@ -26,6 +26,9 @@ from backend.cpu.compiler import load_c
 
 MIN_SHARED_WORK = 1 << 14  # element operations below which waking a core costs more than it saves
 CHUNKS_PER_CORE = ContextVar("CHUNKS_PER_CORE", 4)  # more than 1, so that idle cores can take some
+# of threads.c: kernels are called with 64 arguments, and ignore the surplus
+MACROS = {"PARAMETERS": ", ".join(["word"] * 64)}
+MACROS["ARGUMENTS"] = ", ".join(f"a[{i}]" for i in range(64))
 FUTEX = 202 if platform.machine() == "x86_64" else 98  # Linux's number of the system call
 
 
@@ -155,10 +158,8 @@ def run_kernels(words: ctypes.Array, n_kernels: int, n_chunks: int) -> None:
 @functools.cache
 def thread_pool(**macros: object) -> tuple[ThreadPoolExecutor, Callable, ctypes.c_void_p]:
     """The threads, run_kernels of threads.c, and the system's function by which a thread waits."""
-    macros["PARAMETERS"] = ", ".join(["word"] * 64)
-    macros["ARGUMENTS"] = ", ".join(f"a[{i}]" for i in range(64))
     word, pointer = ctypes.c_uint64, ctypes.c_void_p
-    program = load_c("threads.c", "run_kernels", **macros)
+    program = load_c("threads.c", "run_kernels", **MACROS, **macros)
     arguments = pointer, word, word, word, pointer, pointer, pointer, word
     function = ctypes.CFUNCTYPE(None, *arguments)(program.addr)
     function.program = program  # keeps the code in memory
