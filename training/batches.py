@@ -1,5 +1,4 @@
-"""What a step of training is made of: the plan of its batches, a batch as captured jits, and the
-validation before it."""
+"""A step of training: the plan of its batches, a batch as captured jits, and the validation."""
 
 from collections.abc import Callable
 
@@ -7,7 +6,7 @@ import numpy as np
 from tinygrad import Context, Tensor, UOp, Variable
 from tinygrad.uop.ops import Ops
 
-from backend.arrays import copy_in, copy_out, from_numpy, zeros
+from backend.arrays import copy_out, from_numpy
 from backend.jit_cache import CachedJit
 from data.ids import Corpus
 from gpt_tiny import GPT, Dropout
@@ -24,31 +23,37 @@ def make_plan(
     rng: np.random.Generator,
     world: World,
 ) -> list[Tensor]:
-    """A row for each batch of the step: this rank's windows (batch / ranks, time + 1), a key of
-    dropout for each part of the batch, and the optimizer's rates."""
+    """Tensors with a row for each batch of the step: this rank's windows (batch / ranks, time + 1),
+    a dropout key for each part of the batch, and the optimizer's rates."""
     n_batches, length = config.batches_per_step, config.model.context_length + 1
     starts = draw_starts(rng, corpus.n_training - length + 1, (n_batches, config.batch_size))
-    starts = world.shard(starts)  # (batches, batch / ranks)
+    starts = shard(starts, world)  # (batches, batch / ranks)
     windows = corpus.windows(starts.ravel(), length).reshape(*starts.shape, length)
-    # their number must not change what `rng` gives next
+    # not from `rng`: the number of keys must not change the validation's windows
     keys = np.random.default_rng([config.seed, step, 1])
     keys = keys.integers(2**32, size=(n_batches, config.accumulate * world.size))
     updates = range(step * n_batches + 1, (step + 1) * n_batches + 1)
-    rates = [optimizer.rates(n) for n in updates]
-    plan = (windows, world.shard(keys).astype(np.uint32), np.array(rates, np.float32))
+    rates = np.array([optimizer.rates(n) for n in updates], np.float32)
+    plan = (windows, shard(keys, world).astype(np.uint32), rates)
     return [from_numpy(array) for array in plan]
 
 
 def draw_starts(rng: np.random.Generator, n: int, shape: tuple[int, int]) -> np.ndarray:
-    dtype = np.int32 if n < 2**31 else np.int64  # which decides what is drawn
+    dtype = np.int32 if n < 2**31 else np.int64  # the numbers drawn depend on the type
     return rng.integers(n, size=shape, dtype=dtype)
+
+
+def shard(rows: np.ndarray, world: World) -> np.ndarray:
+    """This rank's share of the columns."""
+    width = rows.shape[1] // world.size
+    return rows[:, world.rank * width : (world.rank + 1) * width]
 
 
 def capture_training(
     config: TrainingConfig, model: GPT, optimizer: AdamW | Muon, losses: Tensor, world: World
 ) -> Callable[..., None]:
-    """One batch as captured jits: a function of the plan and of a `batch` in it, which updates the
-    parameters and the moments, and leaves its loss, of all a shard, in `losses`."""
+    """A function, of captured jits, that takes the plan and the index `batch` of a row, updates the
+    parameters and the moments, and stores this rank's share of the loss in `losses`."""
 
     def compute(windows: Tensor, keys: Tensor, batch: Variable) -> None:
         windows, keys = windows[batch].contiguous(), keys[batch].contiguous()
@@ -88,39 +93,37 @@ def compute_gradients(
     keys: Tensor,
     n_shards: int,
 ) -> Tensor:
-    """The loss of a shard's windows (n, time + 1), in a part for each key of dropout; leaves its
-    gradients in the optimizer's buffer. The losses and the gradients of the shards add up."""
-    parameters, gradients = (
-        list(buffer.views.values()) for buffer in (optimizer.parameters, optimizer.gradients)
-    )
-    n_parts, total = config.accumulate, None
+    """Loss of a shard's windows (n, time + 1), computed in a part for each dropout key; stores the
+    gradients in the optimizer's buffer. The sums over shards are those of the whole batch."""
+    parameters = list(optimizer.parameters.views.values())
+    gradients = list(optimizer.gradients.views.values())
+    n_parts, total_loss = config.accumulate, None
     size = windows.shape[0] // n_parts
-    for part in range(n_parts):
-        of_part = windows[part * size : (part + 1) * size]
-        inputs, targets = of_part[:, :-1], of_part[:, 1:]
-        dropout = Dropout(config.model.dropout, keys[part : part + 1])
+    for i in range(n_parts):
+        part = windows[i * size : (i + 1) * size]
+        dropout = Dropout(config.model.dropout, keys[i : i + 1])
         with Context(PRODUCT_DTYPE=config.dtype):
-            loss = model.loss(inputs, targets, dropout) / (n_parts * n_shards)
-            of_part = loss.gradient(*parameters)
-        total = total + loss if part else loss
-        if part:
-            of_part = [of_all + more for of_all, more in zip(gradients, of_part, strict=True)]
-        # before the update changes what they depend on, and the next part takes the memory
-        Tensor.realize(*stored_in(gradients, of_part, total))
-    return total
+            loss = model.loss(part[:, :-1], part[:, 1:], dropout) / (n_parts * n_shards)
+            grads = loss.gradient(*parameters)
+        total_loss = total_loss + loss if i else loss
+        if i:
+            grads = [total + grad for total, grad in zip(gradients, grads, strict=True)]
+        # now: the next part reuses the activations' memory, and the update changes the parameters
+        Tensor.realize(*store_in(gradients, grads, total_loss))
+    return total_loss
 
 
-def stored_in(places: list[Tensor], tensors: list[Tensor], *others: Tensor) -> list[Tensor]:
-    """What to realise so that the tensors are in these places, and others that depend on them."""
+def store_in(buffers: list[Tensor], tensors: list[Tensor], *dependents: Tensor) -> list[Tensor]:
+    """Tensors to realise so that the buffers hold `tensors`, with `dependents` computed of them."""
     stores, swapped = [], {}
-    for place, tensor in zip(places, tensors, strict=True):
+    for buffer, tensor in zip(buffers, tensors, strict=True):
         if tensor.uop.base.op is Ops.AFTER and tensor.uop.has_buffer_identity(after_ok=True):
-            # of a kernel that has a buffer of its own: tinygrad would copy that
-            swapped[tensor.uop.base.src[0].base] = place.uop.base
+            # a custom kernel's output, which tinygrad would copy: the kernel writes to `buffer`
+            swapped[tensor.uop.base.src[0].base] = buffer.uop.base
             stores.append(tensor)
         else:
-            stores.append(place.assign(tensor))
-    sink = UOp.sink(*(tensor.uop for tensor in (*stores, *others)))
+            stores.append(buffer.assign(tensor))
+    sink = UOp.sink(*(tensor.uop for tensor in (*stores, *dependents)))
     return [Tensor(uop) for uop in sink.substitute(swapped).src]
 
 
@@ -128,12 +131,11 @@ def capture_validation(
     config: TrainingConfig, corpus: Corpus, model: GPT, world: World
 ) -> Callable[[np.random.Generator], float]:
     """A function that draws windows with a random generator and returns their mean loss."""
-    length = config.model.context_length + 1
+    length, n_windows = config.model.context_length + 1, config.validation_size
     # no more memory than training takes
-    n_windows = config.validation_size
     limit = min(n_windows, config.batch_size // config.accumulate // world.size)
     size = max(n for n in range(1, limit + 1) if n_windows % n == 0)
-    windows, loss = from_numpy(np.zeros((size, length), np.int32)), zeros(1)
+    loss = from_numpy(np.zeros(1, np.float32))
 
     def compute_loss(windows: Tensor) -> None:
         with Context(PRODUCT_DTYPE=config.dtype):
@@ -147,8 +149,7 @@ def capture_validation(
         starts = rng.integers(n_starts, size=(n_windows // size, size))
         losses = np.zeros(len(starts))
         for i in range(world.rank, len(starts), world.size):
-            copy_in(windows, corpus.windows(corpus.n_training + starts[i], length))
-            loss_jit(windows)
+            loss_jit(from_numpy(corpus.windows(corpus.n_training + starts[i], length)))
             losses[i] = copy_out(loss).item()
         return float(world.all_reduce(losses).mean())
 
