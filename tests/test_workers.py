@@ -23,9 +23,9 @@ from gpt_tiny import GPTConfig
 from models import checkpoint
 from training import checkpoint as training_checkpoint
 from training import launch, workers
-from training.batches import make_plan
 from training.checks import check_batch_size
 from training.config import TrainingConfig, changed
+from training.trainer import Trainer
 
 pytest.importorskip("mpi4py", reason="training with workers needs the extra mpi")
 
@@ -103,10 +103,11 @@ def test_workers_share_the_windows_of_a_batch_and_drop_values_by_keys_of_their_o
         n_training=100, windows=lambda starts, n: np.arange(n) + starts[:, None]
     )
     optimizer, world = SimpleNamespace(rates=lambda n: [n]), workers.World()
+    parts = {"config": config, "corpus": corpus, "optimizer": optimizer, "world": world}
 
     def plan() -> list[np.ndarray]:
-        rng = np.random.default_rng(0)
-        return [tensor.numpy() for tensor in make_plan(config, corpus, optimizer, 0, rng, world)]
+        tensors = Trainer.make_plan(SimpleNamespace(**parts), 0, np.random.default_rng(0))
+        return [tensor.numpy() for tensor in tensors]
 
     [windows, _, rates], world.size = plan(), 2
     [first, keys, of_first], world.rank = plan(), 1

@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from tinygrad import Context, Tensor, UOp, Variable
+from tinygrad.uop.ops import Ops
 from tqdm import tqdm
 
 from backend import files
 from backend.arrays import copy_out, from_numpy
 from backend.errors import UserError
+from backend.jit_cache import CachedJit
 from data.ids import Corpus
-from gpt_tiny import GPT, initial_weights, shapes
+from gpt_tiny import GPT, Dropout, initial_weights, shapes
 from models import checkpoint as models
 from models import folders
 from training import checkpoint, metrics
-from training.batches import capture_training, capture_validation, make_plan
 from training.checkpoint import Checkpoint
 from training.config import TRAINING, TrainingConfig, changed
 from training.optimizers import OPTIMIZERS, learning_rate
@@ -82,15 +84,14 @@ class Trainer:
         """
         config, progress, world = self.config, self.progress, self.world
         with noted_signals(world) as signals:
-            train_batch = capture_training(config, self.model, self.optimizer, self.losses, world)
-            validate = capture_validation(config, self.corpus, self.model, world)
+            train_batch, validate = self.capture_training(), self.capture_validation()
             if self.folder and progress.step:
                 self.prepare_folder()
             started = time.time() - progress.seconds
             for step in range(progress.step, config.n_steps):
                 # random numbers depend on seed and step alone: no state of theirs has to be saved
                 rng = np.random.default_rng([config.seed, step])
-                plan = make_plan(config, self.corpus, self.optimizer, step, rng, world)
+                plan = self.make_plan(step, rng)
                 if progress.batch == 0:
                     progress.validation_loss = validate(rng)
                     self.save_if_best()
@@ -119,6 +120,106 @@ class Trainer:
                 if is_checkpoint(step, config):
                     self.save_checkpoint(step, announce)
         return 0
+
+    def make_plan(self, step: int, rng: np.random.Generator) -> list[Tensor]:
+        """Tensors with a row for each batch of the step: this rank's windows
+        (batch / ranks, time + 1), a dropout key for each part of the batch, and the optimizer's
+        rates."""
+        config, corpus, world = self.config, self.corpus, self.world
+        n_batches, length = config.batches_per_step, config.model.context_length + 1
+        n_starts = corpus.n_training - length + 1
+        dtype = np.int32 if n_starts < 2**31 else np.int64  # the numbers drawn depend on the type
+        starts = rng.integers(n_starts, size=(n_batches, config.batch_size), dtype=dtype)
+        starts = np.split(starts, world.size, 1)[world.rank]  # (batches, batch / ranks)
+        windows = corpus.windows(starts.ravel(), length).reshape(*starts.shape, length)
+        # not from `rng`: the number of keys must not change the validation's windows
+        keys = np.random.default_rng([config.seed, step, 1])
+        keys = keys.integers(2**32, size=(n_batches, config.accumulate * world.size))
+        keys = np.split(keys.astype(np.uint32), world.size, 1)[world.rank]
+        updates = range(step * n_batches + 1, (step + 1) * n_batches + 1)
+        rates = np.array([self.optimizer.rates(n) for n in updates], np.float32)
+        return [from_numpy(array) for array in (windows, keys, rates)]
+
+    def capture_training(self) -> Callable[..., None]:
+        """A function, of captured jits, that takes the plan and the index `batch` of a row, updates
+        the parameters and the moments, and stores this rank's share of the loss in `losses`."""
+        config, optimizer, world = self.config, self.optimizer, self.world
+
+        def compute(windows: Tensor, keys: Tensor, batch: Variable) -> None:
+            loss = self.compute_gradients(windows[batch].contiguous(), keys[batch].contiguous())
+            self.losses[batch].assign(loss).realize()
+
+        def update(rates: Tensor, batch: Variable) -> None:
+            optimizer.step(rates[batch].contiguous())
+
+        def compute_and_update(windows: Tensor, keys: Tensor, rates: Tensor, batch: Variable):
+            compute(windows, keys, batch)
+            update(rates, batch)
+
+        buffers, sizes = [*optimizer.buffers, self.losses], (config.batch_size, config.accumulate)
+        key = (config.model, config.optimizer, config.dtype, *sizes, world.size)
+
+        def cached(function: Callable) -> CachedJit:
+            return CachedJit(function, buffers, key, batch=range(config.batches_per_step))
+
+        if world.size == 1:
+            return cached(compute_and_update)
+        compute_jit, update_jit = cached(compute), cached(update)
+
+        def train_batch(windows: Tensor, keys: Tensor, rates: Tensor, batch: int) -> None:
+            compute_jit(windows, keys, batch=batch)
+            optimizer.gradients.apply_in_place(world.all_reduce)
+            update_jit(rates, batch=batch)
+
+        return train_batch
+
+    def compute_gradients(self, windows: Tensor, keys: Tensor) -> Tensor:
+        """Loss of this rank's windows (n, time + 1), computed in a part for each dropout key;
+        stores the gradients in the optimizer's buffer. The ranks' sum is that of the batch."""
+        parameters = list(self.optimizer.parameters.views.values())
+        gradients = list(self.optimizer.gradients.views.values())
+        n_parts, total_loss = self.config.accumulate, None
+        size = windows.shape[0] // n_parts
+        for i in range(n_parts):
+            part = windows[i * size : (i + 1) * size]
+            dropout = Dropout(self.config.model.dropout, keys[i : i + 1])
+            with Context(PRODUCT_DTYPE=self.config.dtype):
+                loss = self.model.loss(part[:, :-1], part[:, 1:], dropout)
+                loss = loss / (n_parts * self.world.size)
+                grads = loss.gradient(*parameters)
+            total_loss = total_loss + loss if i else loss
+            if i:
+                grads = [total + grad for total, grad in zip(gradients, grads, strict=True)]
+            # now: the next part reuses the memory, and the update changes the parameters
+            Tensor.realize(*store_in(gradients, grads, total_loss))
+        return total_loss
+
+    def capture_validation(self) -> Callable[[np.random.Generator], float]:
+        """A function that draws windows with a random generator and returns their mean loss."""
+        config, corpus, model, world = self.config, self.corpus, self.model, self.world
+        length, n_windows = config.model.context_length + 1, config.validation_size
+        # no more memory than training takes
+        limit = min(n_windows, config.batch_size // config.accumulate // world.size)
+        size = max(n for n in range(1, limit + 1) if n_windows % n == 0)
+        loss = from_numpy(np.zeros(1, np.float32))
+
+        def compute_loss(windows: Tensor) -> None:
+            with Context(PRODUCT_DTYPE=config.dtype):
+                loss.assign(model.loss(windows[:, :-1], windows[:, 1:]).reshape(1)).realize()
+
+        buffers = [*model.parameters().values(), loss]
+        loss_jit = CachedJit(compute_loss, buffers, (config.model, size, config.dtype))
+
+        def validate(rng: np.random.Generator) -> float:
+            n_starts = len(corpus.ids) - corpus.n_training - length + 1
+            starts = rng.integers(n_starts, size=(n_windows // size, size))
+            losses = np.zeros(len(starts))
+            for i in range(world.rank, len(starts), world.size):
+                loss_jit(from_numpy(corpus.windows(corpus.n_training + starts[i], length)))
+                losses[i] = copy_out(loss).item()
+            return float(world.all_reduce(losses).mean())
+
+        return validate
 
     def bar(self, step: int) -> Iterator[int]:
         """Yields the remaining batches of a step, with a bar on a terminal."""
@@ -201,6 +302,20 @@ class Trainer:
         elif best.exists():
             self.save_model(best)
         metrics.begin(self.folder, previous, n_steps)
+
+
+def store_in(buffers: list[Tensor], tensors: list[Tensor], *dependents: Tensor) -> list[Tensor]:
+    """Tensors to realise so that the buffers hold `tensors`, with `dependents` computed of them."""
+    stores, swapped = [], {}
+    for buffer, tensor in zip(buffers, tensors, strict=True):
+        if tensor.uop.base.op is Ops.AFTER and tensor.uop.has_buffer_identity(after_ok=True):
+            # a custom kernel's output, which tinygrad would copy: the kernel writes to `buffer`
+            swapped[tensor.uop.base.src[0].base] = buffer.uop.base
+            stores.append(tensor)
+        else:
+            stores.append(buffer.assign(tensor))
+    sink = UOp.sink(*(tensor.uop for tensor in (*stores, *dependents)))
+    return [Tensor(uop) for uop in sink.substitute(swapped).src]
 
 
 def is_checkpoint(step: int, config: TrainingConfig) -> bool:
