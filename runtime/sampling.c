@@ -1,5 +1,5 @@
 // The choice of a token: numpy's default random numbers, PCG64 (O'Neill, 2014), and `sample` of
-// inference/sampling.py, with the same sums in the same order.
+// inference/generator.py, with the same sums in the same order.
 #include "runtime.h"
 
 double exp(double);

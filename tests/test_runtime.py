@@ -12,8 +12,7 @@ from texts import TEXTS, few_examples, mixed_text
 
 import tokenizers
 from gpt_tiny import GPT, GPTConfig, initial_weights
-from inference.generator import Decoder
-from inference.sampling import sample
+from inference.generator import Decoder, sample
 from runtime import build
 from runtime.sources import write_sources
 
@@ -48,6 +47,7 @@ def both(request, tmp_path_factory):
     config = GPTConfig(4, tokenizer.vocab_size, n_layers=1, n_heads=1, d_model=4, d_hidden=4)
     write_sources(Decoder(GPT(config, initial_weights(config, 0))), tokenizer, "", folder)
     files = ["-shared", "-fPIC", "-DKERNELS=kernels_any", "-DHALVES_ARE_SINGLE", "-Wno-everything"]
+    files += ["-nostdlib"]  # the little that it needs of one is in this process
     files += [build.RUNTIME / name for name in ("page.c", "steps.c")] + build.SHARED
     library = ctypes.CDLL(str(build.compiled(folder, folder / "model.so", *files)))
     library.model_place.restype = ctypes.c_void_p

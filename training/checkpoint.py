@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from backend.errors import UserError
-from gpt_tiny import GPTConfig
+from gpt_tiny import shapes
 from models import checkpoint as models
 from models import folders, safetensors
 from tokenizers import Tokenizer
@@ -94,15 +94,13 @@ def load(path: Path, parse: Callable[[list[str]], dict[str, object]]) -> Checkpo
     `parse` returns the settings of a command line, which earlier versions stored.
     """
     folder = newest(path)
-    model = models.read_config(folder)
+    model, tokenizer, weights = models.read(folder)
     progress, config = read_progress(folder / PROGRESS, parse)
-    shapes = models.shapes(GPTConfig(**model["model"]))
-    config = changed(config, model["model"])
+    config = changed(config, asdict(model))
     moments = dict(safetensors.read(folder / MOMENTS))
-    expected = OPTIMIZERS[config.optimizer.algorithm].state_shapes(shapes)
+    expected = OPTIMIZERS[config.optimizer.algorithm].state_shapes(shapes(model))
     if {name: moment.shape for name, moment in moments.items()} != expected:
         raise UserError(f"{folder / MOMENTS} does not hold what its {PROGRESS} says")
-    tokenizer, weights = models.read_tokenizer(folder, model), models.read_weights(folder, shapes)
     return Checkpoint(config, TRAINING, tokenizer, weights, moments, progress, folder)
 
 
