@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,26 @@ from backend import devices
 from backend.cpu import native
 from backend.errors import UserError
 from command_line import bold, dim, number
+from data import ids
+from data.ids import Corpus
 from inference.generator import Generator, sample
 from inference.stream import TextStream, added_texts
 from models import find_tokenizer, folders
 from training import checkpoint, metrics
 from training.checkpoint import Checkpoint
 from training.checks import check
-from training.config import DEFAULTS, TRAINING, TrainingConfig, as_option, flat, merge
+from training.config import (
+    DEFAULT_SETTINGS,
+    DEFAULTS,
+    TRAINING,
+    TrainingConfig,
+    as_option,
+    changed,
+    flat,
+    merge,
+)
 from training.launch import count_workers, launch
-from training.trainer import Trainer, read_corpus
+from training.trainer import Trainer, output_folder
 from training.workers import World
 
 ROUNDED_ONLY = (
@@ -37,7 +49,7 @@ def main() -> int:
     given = parser.parse_given(sys.argv[1:])
     n_workers = given.pop("workers", 1)
     with World(command_line.explain) as world:
-        start = begin(given, world)
+        start = find_start(given, parser, world)
         config = resolve(start, given, parser)
         if n_workers != 1 and not world.is_under_mpi and (n := count_workers(n_workers)) > 1:
             return launch(n, sys.argv)
@@ -45,9 +57,10 @@ def main() -> int:
         if config.files.output_path and not config.files.no_save and world.rank == 0:
             folders.check_destination(config.files.output_path, checkpoint.MARKS)
         corpus = read_corpus(config, start.tokenizer, world)
-        config = config.with_tokenizer(corpus.tokenizer)
+        tokenizer = corpus.tokenizer
+        config = changed(config, {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size})
         check(config, corpus, world)
-        with checkpoint.output_folder(config, world.rank) as folder:
+        with output_folder(config, world.rank) as folder:
             trainer = Trainer(config, corpus, start, folder, world)
             print_start(config)
             signal_number = trainer.train(announce, print_sample)
@@ -55,7 +68,7 @@ def main() -> int:
 
 
 def make_parser() -> command_line.ArgumentParser:
-    parser = command_line.ArgumentParser("Train a GPT on a text.", **flat(DEFAULTS))
+    parser = command_line.ArgumentParser("Train a GPT on a text.", **DEFAULT_SETTINGS)
     size, rate = number(int, 1, 2**31), number(float, 0)
     add = parser.add_argument_group("model").add_argument
     add("-c", "--context-length", type=size, help="tokens that the model sees")
@@ -107,30 +120,29 @@ def worker_count(text: str) -> int | str:
     return text if text == "auto" else number(int, 1, 2**16)(text)
 
 
-def begin(given: dict[str, object], world: World) -> Checkpoint:
-    """What the training starts from: a checkpoint, a model, or nothing."""
+def find_start(
+    given: dict[str, object], parser: command_line.ArgumentParser, world: World
+) -> Checkpoint:
+    """A checkpoint, a model, or the default settings. Only rank 0 has a checkpoint's arrays, which
+    the trainer broadcasts."""
     if path := given.pop("resume", None):
-        saved = checkpoint.load(path, config_of) if world.rank == 0 else None
-        # but for the arrays, which rank 0 hands on when there is a place for them
-        without_arrays = world.broadcast(saved and replace(saved, weights={}, moments={}))
+        saved = checkpoint.load(path, parser.parse_given) if world.rank == 0 else None
+        if world.size == 1:
+            return saved
+        without_arrays = world.ranks.bcast(saved and replace(saved, weights={}, moments={}))
         return saved or without_arrays
     if path := given.get("init_from"):
         return checkpoint.from_model(path, given.get("context_length"))
     return Checkpoint(DEFAULTS)
 
 
-def config_of(argv: list[str]) -> TrainingConfig:
-    """The settings of a command line, which earlier versions kept in a checkpoint."""
-    return merge(DEFAULTS, make_parser().parse_given(argv))
-
-
 def resolve(
     start: Checkpoint, given: dict[str, object], parser: command_line.ArgumentParser
 ) -> TrainingConfig:
-    """The settings of the start, with the given ones in their places."""
+    """The settings of the start with the given ones in their places."""
     name, before = given.get("tokenizer"), start.config
-    is_found = start.tokenizer and name not in (None, before.tokenizer, *tokenizers.TOKENIZERS)
-    if is_found and find_tokenizer(name).digest() == start.tokenizer.digest():
+    is_path = start.tokenizer and name not in (None, before.tokenizer, *tokenizers.TOKENIZERS)
+    if is_path and find_tokenizer(name).digest() == start.tokenizer.digest():
         given["tokenizer"] = before.tokenizer  # by another name
     settings = flat(before) | given
     for whole, part in (("d_model", "n_heads"), ("batch_size", "accumulate")):
@@ -148,6 +160,28 @@ def resolve(
     return config
 
 
+def read_corpus(
+    config: TrainingConfig, tokenizer: tokenizers.Tokenizer | None, world: World
+) -> Corpus:
+    """The ids of the texts, by the given tokenizer or the config's; one rank of each machine reads
+    the texts for all its ranks."""
+    files = config.files
+    n_bytes = files.n_mega_bytes and files.n_mega_bytes << 20
+    tokenizer = tokenizer or tokenizers.TOKENIZERS.get(config.tokenizer)
+    tokenizer = tokenizer or find_tokenizer(config.tokenizer)
+    if tokenizer is tokenizers.CharTokenizer and files.format == "burn":
+        tokenizer = tokenizers.CharTokenizer()  # gpt-burn has no other characters
+    sizes = n_bytes, tokenizer, config.max_vocab_size
+    options = {"keep": not files.no_save, "bar": world.bar, "special": not config.no_special}
+    read = partial(ids.read, files.text_corpus, *sizes, **options)
+    for _ in range(9):
+        corpus = world.broadcast_on_machine(read)
+        if not world.max(corpus.ids is None):  # all ranks have mapped them
+            corpus.unlink()
+            return corpus
+    raise UserError(f"other trainings drop all ids in {ids.FOLDER}: start this one anew")
+
+
 def print_start(config: TrainingConfig) -> None:
     device, settings = devices.in_use(), json.dumps(config.to_json(), indent=2)
     if config.dtype == "bfloat16" and device.startswith("CPU") and not has_fast_bfloat16():
@@ -157,8 +191,8 @@ def print_start(config: TrainingConfig) -> None:
 
 
 def finish(trainer: Trainer, signal_number: int) -> int:
-    """Keeps and shows what the training has learned, or says how an interrupted one goes on; the
-    exit status."""
+    """Saves the model and prints an example of its text, or how to resume an interrupted training;
+    returns the exit status."""
     if signal_number:
         if trainer.folder:
             command = f"python train.py --resume {trainer.latest}"
@@ -183,24 +217,24 @@ def announce(text: str) -> None:
 
 
 def print_example(trainer: Trainer) -> None:
-    for text in continued(trainer, trainer.corpus.tokenizer.encode("\n"), 200):
+    for text in generate(trainer, trainer.corpus.tokenizer.encode("\n"), 200):
         print(text, end="", flush=True)
     print()
 
 
 def print_sample(trainer: Trainer) -> None:
-    """How the model, as it is now, goes on from where the texts begin."""
+    """Prints the first tokens of the texts and the model's continuation."""
     start = trainer.corpus.ids[:16]
-    texts = trainer.corpus.tokenizer.decode(start), *continued(trainer, start, 100)
+    texts = trainer.corpus.tokenizer.decode(start), *generate(trainer, start, 100)
     print(dim("".join(texts)), flush=True)
 
 
-def continued(trainer: Trainer, ids: np.ndarray, n_new_tokens: int) -> Iterator[str]:
-    """ids (n,) -> the text that follows, as it comes. Its random numbers are no one else's."""
+def generate(trainer: Trainer, prompt: np.ndarray, n_new_tokens: int) -> Iterator[str]:
+    """prompt (n,) of ids -> pieces of the text that follows, with random numbers of its own."""
     tokenizer, rng = trainer.corpus.tokenizer, np.random.default_rng(trainer.config.seed)
     excluded = tokenizer.excluded
     tokens = Generator(trainer.model)(
-        ids[None].astype(np.int32),
+        prompt[None].astype(np.int32),
         n_new_tokens,
         lambda logits: sample(logits, 1.0, rng, excluded=excluded),
     )

@@ -15,7 +15,6 @@ from data.ids import Corpus
 from gpt_tiny import GPT, GPTConfig, initial_weights
 from inference.generator import Generator, quantize
 from tokenizers import CharTokenizer
-from training.batches import capture_training, make_plan
 from training.checkpoint import Checkpoint
 from training.config import Files, TrainingConfig, changed
 from training.trainer import Trainer
@@ -32,8 +31,7 @@ def train(config: GPTConfig, n: int, **settings):
     ids = rng.integers(config.model.vocab_size, size=500_000).astype(np.uint16)
     corpus = Corpus("made up", CharTokenizer(), 0, ids)
     trainer = Trainer(config, corpus, Checkpoint(config), None, WORLD)
-    train_batch = capture_training(config, trainer.model, trainer.optimizer, trainer.losses, WORLD)
-    plan = make_plan(config, corpus, trainer.optimizer, 0, rng, WORLD)
+    train_batch, plan = trainer.capture_training(), trainer.make_plan(0, rng)
 
     def work() -> None:
         for number in range(n):

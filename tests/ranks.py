@@ -26,7 +26,7 @@ def reduce_and_note(world, array):
 
 def train_and_note(self, *arguments):
     status = train_of_trainer(self, *arguments)
-    parameters = b"".join(part.tobytes() for part in self.parameters.read().values())
+    parameters = b"".join(part.tobytes() for part in self.optimizer.parameters.read().values())
     record.update(checksum=zlib.crc32(parameters), device=self.losses.device)
     return status
 

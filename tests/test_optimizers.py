@@ -11,11 +11,10 @@ from conftest import DATA, at_once
 from tinygrad import Device, Tensor
 
 from backend import arrays
-from backend.arrays import FlatBuffer
 from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt_burn
 from training.config import OptimizerConfig, TrainingConfig
-from training.optimizers import AdamW, Muon, clipped, learning_rate, muon_learning_rate
+from training.optimizers import AdamW, Muon, clip_gradients, learning_rate, muon_learning_rate
 
 FIGURES = json.loads((DATA / "options.json").read_text())
 
@@ -24,17 +23,17 @@ def test_five_training_steps_equal_gpt_burns():
     folder = DATA / "adamw_steps"
     config = GPTConfig(**json.loads((folder / "config.json").read_text())["model"])
     before = gpt_burn.read_record(folder / "before.mpk")
-    parameters = FlatBuffer(AdamW.layout(shapes(config)))
+    optimizer = AdamW(shapes(config), TrainingConfig())
+    parameters = optimizer.parameters
     model = GPT(config, parameters.views)
     parameters.write(before)
-    optimizer = AdamW(parameters, TrainingConfig())
     gradients = optimizer.gradients.views.values()
     batches = json.loads((folder / "batches.json").read_text())
 
     def train(x: Tensor, y: Tensor, rates: Tensor) -> Tensor:
         loss = model.loss(x, y)
-        of_loss = loss.gradient(*parameters.views.values())
-        for view, gradient in zip(gradients, of_loss, strict=True):
+        grads = loss.gradient(*parameters.views.values())
+        for view, gradient in zip(gradients, grads, strict=True):
             view.assign(gradient)
         Tensor.realize(loss, *gradients)
         optimizer.step(rates)
@@ -81,7 +80,7 @@ def test_muons_learning_rate_keeps_its_share_of_adamws():
 def test_gradients_are_clipped_as_by_pytorch():
     figures = FIGURES["grad_clip"]
     gradients = [Tensor(gradient) for gradient in figures["gradients"]]
-    ours = clipped(gradients, figures["longest"])
+    ours = clip_gradients(gradients, figures["longest"])
     for gradient, expected in zip(ours, figures["clipped"], strict=True):
         np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-5)
 
@@ -89,16 +88,15 @@ def test_gradients_are_clipped_as_by_pytorch():
 def test_weight_decay_equals_pytorchs_adamw():
     figures = FIGURES["weight_decay"]
     start = np.array(figures["start"], np.float32)
-    parameters = FlatBuffer({"weight": start.shape})
-    parameters.write({"weight": start})
     settings = OptimizerConfig(weight_decay=figures["weight_decay"])
     config = TrainingConfig(learning_rate=figures["learning_rate"], optimizer=settings)
-    optimizer = AdamW(parameters, config)
+    optimizer = AdamW({"weight": start.shape}, config)
+    optimizer.parameters.write({"weight": start})
     for number, gradient in enumerate(figures["gradients"], 1):
         optimizer.gradients.write({"weight": np.array(gradient)})
         optimizer.step(Tensor(optimizer.rates(number)))
         expected = figures["parameters"][number - 1]
-        np.testing.assert_allclose(parameters.read()["weight"], expected, atol=1e-6)
+        np.testing.assert_allclose(optimizer.parameters.read()["weight"], expected, atol=1e-6)
 
 
 def muon_in_numpy(start: list, gradients: list, config: OptimizerConfig, rate: float) -> list:
@@ -122,15 +120,14 @@ def muon_in_numpy(start: list, gradients: list, config: OptimizerConfig, rate: f
 
 def muon_in_ours(shapes: dict, start: dict, gradients: list, config: TrainingConfig) -> list:
     """All parameters after each of the updates, by a jit as in a training."""
-    parameters = FlatBuffer(Muon.layout(shapes))
-    parameters.write(start)
-    optimizer = Muon(parameters, config)
+    optimizer = Muon(shapes, config)
+    optimizer.parameters.write(start)
     step = at_once(lambda rates: optimizer.step(rates))
     results = []
     for number, of_update in enumerate(gradients, 1):
         optimizer.gradients.write(of_update)
         step(Tensor(optimizer.rates(number)).realize())
-        results.append({name: array.copy() for name, array in parameters.read().items()})
+        results.append({name: array.copy() for name, array in optimizer.parameters.read().items()})
     return results
 
 
@@ -169,13 +166,12 @@ def test_six_steps_of_muon_equal_those_in_numpy_beside_adamw(monkeypatch, device
     for name, array in zip(names, expected, strict=True):
         np.testing.assert_allclose(ours[name], array, atol=1e-5, err_msg=name)
 
-    parameters = FlatBuffer(SHAPES)
-    parameters.write(start)
-    adamw = AdamW(parameters, config)
+    adamw = AdamW(SHAPES, config)
+    adamw.parameters.write(start)
     for number, of_update in enumerate(gradients, 1):
         adamw.gradients.write(of_update)
         adamw.step(Tensor(adamw.rates(number)))
-    for name, array in parameters.read().items():
+    for name, array in adamw.parameters.read().items():
         if name not in names:
             np.testing.assert_allclose(ours[name], array, atol=1e-6, err_msg=name)
 

@@ -20,8 +20,9 @@ import train
 from gpt_tiny import GPTConfig
 from models import checkpoint, safetensors
 from training import checkpoint as training_checkpoint
-from training import trainer
-from training.workers import HEARD, World, noted_signals
+from training.config import DEFAULTS, changed
+from training.trainer import HEARD, noted_signals
+from training.workers import World
 
 MUON = ["--optimizer", "muon", "--grad-clip", "1", "--decay", "cosine"]
 N_KILLS = int(os.environ.get("GPT_TINY_KILLS", "2"))
@@ -52,7 +53,7 @@ def train_here(call) -> Callable[..., str]:
 
 
 def newest(folder: Path) -> training_checkpoint.Checkpoint:
-    return training_checkpoint.load(folder / ".data/checkpoints", train.config_of)
+    return training_checkpoint.load(folder / ".data/checkpoints", train.make_parser().parse_given)
 
 
 def step_lines(out: str) -> list[str]:
@@ -186,7 +187,7 @@ def test_the_texts_of_an_earlier_versions_training_have_no_special_tokens(tmp_pa
     pytest.importorskip("tiktoken")
     (tmp_path / "text.txt").write_text("The context.<|endoftext|>")
     words = ["--tokenizer", str(GPT2), "-t", str(tmp_path / "text.txt"), "-x"]
-    config = train.config_of(words)
+    config = changed(DEFAULTS, train.make_parser().parse_given(words))
     settings = training_checkpoint.settings_to_json(config)
     for name in ("no_special", "sample_every"):
         del settings[name]
@@ -194,9 +195,11 @@ def test_the_texts_of_an_earlier_versions_training_have_no_special_tokens(tmp_pa
     saved = asdict(training_checkpoint.Progress())
     saved |= {"settings": settings} if has_settings else of_words
     (tmp_path / "training.json").write_text(json.dumps(saved))
-    _, earlier = training_checkpoint.read_progress(tmp_path / "training.json", train.config_of)
-    assert trainer.read_corpus(config, None, World()).ids[-1] == 511
-    assert 511 not in trainer.read_corpus(earlier, None, World()).ids
+    _, earlier = training_checkpoint.read_progress(
+        tmp_path / "training.json", train.make_parser().parse_given
+    )
+    assert train.read_corpus(config, None, World()).ids[-1] == 511
+    assert 511 not in train.read_corpus(earlier, None, World()).ids
 
 
 def test_flags_that_contradict_the_checkpoint_are_refused(call, train_here):

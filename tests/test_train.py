@@ -32,7 +32,6 @@ from gpt_tiny import GPTConfig
 from models import checkpoint
 from training import checks, trainer
 from training.config import TrainingConfig, changed
-from training.trainer import read_corpus
 from training.workers import World
 
 STEP = re.compile(
@@ -255,7 +254,10 @@ def test_a_model_for_gpt_burn_has_its_characters_alone(folder, monkeypatch, caps
     monkeypatch.chdir(folder)
     Path("fr.txt").write_text("où été garçon " * 50, encoding="utf-8")
     config = changed(TrainingConfig(), {"text_corpus": (Path("fr.txt"),), "format": "burn"})
-    assert read_corpus(config, None, World()).tokenizer.tokens == tokenizers.CharTokenizer().tokens
+    assert (
+        train.read_corpus(config, None, World()).tokenizer.tokens
+        == tokenizers.CharTokenizer().tokens
+    )
     lost = "warning: 28.6 % of fr.txt is not in the vocabulary and left out: é ç ù\n"
     assert capsys.readouterr().err == lost
 

@@ -23,8 +23,9 @@ from gpt_tiny import GPTConfig
 from models import checkpoint
 from training import checkpoint as training_checkpoint
 from training import launch, workers
-from training.batches import make_plan
+from training.checks import check_batch_size
 from training.config import TrainingConfig, changed
+from training.trainer import Trainer
 
 pytest.importorskip("mpi4py", reason="training with workers needs the extra mpi")
 
@@ -102,10 +103,11 @@ def test_workers_share_the_windows_of_a_batch_and_drop_values_by_keys_of_their_o
         n_training=100, windows=lambda starts, n: np.arange(n) + starts[:, None]
     )
     optimizer, world = SimpleNamespace(rates=lambda n: [n]), workers.World()
+    parts = {"config": config, "corpus": corpus, "optimizer": optimizer, "world": world}
 
     def plan() -> list[np.ndarray]:
-        rng = np.random.default_rng(0)
-        return [tensor.numpy() for tensor in make_plan(config, corpus, optimizer, 0, rng, world)]
+        tensors = Trainer.make_plan(SimpleNamespace(**parts), 0, np.random.default_rng(0))
+        return [tensor.numpy() for tensor in tensors]
 
     [windows, _, rates], world.size = plan(), 2
     [first, keys, of_first], world.rank = plan(), 1
@@ -213,7 +215,7 @@ def test_each_worker_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(workers.devices, "check", lambda: None)
     world = workers.World()
     world.size = world.n_on_machine = 4
-    world.of_machine = SimpleNamespace(
+    world.machine_ranks = SimpleNamespace(
         rank=3, allgather=lambda _: [{0, 1, 2, 3}, {4, 5, 6, 7}], bcast=lambda _: "CUDA"
     )
     world.take_device()
@@ -263,12 +265,13 @@ def test_auto_is_a_worker_for_each_gpu(tmp_path, monkeypatch):
         assert launch.count_workers("auto") == 3
 
 
-def test_an_uneven_share_is_refused_with_the_sizes_that_fit(monkeypatch):
-    world = workers.World()
-    world.size = 3
-    assert world.share(12, "--batch-size", 2) == 4
-    with pytest.raises(ValueError, match="--batch-size 32 can't be shared by 3 workers: try 30 or"):
-        world.share(32, "--batch-size")
+def test_an_uneven_share_is_refused_with_the_sizes_that_fit():
+    config = TrainingConfig(batch_size=12, accumulate=2)
+    check_batch_size(config, 3)
+    with pytest.raises(
+        ValueError, match="--batch-size 12 can't be shared by 4 workers: try 8 or 16"
+    ):
+        check_batch_size(config, 4)
 
 
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
@@ -283,7 +286,7 @@ def test_the_banner_of_a_killed_worker_is_seen_and_not_shown_wherever_reads_part
         data = before + banner
         chunks = iter([data[i : i + step] for i in range(0, len(data), step)] + [b""])
         shown = b""
-        for text, is_banner in launch.parted_by_banner(chunks.__next__):
+        for text, is_banner in launch.split_at_banner(chunks.__next__):
             shown += text
             if is_banner:
                 break
@@ -292,7 +295,7 @@ def test_the_banner_of_a_killed_worker_is_seen_and_not_shown_wherever_reads_part
 
 def test_all_that_workers_print_is_passed_on_and_a_line_when_it_ends():
     chunks = [b"step 1\n", b"\n", b"=", b"= 2\n===", b"\n" + 39 * b"=", b""]
-    parts = list(launch.parted_by_banner(iter(chunks).__next__))
+    parts = list(launch.split_at_banner(iter(chunks).__next__))
     assert b"".join(text for text, _ in parts) == b"".join(chunks)
     assert parts[0] == (b"step 1\n", False) and not any(banner for _, banner in parts)
 
@@ -304,7 +307,7 @@ def test_without_the_flag_mpi_is_not_imported():
 
 
 def newest(folder: Path) -> training_checkpoint.Checkpoint:
-    return training_checkpoint.load(folder / ".data/checkpoints", train.config_of)
+    return training_checkpoint.load(folder / ".data/checkpoints", train.make_parser().parse_given)
 
 
 def wait_for(training: subprocess.Popen, text: str) -> str:

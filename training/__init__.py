@@ -1,6 +1,6 @@
-"""How a model is trained. Read `config`, `trainer` and `batches` first: they are the algorithm.
+"""Training a model. Read `config` and `trainer` first: they are the algorithm.
 
-`checkpoint` is what a training starts from and leaves on disk, `optimizers` how it learns,
-`metrics` what is to be seen of it, `checks` what is looked at before; `workers` share the batches,
-and stop by signals, `launch` starts them. Nothing here knows of a command line.
+`checkpoint` is the start of a training and its state on disk, `optimizers` has AdamW and Muon,
+`metrics` the reports, `checks` the checks before a training; `workers` are MPI's ranks, which share
+a batch, and `launch` starts them. Nothing here knows of a command line.
 """

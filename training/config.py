@@ -1,6 +1,6 @@
-"""The settings of a training, in one frozen object, and how given ones are merged into it.
+"""The settings of a training in one frozen object, and how given settings are merged into it.
 
-The defaults stand here, and those of the model's sizes in GPTConfig.
+The defaults are here, those of the model's sizes in GPTConfig.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,9 +10,8 @@ from pathlib import Path
 from backend.errors import UserError
 from data.texts import CORPUS
 from gpt_tiny import GPTConfig
-from tokenizers import Tokenizer
 
-OPTIONS = {  # of train.py, where they are not named as the setting is
+OPTIONS = {  # setting -> option of train.py, where the names differ
     "grad_clipping": "grad_clip",
     "max_vocab_size": "vocab_size",
     "algorithm": "optimizer",
@@ -21,20 +20,20 @@ OPTIONS = {  # of train.py, where they are not named as the setting is
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW's settings, under gpt-burn's names, and then ours."""
+    """Settings of the optimizers: gpt-burn's, under its names, then ours."""
 
     grad_clipping: float | None = None  # the largest norm of a gradient
     beta_1: float = 0.9
     beta_2: float = 0.999
     epsilon: float = 1e-5
     weight_decay: float = 1e-4
-    algorithm: str = "adamw"  # or "muon", for the matrices of the blocks
+    algorithm: str = "adamw"  # or "muon"
     momentum: float = 0.95  # Muon's
 
 
 @dataclass(frozen=True)
 class Files:
-    """What a training reads, and what it leaves."""
+    """Files that a training reads and writes."""
 
     text_corpus: tuple[Path, ...] = (CORPUS,)
     n_mega_bytes: int | None = None
@@ -48,7 +47,7 @@ class Files:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """All that decides what a training gives; no two settings in it share a name."""
+    """All settings; no two of them share a name."""
 
     # gpt-burn's
     n_steps: int = 50
@@ -61,18 +60,18 @@ class TrainingConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     # ours
     tokenizer: str = "char"
-    max_vocab_size: int | None = None  # the tokenizer's own
+    max_vocab_size: int | None = None  # None: the tokenizer's default
     accumulate: int = 1
     muon_learning_rate: float = 0.02
     warmup: int = 0
     decay: str = "none"
     min_learning_rate: float = 0.0
     dtype: str = "float32"
-    no_special: bool = False  # whether texts have no special tokens
+    no_special: bool = False  # special tokens are text like any other
     files: Files = field(default_factory=Files)
 
     def to_json(self) -> dict:
-        """The content of `config.json`: gpt-burn's settings as it writes them, and a tokenizer."""
+        """The content of `config.json`: gpt-burn's settings in its layout, and the tokenizer."""
         settings = asdict(self)
         names = list(settings)
         content = {name: settings[name] for name in names[: names.index("tokenizer") + 1]}
@@ -84,59 +83,54 @@ class TrainingConfig:
         content["optimizer"]["grad_clipping"] = clipping and {"Norm": clipping}
         return content
 
-    def with_tokenizer(self, tokenizer: Tokenizer) -> "TrainingConfig":
-        model = replace(self.model, vocab_size=tokenizer.vocab_size)
-        return replace(self, model=model, tokenizer=tokenizer.name)
-
 
 def settings_of(config) -> Iterator[tuple[Field, object]]:
-    """Every setting of a config and of the configs in it: its field and its value."""
-    for each in fields(config):
-        value = getattr(config, each.name)
+    """Yields the field and the value of every setting, also of nested configs."""
+    for setting in fields(config):
+        value = getattr(config, setting.name)
         if is_dataclass(value):
             yield from settings_of(value)
         else:
-            yield each, value
+            yield setting, value
 
 
 def flat(config) -> dict[str, object]:
     """Every setting by name."""
-    return {each.name: value for each, value in settings_of(config)}
+    return {setting.name: value for setting, value in settings_of(config)}
 
 
 def changed(config, settings: Mapping[str, object]):
-    """The config with other values for some settings, wherever in it they stand."""
-    values = {}
-    for name, value in vars(config).items():
-        is_section = is_dataclass(value)
-        values[name] = changed(value, settings) if is_section else settings.get(name, value)
+    """A copy with new values for some settings, also of nested configs; other names are ignored."""
+    values = {
+        name: changed(value, settings) if is_dataclass(value) else settings.get(name, value)
+        for name, value in vars(config).items()
+    }
     return replace(config, **values)
 
 
 DEFAULTS = TrainingConfig()
+DEFAULT_SETTINGS = flat(DEFAULTS)
 
-# What a start decides, so that no given setting may contradict it. A corpus that has moved is known
-# by its checksum.
+# Settings that a start fixes: a given setting may not contradict them. A corpus may move: its
+# checksum identifies it.
 NEW, MODEL, TRAINING = "nothing", "the model to start from", "the training to go on with"
 MAY_CHANGE = {"n_steps", "text_corpus", "output_path", "no_save", "format"}
 MAY_CHANGE |= {"checkpoint_every", "sample_every"}
 FIXED = {
     NEW: set(),
     MODEL: {"d_model", "n_layers", "n_heads", "tokenizer", "max_vocab_size"},
-    TRAINING: flat(DEFAULTS).keys() - MAY_CHANGE,
+    TRAINING: DEFAULT_SETTINGS.keys() - MAY_CHANGE,
 }
 
 
 def merge(base: TrainingConfig, given: Mapping[str, object], start: str = NEW) -> TrainingConfig:
-    """The base with the given settings in place of its own; `start` is one of FIXED.
-
-    UserError for a given setting that contradicts the start.
-    """
+    """The base with the given settings; UserError for one that contradicts the start, which is a
+    key of FIXED."""
     before = flat(base)
     for name, value in given.items():
         if name in FIXED[start] and value != before[name]:
-            option, its = as_option(name, value), as_option(name, before[name])
-            raise UserError(f"{option} contradicts {start}: it has {its}")
+            given_option, fixed_option = as_option(name, value), as_option(name, before[name])
+            raise UserError(f"{given_option} contradicts {start}: it has {fixed_option}")
     config = changed(base, given)
     if config.model.d_model != base.model.d_model:
         config = changed(config, {"d_hidden": 4 * config.model.d_model})
@@ -144,7 +138,7 @@ def merge(base: TrainingConfig, given: Mapping[str, object], start: str = NEW) -
 
 
 def as_option(name: str, value: object) -> str:
-    """A setting as train.py takes it, or that it is not set."""
+    """A setting as an option of train.py; `no --option` where it is not set."""
     option = f"--{OPTIONS.get(name, name).replace('_', '-')}"
     if value is None or isinstance(value, bool):
         return option if value else f"no {option}"

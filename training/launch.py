@@ -1,4 +1,4 @@
-"""Starts a training with several workers: how many, and the command by which mpiexec runs them."""
+"""Starts a training with several workers: their number, and mpiexec."""
 
 import contextlib
 import os
@@ -16,13 +16,14 @@ from tinygrad.helpers import DEV
 
 from backend import devices, machine
 from backend.errors import UserError
-from training.workers import COLUMNS, HANGUP, stop_signals
+from training.trainer import HANGUP, stop_signals
+from training.workers import COLUMNS
 
-BANNER = b"\n" + 40 * b"="  # begins what mpiexec tells of a rank that was killed
+BANNER = b"\n" + 40 * b"="  # begins mpiexec's report of a killed rank
 
 
 def count_workers(wanted: int | str) -> int:
-    """The number that --workers names; `auto` is one for each device or physical core."""
+    """The number of workers; `auto` is one for each device or physical core."""
     if wanted != "auto":
         return wanted
     backend, n_devices = count_devices()
@@ -37,8 +38,8 @@ def count_workers(wanted: int | str) -> int:
 
 
 def count_devices() -> tuple[str, int]:
-    """The backend, and how many devices it has, 1 where it does not open. A process of its own asks
-    for them: one that has opened a GPU keeps a part of it, or all, from the workers."""
+    """The backend and its number of devices, 1 where it does not open. A child process counts: a
+    process that has opened a GPU keeps memory of it, or all of it, from the workers."""
     if DEV.device.startswith("CPU"):
         return "CPU", 1
     code = "from tinygrad import Device; d = Device[Device.DEFAULT]; print(d.device, d.count())"
@@ -48,9 +49,10 @@ def count_devices() -> tuple[str, int]:
 
 
 def mpiexec(n_workers: int) -> list[str]:
-    """What starts so many ranks, bound to cores if there are as many; ValueError without MPI."""
-    beside = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
-    program = beside or shutil.which("mpiexec")
+    """The command that starts the ranks, bound to cores if there is one for each; UserError without
+    MPI."""
+    installed = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
+    program = installed or shutil.which("mpiexec")
     try:
         import mpi4py  # noqa: F401
     except ImportError:
@@ -63,24 +65,24 @@ def mpiexec(n_workers: int) -> list[str]:
     return [program, *(["-bind-to", "core"] if is_full else []), "-n", str(n_workers)]
 
 
-def parted_by_banner(read: Callable[[], bytes]) -> Iterator[tuple[bytes, bool]]:
-    """What is read, as it comes, and whether BANNER follows, which may come in several parts."""
-    begun = b""  # a line break, passed on already, and what may begin the banner behind it
+def split_at_banner(read: Callable[[], bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Yields each chunk read, and whether BANNER follows, which several chunks may hold."""
+    held = b""  # a line break, already yielded, and the "=" after it, which may begin the banner
     while chunk := read():
-        text, banner, _ = (begun + chunk).partition(BANNER)
-        n_passed_on = len(begun[:1])
-        begun = b"" if banner else re.search(rb"(\n=*)?\Z", text)[0]
-        yield text[n_passed_on : len(text) - len(begun[1:])], bool(banner)
-    yield begun[1:], False
+        text, banner, _ = (held + chunk).partition(BANNER)
+        n_yielded = len(held[:1])
+        held = b"" if banner else re.search(rb"(\n=*)?\Z", text)[0]
+        yield text[n_yielded : len(text) - len(held[1:])], bool(banner)
+    yield held[1:], False
 
 
 def launch(n_workers: int, argv: list[str]) -> int:
-    """Runs the command under mpiexec, with one clear line if a rank is killed; its exit status."""
+    """Runs the command under mpiexec and returns its exit status; UserError if a rank is killed."""
     command = [*mpiexec(n_workers), sys.executable, *argv]
     environment = dict(os.environ)
     if sys.stderr.isatty():
         environment[COLUMNS] = str(shutil.get_terminal_size().columns)
-    # a session of its own: Ctrl-C reaches the ranks once, from here
+    # in a new session Ctrl-C reaches the ranks only from here, once
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
     process = subprocess.Popen(command, env=environment, **options)
     signals = []
@@ -89,7 +91,7 @@ def launch(n_workers: int, argv: list[str]) -> int:
         signals.append(number)
         if len(signals) == 1:
             process.send_signal(signal.SIGTERM)
-        elif number != HANGUP:  # which may come twice
+        elif number != HANGUP:  # a hangup may come twice
             process.send_signal(signal.SIGKILL)
 
     for number in stop_signals():
@@ -109,10 +111,10 @@ def launch(n_workers: int, argv: list[str]) -> int:
 
 
 def pass_on(stream: BinaryIO, output: TextIO) -> bool:
-    """Writes what mpiexec does, which would end with its reader, up to what it tells of a rank that
-    was killed; whether one was."""
+    """Copies mpiexec's output up to the report of a killed rank; returns whether there was one.
+    mpiexec itself would end with the reader of its output."""
     was_killed = False
-    for text, banner in parted_by_banner(lambda: os.read(stream.fileno(), 1 << 16)):
+    for text, banner in split_at_banner(lambda: os.read(stream.fileno(), 1 << 16)):
         output.buffer.write(b"" if was_killed else text)
         output.buffer.flush()
         was_killed = was_killed or banner

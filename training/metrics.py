@@ -1,4 +1,4 @@
-"""What is to be seen of a training: a line a step, `metrics.csv` and `loss.png`."""
+"""Reports of a training: a line a step, `metrics.csv` and `loss.png`."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ COLUMNS = "step,batch,tokens,train_loss,validation_loss,learning_rate,tokens_per
 def step_line(
     step: int, n_steps: int, train_loss: float, validation_loss: float, seconds: float
 ) -> str:
-    """What gpt-burn prints after a step, counted from 1."""
+    """The line that gpt-burn prints after a step, counted from 1."""
     return (
         f"step {step:>3}/{n_steps}: train loss: {train_loss:.4f}, val loss: {validation_loss:.4f} "
         f"({clock(seconds)}/{clock(seconds / step * n_steps)})"
@@ -26,16 +26,16 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
 
 
-def begin(folder: Path, before: Path | None, n_steps: int) -> None:
-    """A `metrics.csv` with the rows of so many steps that the one of the folder `before` has."""
-    file = before and before / METRICS
-    text = file.read_text(encoding="utf-8") if file and n_steps and file.exists() else ""
+def begin(folder: Path, previous: Path | None, n_steps: int) -> None:
+    """Writes a `metrics.csv` with the first `n_steps` rows of the one in the folder `previous`."""
+    file = previous and previous / METRICS
+    text = file.read_text(encoding="utf-8") if file and file.exists() else ""
     lines = [COLUMNS, *text.splitlines()[1 : n_steps + 1], ""]
     write_file(folder / METRICS, "\n".join(lines).encode())
 
 
 def append(folder: Path, row: list[float]) -> None:
-    """A row, with a number for each of COLUMNS."""
+    """Appends a row, with a number for each of COLUMNS."""
     with (folder / METRICS).open("a", encoding="utf-8", newline="\n") as file:
         file.write(",".join(f"{number:.6g}" for number in row) + "\n")
         file.flush()
@@ -43,7 +43,7 @@ def append(folder: Path, row: list[float]) -> None:
 
 
 def plot(folder: Path) -> None:
-    """Draws `metrics.csv` as `loss.png`, where matplotlib is installed."""
+    """Draws `metrics.csv` as `loss.png`, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""How gradients change the parameters: AdamW or Muon, and the learning rate over a training."""
+"""The optimizers, AdamW and Muon, and the schedule of the learning rate."""
 
 import functools
 import math
@@ -13,53 +13,43 @@ from backend.arrays import FlatBuffer, Shapes
 from training.config import OptimizerConfig, TrainingConfig
 
 
-class Optimizer:
-    """The parameters, their gradients, laid out alike, and the state, each in one buffer."""
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2017), on every parameter alike.
 
-    parameters: FlatBuffer
-    gradients: FlatBuffer
-    memory: FlatBuffer  # of `state`, the tensors that `step` reads and writes
-    state: list[Tensor]
-    buffers: list[Tensor]  # all that a jit of `step` reads and writes
+    `parameters`, `gradients` and `memory`, which holds the moments, are one FlatBuffer each.
+    `buffers` lists every tensor that a jit of `step` reads or writes.
+    """
 
-
-class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2017), on every parameter alike."""
-
-    def __init__(self, parameters: FlatBuffer, config: TrainingConfig, gradients=None, memory=None):
-        self.parameters, self.config = parameters, config
-        self.gradients = gradients or FlatBuffer(parameters.shapes)
-        self.memory = memory or FlatBuffer(self.state_shapes(parameters.shapes))
-        names, n = list(self.memory.shapes), len(parameters.shapes)
+    def __init__(self, shapes: Shapes, config: TrainingConfig, flat_buffers=()):
+        """`flat_buffers`: parameters, gradients and memory of these shapes, by default new ones."""
+        state, n = self.state_shapes(shapes), len(shapes)
+        flat_buffers = flat_buffers or map(FlatBuffer, (shapes, shapes, state))
+        self.config, names = config, list(state)
+        self.parameters, self.gradients, self.memory = flat_buffers
         self.moments_1, self.moments_2 = (self.memory.part(x) for x in (names[:n], names[n:]))
         self.state = [*self.moments_1.whole, *self.moments_2.whole]
-        self.buffers = [*parameters.tensors, *self.gradients.tensors, *self.state]
-
-    @staticmethod
-    def layout(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """The shapes of the parameters in the order in which `step` goes through them."""
-        return dict(shapes)
+        self.buffers = [*self.parameters.tensors, *self.gradients.tensors, *self.state]
 
     @staticmethod
     def state_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of the state, for parameters of these names and shapes."""
+        """Names and shapes of the moments, for parameters of these names and shapes."""
         kinds = ("moments_1", "moments_2")
         return {f"{kind}.{name}": shape for kind in kinds for name, shape in shapes.items()}
 
     def rates(self, number: int) -> list[float]:
-        """What `step` needs for the update with this number, counted from 1."""
+        """The 3 numbers that `step` takes for an update, whose `number` counts from 1."""
         betas = self.config.optimizer.beta_1, self.config.optimizer.beta_2
-        # moments start at 0: the factors undo the bias of that
+        # moments start at 0: these factors undo the bias
         return [learning_rate(self.config, number), *(1 / (1 - beta**number) for beta in betas)]
 
     def step(self, rates: Tensor) -> None:
-        """Updates the parameters in place by the gradients; `rates` (3,) are those of the method
-        above."""
-        self.update(clipped(self.gradients.whole, self.config.optimizer.grad_clipping), rates)
+        """Updates the parameters in place by the gradients; `rates` (3,) are of `rates`."""
+        max_norm = self.config.optimizer.grad_clipping
+        self.update(clip_gradients(self.gradients.whole, max_norm), rates)
 
-    def update(self, gradients: list[Tensor], rates: Tensor) -> None:
+    def update(self, grads: list[Tensor], rates: Tensor) -> None:
         kernel = functools.partial(adamw_kernel, config=self.config.optimizer)
-        wholes = self.parameters.whole, self.moments_1.whole, self.moments_2.whole, gradients
+        wholes = self.parameters.whole, self.moments_1.whole, self.moments_2.whole, grads
         for tensors in zip(*wholes, strict=True):
             Tensor.realize(*Tensor.custom_kernel(*tensors, rates, fxn=kernel)[:3])
 
@@ -77,77 +67,72 @@ def adamw_kernel(p: UOp, m: UOp, v: UOp, g: UOp, rates: UOp, config: OptimizerCo
     return stores.end(i).sink(arg=KernelInfo("adamw"))
 
 
-class Muon(Optimizer):
+class Muon:
     """Muon (Jordan et al., 2024), with decoupled weight decay, on the matrices of the blocks; AdamW
-    on all other parameters."""
+    on all other parameters. The attributes are AdamW's."""
 
-    def __init__(self, parameters: FlatBuffer, config: TrainingConfig):
-        self.parameters, self.config = parameters, config
-        self.gradients = FlatBuffer(parameters.shapes)
-        self.memory = FlatBuffer(self.state_shapes(parameters.shapes))
-        *groups, names = grouped(parameters.shapes)
+    def __init__(self, shapes: Shapes, config: TrainingConfig):
+        # matrices of one shape lie side by side, as one batch
+        *groups, others = group_names(shapes)
+        shapes = {name: shapes[name] for group in (*groups, others) for name in group}
+        self.config, buffers = config, [shapes, shapes, self.state_shapes(shapes)]
+        self.parameters, self.gradients, self.memory = buffers = [FlatBuffer(x) for x in buffers]
         self.matrices, self.matrix_gradients = (
-            [buffer.part(group) for group in groups] for buffer in (parameters, self.gradients)
+            [buffer.part(group) for group in groups] for buffer in (self.parameters, self.gradients)
         )
         self.momenta = [self.memory.part(f"momentum.{x}" for x in group) for group in groups]
-        others, gradients = parameters.part(names), self.gradients.part(names)
-        state = self.memory.part(AdamW.state_shapes(others.shapes))
-        self.adamw = AdamW(others, config, gradients, state)
+        shapes = {name: shapes[name] for name in others}
+        names = (others, others, AdamW.state_shapes(shapes))
+        parts = [buffer.part(x) for buffer, x in zip(buffers, names, strict=True)]
+        self.adamw = AdamW(shapes, config, parts)
         self.state = [tensor for momentum in self.momenta for tensor in momentum.whole]
         self.state += self.adamw.state
-        self.buffers = [*parameters.tensors, *self.gradients.tensors, *self.state]
-
-    @staticmethod
-    def layout(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """The shapes of the parameters in the order in which `step` goes through them: matrices of
-        one shape side by side, as one batch, and all else last."""
-        return {name: shapes[name] for names in grouped(shapes) for name in names}
+        self.buffers = [*self.parameters.tensors, *self.gradients.tensors, *self.state]
 
     @staticmethod
     def state_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of the state, for parameters of these names and shapes."""
-        *matrices, others = grouped(shapes)
+        """Names and shapes of momenta and moments, for parameters of these names and shapes."""
+        *matrices, others = group_names(shapes)
         momenta = {f"momentum.{name}": shapes[name] for group in matrices for name in group}
         return momenta | AdamW.state_shapes({name: shapes[name] for name in others})
 
     def rates(self, number: int) -> list[float]:
-        """What `step` needs for the update with this number, counted from 1."""
+        """The 4 numbers that `step` takes for an update, whose `number` counts from 1."""
         return [muon_learning_rate(self.config, number), *self.adamw.rates(number)]
 
     def step(self, rates: Tensor) -> None:
-        """Updates the parameters in place by the gradients; `rates` (4,) are those of the method
-        above."""
+        """Updates the parameters in place by the gradients; `rates` (4,) are of `rates`."""
         config, buffers = self.config.optimizer, (*self.matrix_gradients, self.adamw.gradients)
-        wholes = [tensor for buffer in buffers for tensor in buffer.whole]
-        rest = iter(clipped(wholes, config.grad_clipping))
+        grads = [tensor for buffer in buffers for tensor in buffer.whole]
+        grads = iter(clip_gradients(grads, config.grad_clipping))
         for matrices, momentum in zip(self.matrices, self.momenta, strict=True):
             updates = []
-            for m, g in zip(momentum.whole, islice(rest, len(momentum.whole)), strict=True):
+            for m, g in zip(momentum.whole, islice(grads, len(momentum.whole)), strict=True):
                 m.assign(m + (1 - config.momentum) * (g - m))
                 updates.append(g + config.momentum * (m - g))  # Nesterov's
-            update = orthogonalised(matrices.stack(updates))  # (n, rows, columns)
+            update = orthogonalise(matrices.stack(updates))  # (n, rows, columns)
             update = update * math.sqrt(max(1, update.shape[1] / update.shape[2]))
             for p, u in zip(matrices.whole, matrices.unstack(update), strict=True):
                 p.assign(p - rates[:1] * (u + config.weight_decay * p))
             Tensor.realize(*matrices.whole, *momentum.whole)
-        self.adamw.update(list(rest), rates[1:])
+        self.adamw.update(list(grads), rates[1:])
 
 
 OPTIMIZERS = {"adamw": AdamW, "muon": Muon}
 
 
-def grouped(shapes: Shapes) -> list[list[str]]:
-    """The names of the blocks' matrices, a list for each shape, and last those of all else."""
-    of_matrices, others = {}, []
+def group_names(shapes: Shapes) -> list[list[str]]:
+    """A list of names for each shape of the blocks' matrices, and last all other names."""
+    groups, others = {}, []
     for name, shape in shapes.items():
         is_matrix = name.startswith("blocks.") and len(shape) == 2
-        (of_matrices.setdefault(shape, []) if is_matrix else others).append(name)
-    return [*of_matrices.values(), others]
+        (groups.setdefault(shape, []) if is_matrix else others).append(name)
+    return [*groups.values(), others]
 
 
-def orthogonalised(x: Tensor) -> Tensor:
-    """(n, rows, columns) -> for each matrix about the nearest one whose rows, or columns if they
-    are fewer, are orthonormal: five Newton-Schulz steps bring its singular values near 1."""
+def orthogonalise(x: Tensor) -> Tensor:
+    """(n, rows, columns) -> for each matrix about the nearest one with orthonormal rows, or columns
+    if there are fewer columns: five Newton-Schulz steps bring its singular values near 1."""
     x = x / (x.square().sum((1, 2), keepdim=True).sqrt() + 1e-7)
     is_tall = x.shape[1] > x.shape[2]  # then in effect transposed
     identity = Tensor.eye(min(x.shape[1:]))
@@ -159,17 +144,17 @@ def orthogonalised(x: Tensor) -> Tensor:
     return x
 
 
-def clipped(gradients: list[Tensor], longest: float | None) -> list[Tensor]:
-    """The gradients, shortened as one vector to `longest`, as torch.nn.utils.clip_grad_norm_."""
-    if longest is None:
-        return gradients
-    length = sum(gradient.square().sum() for gradient in gradients).sqrt()
-    scale = (longest / (length + 1e-6)).minimum(1).contiguous()
-    return [gradient * scale for gradient in gradients]
+def clip_gradients(grads: list[Tensor], max_norm: float | None) -> list[Tensor]:
+    """Gradients scaled to a total norm of at most `max_norm`, as torch.nn.utils.clip_grad_norm_."""
+    if max_norm is None:
+        return grads
+    norm = sum(grad.square().sum() for grad in grads).sqrt()
+    scale = (max_norm / (norm + 1e-6)).minimum(1).contiguous()
+    return [grad * scale for grad in grads]
 
 
 def learning_rate(config: TrainingConfig, number: int) -> float:
-    """The rate of the update with this number, counted from 1: a linear rise, then the decay."""
+    """The rate of an update, whose `number` counts from 1: linear warmup, then the decay."""
     rate, lowest = config.learning_rate, config.min_learning_rate
     if number <= config.warmup:
         return rate * number / config.warmup
@@ -181,7 +166,7 @@ def learning_rate(config: TrainingConfig, number: int) -> float:
 
 
 def muon_learning_rate(config: TrainingConfig, number: int) -> float:
-    """Muon's rate: on the schedule of AdamW's, whose decay ends at the same share of the rate."""
+    """Muon's rate, on AdamW's schedule: the decay ends at the same share of the rate."""
     rate = config.muon_learning_rate
     share = config.min_learning_rate / config.learning_rate if config.learning_rate else 0
     config = replace(config, learning_rate=rate, min_learning_rate=share * rate)
