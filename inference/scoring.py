@@ -1,9 +1,7 @@
 """How well a model predicts a text: bits per byte, which compare models whatever their tokens."""
 
 import math
-import sys
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from tinygrad import Tensor, Variable
@@ -18,13 +16,10 @@ BATCH_TOKENS = 2048  # that the model reads at once, in as many windows
 BATCH_LOGITS = 1 << 24  # that it gives at once, 64 MB of them, but for one window at least
 
 
-def known_ids(tokenizer: Tokenizer, file: BinaryIO) -> tuple[np.ndarray, Unknown]:
-    """The ids of a text in UTF-8, of any size, without the unknown ones, and what is unknown.
-
-    NotUTF8 if it is not UTF-8.
-    """
+def known_ids(tokenizer: Tokenizer, chunks: Iterable[str]) -> tuple[np.ndarray, Unknown]:
+    """The ids of a text of any size, without the unknown ones, and the counts of these."""
     ids, unknown = bytearray(), Unknown()  # grows in place
-    for known in tokenizer.encode_file(file, sys.maxsize, unknown):
+    for known in tokenizer.encode_chunks(chunks, unknown):
         ids += known.tobytes()
     return np.frombuffer(ids, tokenizer.dtype), unknown
 
