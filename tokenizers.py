@@ -104,15 +104,12 @@ class Tokenizer:
         """The ids of a text: (n,) of `dtype`; counts unknown tokens in `unknown`."""
         raise NotImplementedError
 
-    def encode_known(self, text: str, unknown: "Unknown") -> np.ndarray:
-        """The ids of a text without the unknown ones, whose tokens are counted."""
-        ids = self.encode(text, unknown)
-        is_known = ids != self.unknown
-        return ids if is_known.all() else ids[is_known]
-
     def encode_chunks(self, chunks: Iterable[str], unknown: "Unknown") -> Iterator[np.ndarray]:
-        """`encode_known` of a text that comes in chunks, cut anywhere."""
-        return (self.encode_known(text, unknown) for text in self.whole_tokens(chunks))
+        """Yields the ids of a text in chunks, without the unknown ones, which are counted."""
+        for text in self.whole_tokens(chunks):
+            ids = self.encode(text, unknown)
+            is_known = ids != self.unknown
+            yield ids if is_known.all() else ids[is_known]
 
     @classmethod
     def whole_tokens(cls, chunks: Iterable[str]) -> Iterator[str]:
@@ -521,12 +518,10 @@ class BytePairTokenizer(Tokenizer):
     def boundary(cls, text: str) -> int:
         """No token continues where white space begins, nor where punctuation follows letters, for
         texts without spaces."""
-        for i in range(len(text) - 1, 0, -1):
-            if text[i] in WHITE_SPACE and text[i - 1] not in WHITE_SPACE:
-                return i
         indices = range(len(text) - 1, 0, -1)
+        spaces = (i for i in indices if text[i] in WHITE_SPACE and text[i - 1] not in WHITE_SPACE)
         ends = (i for i in indices if text[i] in cls.punctuation and text[i - 1].isalpha())
-        return next(ends, 0)
+        return next(spaces, 0) or next(ends, 0)
 
     def save(self, folder: Path) -> None:
         """Writes lists that Hugging Face's transformers reads, version 4 as well as 5."""

@@ -126,14 +126,14 @@ class Encoder:
         is_given = isinstance(tokenizer, Tokenizer)
         name = [tokenizer.name] if tokenizer.names_learned else []
         folder_of_learned = self.folder([vocab_size, *name])
-        if is_given:
-            self.prepare(tokenizer)
         if found := self.kept(folder_of_learned, tokenizer):
             return found
         if not is_given:
             n_bytes = min(self.limit, tokenizer.max_learned_bytes)
             with self.reading("counting tokens", n_bytes) as chunks:
-                tokenizer = self.prepare(tokenizer.train(chunks, vocab_size))
+                tokenizer = tokenizer.train(chunks, vocab_size)
+        if not self.special:
+            tokenizer.specials = {}
         folder_of_given = self.folder(tokenizer.digest())
         if found := self.kept(folder_of_given, tokenizer):
             return found
@@ -146,12 +146,6 @@ class Encoder:
         name = re.sub(r"[^\w.-]", "_", Path(self.texts.names[0]).name)
         return FOLDER / f"{name}-{hashlib.sha256(key).hexdigest()[:16]}"
 
-    def prepare(self, tokenizer: Tokenizer) -> Tokenizer:
-        """The tokenizer, with special tokens only if they are asked for."""
-        if not self.special:
-            tokenizer.specials = {}
-        return tokenizer
-
     def kept(
         self, folder: Path, tokenizer: Tokenizer | type[Tokenizer]
     ) -> tuple[Corpus, dict] | None:
@@ -162,7 +156,9 @@ class Encoder:
             if facts["texts"] != self.texts.facts or not is_complete:
                 return None
             if isinstance(tokenizer, type):
-                tokenizer = self.prepare(tokenizer.load(folder))
+                tokenizer = tokenizer.load(folder)
+            if not self.special:
+                tokenizer.specials = {}
             corpus = Corpus(self.texts.name, tokenizer, facts["checksum"], folder / IDS)
             if facts["tokenizer"] != tokenizer.digest() or corpus.ids is None:
                 return None
@@ -178,9 +174,9 @@ class Encoder:
         """New ids, in this folder, in a temporary one or in memory."""
         temporary, is_kept = None, keep and self.texts.is_repeatable
         try:
-            if not is_kept and os.name == "nt":  # where no mapped file can be removed
-                return self.in_memory(tokenizer)
             if not is_kept:
+                if os.name == "nt":  # where no mapped file can be removed
+                    return self.in_memory(tokenizer)
                 temporary = tempfile.TemporaryDirectory()
                 folder = Path(temporary.name) / folder.name
             corpus, facts = self.written(tokenizer, folder)

@@ -199,15 +199,10 @@ def texts_of(path: Path, flag: str) -> list[Text]:
     if path.is_fifo():
         with path.open("rb") as stream:
             return [Text(str(path), spooled(stream), is_stream=True)]
-    if path.is_dir():
-        return [file_text(file) for file in files_below(path, flag)]
-    if not path.is_file():
+    if not path.is_dir() and not path.is_file():
         raise UserError(f"there is no {path}: name a text with {flag}")
-    return [file_text(path)]
-
-
-def file_text(path: Path) -> Text:
-    return Text(str(path), lambda: path.open("rb"))
+    files = files_below(path, flag) if path.is_dir() else [path]
+    return [Text(str(file), functools.partial(file.open, "rb")) for file in files]
 
 
 def files_below(folder: Path, flag: str) -> list[Path]:
