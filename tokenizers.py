@@ -796,10 +796,19 @@ def ids_named(config: dict, name: str, default: Collection[int]) -> Collection[i
     return ids
 
 
+# Names of Hugging Face's package of this name, for programs in this folder that import it.
+THEIRS = {
+    *("AddedToken", "Encoding", "NormalizedString", "PreTokenizedString", "Regex", "Token"),
+    *("decoders", "implementations", "models", "normalizers", "pre_tokenizers", "processors"),
+    *("trainers", "ByteLevelBPETokenizer", "CharBPETokenizer", "BertWordPieceTokenizer"),
+    *("SentencePieceBPETokenizer", "SentencePieceUnigramTokenizer"),
+}
+
+
 def __getattr__(name: str):
-    if name.startswith("_"):  # asked by Python itself, as `__path__`
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    raise ImportError(
-        f"{__file__} is not Hugging Face's package tokenizers and has no {name}: import that "
-        "package, or transformers, in a program outside of this folder"
-    )
+    if name in THEIRS:
+        raise ImportError(
+            f"{__file__} is not Hugging Face's package tokenizers, which has {name}: import that, "
+            "or transformers, in a program outside of this folder"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -52,7 +52,10 @@ def bincode(tokens: dict[str, int]) -> bytes:
 def test_who_asks_for_hugging_faces_package_is_told_that_this_is_another():
     with pytest.raises(ImportError, match=r"tokenizers\.py is not Hugging Face's .* AddedToken"):
         from tokenizers import AddedToken  # noqa: F401
+    with pytest.raises(ImportError, match=r"cannot import name 'no_such'"):
+        from tokenizers import no_such  # noqa: F401
     assert not hasattr(tokenizers, "__path__") and not hasattr(tokenizers, "__version__")
+    assert tokenizers.THEIRS.isdisjoint(vars(tokenizers))
     assert dict(inspect.getmembers(tokenizers))["CharTokenizer"] is CharTokenizer
     assert pickle.loads(pickle.dumps(CharTokenizer)) is CharTokenizer
 
