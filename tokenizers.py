@@ -299,15 +299,13 @@ class SimpleVowelTokenizer(Tokenizer):
         A token starts at each separator, after each separator, and at each vowel more than 3 UTF-8
         bytes after the start of the token before.
         """
-        tokens = VowelTokens(text)
-        return [as_text(token) for token in tokens.at(np.arange(len(tokens.keys)))]
+        return list(map(as_text, VowelTokens(text).at(...)))
 
     @classmethod
     def train(cls, chunks: Iterable[str], vocab_size: int) -> "SimpleVowelTokenizer":
         counts = Counter()
         for text in cls.whole_tokens(chunks):
-            tokens = VowelTokens(text)
-            tokens.count(np.arange(len(tokens.keys)), counts)
+            VowelTokens(text).count(counts)
         return cls({as_text(token): count for token, count in counts.items()}, vocab_size)
 
     def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
@@ -315,10 +313,10 @@ class SimpleVowelTokenizer(Tokenizer):
         places = np.searchsorted(self.keys, tokens.keys)
         ids = self.key_ids[places]
         ids[self.keys[places] != tokens.keys] = self.unknown
-        long = np.flatnonzero(tokens.keys == 0)
-        ids[long] = [self.ids.get(token, self.unknown) for token in tokens.at(long)]
+        long = tokens.at(tokens.keys == 0)
+        ids[tokens.keys == 0] = [self.ids.get(token, self.unknown) for token in long]
         if unknown is not None:
-            tokens.count(np.flatnonzero(ids == self.unknown), counts := Counter())
+            tokens.count(counts := Counter(), ids == self.unknown)
             unknown.add(len(text), {as_text(token): count for token, count in counts.items()})
         return ids
 
@@ -329,23 +327,23 @@ class SimpleVowelTokenizer(Tokenizer):
 
 
 class VowelTokens:
-    """The tokens of a text, as numpy finds them in its UTF-8, `data`: `offsets` of their starts
-    and of the end, (n + 1,), and `keys`, (n,)."""
+    """The tokens of a text, as numpy finds them: `offsets` of their starts and of the end in
+    `data`, the text's UTF-8, (n + 1,); and `keys`, (n,)."""
 
     def __init__(self, text: str):
         self.data = text.encode("utf-8", "surrogatepass")
         self.offsets = token_offsets(text, self.data)
         self.keys = token_keys(self.data, self.offsets)
 
-    def at(self, indices: np.ndarray) -> list[bytes]:
-        starts, ends = self.offsets[indices].tolist(), self.offsets[indices + 1].tolist()
+    def at(self, index: object) -> list[bytes]:
+        """Some of the tokens, by any index of an array (n,)."""
+        starts, ends = self.offsets[:-1][index].tolist(), self.offsets[1:][index].tolist()
         return [self.data[start:end] for start, end in zip(starts, ends, strict=True)]
 
-    def count(self, indices: np.ndarray, counts: Counter[bytes]) -> None:
-        """Adds the tokens at these indices to `counts`."""
-        keys = self.keys[indices]
-        counts.update(self.at(indices[keys == 0]))
-        keys, repeats = np.unique(keys[keys != 0], return_counts=True)
+    def count(self, counts: Counter[bytes], mask: np.ndarray | bool = True) -> None:
+        """Adds the tokens under a mask (n,) to `counts`."""
+        counts.update(self.at(mask & (self.keys == 0)))
+        keys, repeats = np.unique(self.keys[mask & (self.keys != 0)], return_counts=True)
         for key, repeat in zip(keys.tolist(), repeats.tolist(), strict=True):
             length, *_ = packed = key.to_bytes(8, "little")
             counts[packed[8 - length :]] += repeat
