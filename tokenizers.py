@@ -97,7 +97,7 @@ class Tokenizer:
         return next((spelling for spelling, id in self.specials.items() if id == self.end), "")
 
     def digest(self, *facts: object) -> str:
-        """A checksum of all that decides the ids of a text."""
+        """SHA-256 of name, tokens and `facts`: equal for tokenizers that give equal ids."""
         return hashlib.sha256(repr((self.name, self.tokens, *facts)).encode()).hexdigest()
 
     def encode(self, text: str, unknown: "Unknown | None" = None) -> np.ndarray:
@@ -113,7 +113,7 @@ class Tokenizer:
 
     @classmethod
     def whole_tokens(cls, chunks: Iterable[str]) -> Iterator[str]:
-        """The text of the chunks, cut at other places: between tokens."""
+        """Yields the text of the chunks, cut between tokens."""
         parts = []
         for text in chunks:
             boundary = cls.boundary(text)
@@ -193,7 +193,7 @@ class CharTokenizer(Tokenizer):
     """
 
     name = "char"
-    N_OTHERS = 200  # gpt-burn's are enough where they lack at most one character in so many
+    MIN_PER_UNKNOWN = 200  # characters of a text for each one that gpt-burn's may lack
 
     def __init__(self, characters: Iterable[str] = CHARACTERS):
         characters = list(characters)
@@ -219,7 +219,7 @@ class CharTokenizer(Tokenizer):
         counts[ord("\r")] = 0
         n_characters = int(counts.sum())
         n_unknown = n_characters - int(counts[code_points(CHARACTERS)].sum())
-        if vocab_size is None and n_unknown * cls.N_OTHERS <= n_characters:
+        if vocab_size is None and n_unknown * cls.MIN_PER_UNKNOWN <= n_characters:
             return cls()
         counts[ord("\n")] = n_characters + 2  # always there: prompts begin with it
         found = np.flatnonzero(counts > 1)
@@ -285,9 +285,10 @@ class SimpleVowelTokenizer(Tokenizer):
             raise UserError(f"{CATCH_ALL} stands for unknown tokens and cannot be one")
         self.tokens = [token.encode() for token in known] + [b""]
         self.ids = {token: id for id, token in enumerate(self.tokens[:-1])}
+        # For numpy's binary search: short tokens by key, and a key above all, which no token has.
         short = [token for token in self.ids if 0 < len(token) < 8]
         keys = token_keys(b"".join(short), np.cumsum([0, *map(len, short)]))
-        keys = np.append(keys, ~np.uint64(0))  # no token has the last one
+        keys = np.append(keys, ~np.uint64(0))
         ids = np.array([*map(self.ids.get, short), self.unknown], self.dtype)
         order = np.argsort(keys)
         self.keys, self.key_ids = keys[order], ids[order]
@@ -345,8 +346,8 @@ class VowelTokens:
         counts.update(self.at(mask & (self.keys == 0)))
         keys, repeats = np.unique(self.keys[mask & (self.keys != 0)], return_counts=True)
         for key, repeat in zip(keys.tolist(), repeats.tolist(), strict=True):
-            length, *_ = packed = key.to_bytes(8, "little")
-            counts[packed[8 - length :]] += repeat
+            packed = key.to_bytes(8, "little")
+            counts[packed[-packed[0] :]] += repeat
 
 
 def as_text(token: bytes) -> str:
@@ -453,7 +454,7 @@ class BytePairTokenizer(Tokenizer):
         self.specials = {token: ids[token] for token in spelled if token in ids}
         self.end = ids.get(self.end_of_text)
         self.ends = () if self.end is None else (self.end,)
-        # Of neighbours in a text, tiktoken joins those of the lowest rank.
+        # tiktoken joins the neighbours of the lowest rank first.
         ranked = list(dict.fromkeys([*BYTES, *map("".join, merges)]))
         if missing := [token for token in ranked if vocab.get(token, self.end) == self.end]:
             raise UserError(f"it lacks the token {missing[0]!r:.60}")
@@ -465,7 +466,11 @@ class BytePairTokenizer(Tokenizer):
                 self.tokens[id] = token.encode() if token in spelled else in_bytes[token]
         self.ids = np.array([vocab[token] for token in ranked], self.dtype)  # by rank
         ranks = {in_bytes[token]: rank for rank, token in enumerate(ranked)}
-        self.encoding = tiktoken().Encoding(
+        try:
+            import tiktoken
+        except ImportError:
+            raise UserError("byte pairs need the package tiktoken: pip install '.[bpe]'") from None
+        self.encoding = tiktoken.Encoding(
             self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
         )
 
@@ -562,14 +567,6 @@ class BytePairTokenizer(Tokenizer):
         self.ends = tuple(sorted(set(ends).intersection(ids)))
         used = {self.end, *self.ends, *self.ids.tolist()}
         self.padding = tuple(sorted(set(pads).intersection(ids) - used))
-
-
-def tiktoken():
-    try:
-        import tiktoken
-    except ImportError:
-        raise UserError("byte pairs need the package tiktoken: pip install '.[bpe]'") from None
-    return tiktoken
 
 
 # Runs in another process, for this file hides Hugging Face's package of the same name. A script

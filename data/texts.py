@@ -91,12 +91,12 @@ class Texts:
     def read(
         self, n_bytes: int = sys.maxsize, end: str = "", bar: tqdm | None = None
     ) -> Iterator[str]:
-        """Yields the first `n_bytes` bytes, counted in UTF-8, in chunks; not a character cut by
-        that.
+        """Yields the first `n_bytes` bytes of UTF-8 as text, in chunks; drops a character that the
+        limit cuts.
 
-        A line of a `.jsonl` is a document, for its `text`; so is each of several other texts. `end`
-        follows each document; without it, a line break follows the document of a `.jsonl`. `bar`
-        shows the stored bytes that were read. UserError for a text that is damaged or not UTF-8.
+        Documents are the `text` of each line of a `.jsonl`, and each of several other texts. `end`
+        follows each document; without `end`, a line break follows documents of a `.jsonl`. `bar`
+        shows the stored bytes that are read. UserError for a text that is damaged or not UTF-8.
         """
         for text in self.texts:
             decoder, position = codecs.getincrementaldecoder("utf-8")(), len(text.mark)
