@@ -711,11 +711,13 @@ def read_tokenizer_json(path: Path) -> BytePairs:
     """The arguments of BytePairTokenizer in one file of Hugging Face's package tokenizers."""
     content = read_objects(path.parent, [path.name], "vocabulary")[path.name]
     with reading(path):
-        for part in ("model", "normalizer", "pre_tokenizer", "post_processor"):
-            check_settings(part, content.get(part))
-        tokens, model = content.get("added_tokens") or [], content["model"]
-        for token in tokens if isinstance(tokens, list) else [tokens]:
-            check_settings("added token", token or {})
+        for name in ("model", "normalizer", "pre_tokenizer", "post_processor"):
+            part = content.get(name)
+            check_settings(name, {"type": None} if part is None else part)
+        model, tokens = content["model"], content.get("added_tokens") or []
+        tokens = tokens if isinstance(tokens, list) else [tokens]
+        for token in tokens:
+            check_settings("added token", token)
         added = ids_in({spelling(token): token.get("id") for token in tokens})
         return ids_in(model.get("vocab")), pairs_in(model.get("merges")), added
 
@@ -752,7 +754,6 @@ def read_text(path: Path) -> str:
 
 def check_settings(name: str, part: object) -> None:
     """UserError unless a part of a tokenizer has an allowed value for each of its SETTINGS."""
-    part = {"type": None} if part is None else part
     if not isinstance(part, dict):
         raise UserError(f"its {name} is not a JSON object")
     for setting, values in SETTINGS[name].items():
