@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import DATA
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import (
     CHARACTERS,
@@ -88,7 +88,7 @@ def train(text: str, vocab_size: int | None = None) -> CharTokenizer:
     return CharTokenizer.train(chunks(text, 50), vocab_size)
 
 
-@few_examples
+@settings(few_examples, max_examples=50)
 @given(mixed_text | st.text(), st.integers(2, 9) | st.none())
 def test_a_texts_own_characters_are_the_most_frequent_in_sorted_order(text, vocab_size):
     text = text.encode(errors="ignore").decode() + "日日本"
