@@ -112,7 +112,7 @@ def read(
 
 @dataclass
 class Encoder:
-    """Finds or makes the ids of texts, and the facts to be kept and said of them."""
+    """Finds kept ids of texts, or encodes the texts; the facts of ids are the content of FACTS."""
 
     texts: Texts
     limit: int  # bytes
@@ -149,7 +149,7 @@ class Encoder:
     def kept(
         self, folder: Path, tokenizer: Tokenizer | type[Tokenizer]
     ) -> tuple[Corpus, dict] | None:
-        """The ids of these very texts that `written` left in the folder, if any."""
+        """The ids that `written` left in the folder, if they are of these very texts."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             is_complete = facts["n_ids_bytes"] == (folder / IDS).stat().st_size
@@ -162,11 +162,11 @@ class Encoder:
             corpus = Corpus(self.texts.name, tokenizer, facts["checksum"], folder / IDS)
             if facts["tokenizer"] != tokenizer.digest() or corpus.ids is None:
                 return None
-            if "unknown" not in facts:  # earlier versions did not keep it
+            if not {"is_cut", "reason", "unknown"} <= facts.keys():  # as of an earlier version
                 facts |= self.encode(tokenizer, lambda ids: None)
                 files.write_file(folder / FACTS, json.dumps(facts, indent=1).encode())
             with contextlib.suppress(OSError):  # another user's folder
-                os.utime(folder)  # the folders that are used stay
+                os.utime(folder)  # `drop_oldest` goes by that
             return corpus, facts
         return None
 

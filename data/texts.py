@@ -72,7 +72,7 @@ class Texts:
     joined.
     """
 
-    is_cut = False  # whether there is more than was read
+    is_cut = False  # whether the last `read` has left bytes after its limit
 
     def __init__(self, paths: Sequence[Path], flag: str = "--text-corpus"):
         """`flag` names the texts in errors."""

@@ -113,7 +113,7 @@ def test_what_is_left_out_is_said_each_time_also_of_ids_that_an_earlier_version_
         facts = text.stored.with_name(ids.FACTS)
         old = json.loads(facts.read_text())
         if version == "kept":
-            del old["unknown"], old["reason"]
+            del old["unknown"], old["reason"], old["is_cut"]
             facts.write_text(json.dumps(old))
     assert text.ids.dtype == np.uint8
     assert len(list(ids.FOLDER.iterdir())) == 1
