@@ -314,8 +314,8 @@ class SimpleVowelTokenizer(Tokenizer):
         places = np.searchsorted(self.keys, tokens.keys)
         ids = self.key_ids[places]
         ids[self.keys[places] != tokens.keys] = self.unknown
-        long = tokens.at(tokens.keys == 0)
-        ids[tokens.keys == 0] = [self.ids.get(token, self.unknown) for token in long]
+        long = tokens.at(tokens.is_long)
+        ids[tokens.is_long] = [self.ids.get(token, self.unknown) for token in long]
         if unknown is not None:
             tokens.count(counts := Counter(), ids == self.unknown)
             unknown.add(len(text), {as_text(token): count for token, count in counts.items()})
@@ -329,12 +329,13 @@ class SimpleVowelTokenizer(Tokenizer):
 
 class VowelTokens:
     """The tokens of a text, as numpy finds them: `offsets` of their starts and of the end in
-    `data`, the text's UTF-8, (n + 1,); and `keys`, (n,)."""
+    `data`, the text's UTF-8, (n + 1,); `keys`, (n,), and `is_long` where a token has none."""
 
     def __init__(self, text: str):
         self.data = text.encode("utf-8", "surrogatepass")
         self.offsets = token_offsets(text, self.data)
         self.keys = token_keys(self.data, self.offsets)
+        self.is_long = self.keys == 0
 
     def at(self, index: object) -> list[bytes]:
         """Some of the tokens, by any index of an array (n,)."""
@@ -343,8 +344,8 @@ class VowelTokens:
 
     def count(self, counts: Counter[bytes], mask: np.ndarray | bool = True) -> None:
         """Adds the tokens under a mask (n,) to `counts`."""
-        counts.update(self.at(mask & (self.keys == 0)))
-        keys, repeats = np.unique(self.keys[mask & (self.keys != 0)], return_counts=True)
+        counts.update(self.at(mask & self.is_long))
+        keys, repeats = np.unique(self.keys[mask & ~self.is_long], return_counts=True)
         for key, repeat in zip(keys.tolist(), repeats.tolist(), strict=True):
             packed = key.to_bytes(8, "little")
             counts[packed[-packed[0] :]] += repeat
