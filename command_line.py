@@ -1,27 +1,26 @@
-"""What both command lines share: help, errors of one line, and the choice of the backend."""
+"""Shared by the commands: options and help, output streams, signals, and errors of one line."""
 
+import gc
 import os
 import signal
 import sys
 
-if None in (sys.stdin, sys.stdout, sys.stderr):  # closed: what is opened next would take its number
+if None in (sys.stdin, sys.stdout, sys.stderr):  # closed: the next file would take its number
     for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the process ends
             os.set_inheritable(getattr(sys, name).fileno(), True)
 
-# The imports of a command take a second, in which Ctrl-C ends it as silently as later, in `run`.
-if (
-    os.path.dirname(os.path.realpath(sys.argv[0])) == os.path.dirname(os.path.realpath(__file__))
-    and callable(signal.getsignal(signal.SIGINT))  # not ignored, as in the background
-):
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+# The imports of a command take most of a second: garbage collection waits until they end, and
+# Ctrl-C is as silent as in `run`.
+if os.path.dirname(os.path.realpath(sys.argv[0])) == os.path.dirname(os.path.realpath(__file__)):
+    gc.disable()
+    if callable(signal.getsignal(signal.SIGINT)):  # not ignored, as in the background
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-import _thread
 import argparse
 import errno
 import functools
-import gc
 import threading
 import traceback
 from collections.abc import Callable
@@ -31,16 +30,16 @@ from typing import IO
 try:
     from backend import devices
     from backend.errors import UserError
-except (OSError, ValueError) as error:  # of a variable, say, that tinygrad reads when imported
+except (OSError, ValueError) as error:  # an environment variable that tinygrad cannot parse, say
     sys.exit(f"error: {error}")
 
-# what a write says when a pipe, a socket, a terminal, or on Windows a pipe, has no one behind it
-GONE = {errno.EPIPE, errno.ECONNRESET, errno.EIO, errno.EINVAL}
-USER_ERRORS = (OSError, UserError, MemoryError)  # what a user can get wrong, or a machine
+# errors of a write whose reader has gone: of a pipe, a socket, a terminal, or a pipe on Windows
+READER_GONE = {errno.EPIPE, errno.ECONNRESET, errno.EIO, errno.EINVAL}
+USER_ERRORS = (OSError, UserError, MemoryError)  # caused by the user or the machine
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one to show, and N or PATH for what an option takes."""
+    """Shows defaults that are set, and N, PATH or TEXT for an option's value."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or "default:" in action.help:
@@ -52,7 +51,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Errors are of one line, and a path that is empty is one: it would be the working folder."""
+    """Prints errors in one line, and refuses empty paths, which would be the working folder."""
 
     def __init__(self, description: str, **defaults: object):
         super().__init__(
@@ -68,21 +67,20 @@ class ArgumentParser(argparse.ArgumentParser):
         self.set_defaults(**defaults)
 
     def parse_given(self, argv: list[str]) -> dict[str, object]:
-        """Only what a command line gives, by destination; of a repeated option a tuple."""
-        absent = argparse.Namespace(**dict.fromkeys(vars(super().parse_args([]))))
-        given = vars(self.parse_args(argv, absent))
+        """Options on the command line by destination, without defaults; repeated ones as tuples."""
+        absent = argparse.Namespace(**dict.fromkeys(vars(self.parse_args([]))))
         return {
             name: tuple(value) if isinstance(value, list) else value
-            for name, value in given.items()
+            for name, value in vars(self.parse_args(argv, absent)).items()
             if value is not None
         }
 
     def format_help(self) -> str:
         usable = devices.usable()
-        others = [name for name in devices.BACKENDS if name not in usable]
+        unusable = [name for name in devices.BACKENDS if name not in usable]
         self.epilog = (
             f"The environment variable DEV chooses the backend. These open here: "
-            f"{', '.join(usable)}; these do not: {', '.join(others)}. Now: {devices.in_use()}."
+            f"{', '.join(usable)}; these do not: {', '.join(unusable)}. Now: {devices.in_use()}."
         )
         return super().format_help()
 
@@ -91,7 +89,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """The options of run.py that exported programs have as well."""
+    """Adds the options that run.py and exported programs share."""
     count, add = number(int, 1, 2**31), parser.add_argument_group("text").add_argument
     prompt_help = "text to continue, - for standard input (default: a line break)"
     add("-p", "--prompt", default="\n", help=prompt_help)
@@ -109,7 +107,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
 
 
 def program_help() -> str:
-    """What an exported program shows for --help, below its usage."""
+    """The --help text of an exported program, below its usage."""
     parser = argparse.ArgumentParser(
         description="Continue a text with a trained GPT.",
         usage=argparse.SUPPRESS,
@@ -128,9 +126,9 @@ def path(text: str) -> Path:
 
 
 def number(kind: type, lowest: float, below: float = float("inf")) -> Callable:
-    """An argparse type: an int or a float that is at least `lowest` and less than `below`."""
+    """An argparse type: an int or a float, at least `lowest` and less than `below`."""
     noun = "a whole number" if kind is int else "a number"
-    limit = f" and below {below:g}" if below <= 1000 else ""  # others are no one's concern
+    limit = f" and below {below:g}" if below <= 1000 else ""  # larger limits are technical
 
     def parse(text: str):
         try:
@@ -145,13 +143,13 @@ def number(kind: type, lowest: float, below: float = float("inf")) -> Callable:
 
 
 class Output:
-    """Standard output or error. Once its reader or its terminal is gone, either what is written
-    goes nowhere, for the work `outlives_reader`, or the process ends at once and quietly."""
+    """Standard output or error. When its reader or terminal is gone, the process ends quietly or,
+    with `outlives_reader`, goes on and its output is discarded."""
 
     def __init__(self, stream: IO, outlives_reader: bool):
         self.stream, self.outlives_reader = stream, outlives_reader
         if hasattr(stream, "reconfigure") and not stream.errors.endswith(("replace", "ignore")):
-            stream.reconfigure(errors="replace")  # what the encoding lacks
+            stream.reconfigure(errors="replace")  # characters that the encoding lacks
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -161,28 +159,30 @@ class Output:
         return Output(self.stream.buffer, self.outlives_reader)
 
     def write(self, data: str | bytes) -> None:
-        self.attempt(self.stream.write, data)
+        self._attempt(self.stream.write, data)
 
     def flush(self) -> None:
-        self.attempt(self.stream.flush)
+        self._attempt(self.stream.flush)
 
-    def attempt(self, action: Callable, *arguments: str | bytes) -> None:
+    def _attempt(self, action: Callable, *arguments: str | bytes) -> None:
         try:
             action(*arguments)
         except OSError as error:
-            # what a buffer still holds has to go somewhere, and be no second error at the end
+            # the buffer's content goes to the null device: no second error when the process ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            if error.errno not in GONE:
+            if error.errno not in READER_GONE:
                 raise
             if not self.outlives_reader:
                 sys.exit()
 
 
 def run(main: Callable[[], int | None], outlives_reader: bool = False) -> None:
-    """Ends the process with what `main` returns; what a user can get wrong is a line on stderr."""
+    """Exits with the status that `main` returns; prints a user's error as one line on stderr."""
     sys.stdout, sys.stderr = Output(sys.stdout, outlives_reader), Output(sys.stderr, True)
-    sys.unraisablehook = interrupt_anew
-    if callable(at_rest := signal.getsignal(signal.SIGINT)):
+    sys.unraisablehook = interrupt_again
+    gc.freeze()  # imported objects stay: collections skip them
+    gc.enable()
+    if callable(handler := signal.getsignal(signal.SIGINT)):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
@@ -194,27 +194,27 @@ def run(main: Callable[[], int | None], outlives_reader: bool = False) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        if callable(at_rest):
-            signal.signal(signal.SIGINT, at_rest)
-        gc.freeze()  # to look for garbage at the end would take a tenth of a second
+        if callable(handler):
+            signal.signal(signal.SIGINT, handler)
+        gc.freeze()  # a last collection would take a tenth of a second
 
 
-def interrupt_anew(unraisable) -> None:
-    """Repeats a Ctrl-C that came during a destructor, where Python drops what is raised; tinygrad's
-    thousands of nodes have one each."""
+def interrupt_again(unraisable) -> None:
+    """Repeats a Ctrl-C that came during a destructor, where Python drops exceptions; each of
+    tinygrad's thousands of nodes has a destructor."""
     if unraisable.exc_type is KeyboardInterrupt:
-        threading.Timer(0.01, _thread.interrupt_main).start()
+        threading.Timer(0.01, signal.raise_signal, [signal.SIGINT]).start()
     else:
         sys.__unraisablehook__(unraisable)
 
 
 def explain(error: BaseException) -> str:
-    """One line, or for what is a fault of ours the whole traceback."""
+    """One line for a user's error, the whole traceback for a fault of the program."""
     if not isinstance(error, USER_ERRORS):
         return "".join(traceback.format_exception(error))
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}"
+        prefix = f"{error.filename}: " if error.filename else ""
+        return f"{prefix}{error.strerror or error}"
     return " ".join(str(error).split()) or "out of memory"
 
 

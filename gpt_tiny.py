@@ -1,6 +1,6 @@
-"""A GPT, whole: the model, its loss, and its cache of keys and values.
+"""A GPT in one file: the model, its loss and its KV cache.
 
-Read it from the top: the GPT first, its parts after.
+Read top-down: the GPT first, its parts after.
 """
 
 import math
@@ -16,10 +16,10 @@ from backend import attention, einsum, erf, from_numpy, layer_norm, look_up, pos
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of a GPT, gpt-burn's or, with `gpt2`, OpenAI's GPT-2.
+    """Sizes of a GPT: gpt-burn's or, with `gpt2`, OpenAI's GPT-2.
 
-    GPT-2 has biases in its attention, the tanh form of GELU unless `exact_gelu`, a standard layer
-    norm, and the token embedding as its head. ValueError for sizes that no model can have.
+    GPT-2 has biases in its attention, the tanh approximation of GELU unless `exact_gelu`, the
+    standard layer norm, and a head tied to the token embedding. ValueError for impossible sizes.
     """
 
     context_length: int = 64
@@ -46,6 +46,7 @@ class GPTConfig:
 
     @property
     def n_parameters(self) -> int:
+        """In closed form: a damaged config may ask for more layers than can be built."""
         d_model, d_hidden = self.d_model, self.d_hidden
         block = 4 * d_model**2 + 2 * d_model * d_hidden + d_hidden + 5 * d_model
         block += 4 * d_model if self.gpt2 else 0
@@ -59,7 +60,7 @@ def no_dropout(x: Tensor) -> Tensor:
 
 
 class Layers:
-    """The layers of a GPT, whose parameters have shapes, but no memory yet."""
+    """The layers of a GPT. Their parameters have shapes, but no memory yet."""
 
     def __init__(self, config: GPTConfig):
         self.token_embedding = Embedding(config.vocab_size, config.d_model)
@@ -69,27 +70,27 @@ class Layers:
         self.linear = None if config.gpt2 else Linear(config.d_model, config.vocab_size)
 
     def parameters(self) -> dict[str, Tensor]:
-        """Name -> parameter. The names are gpt-burn's; a linear layer's weight is (out, in)."""
+        """Parameters by gpt-burn's names. The weight of a linear layer is (out, in)."""
         return get_state_dict(self)
 
 
 class GPT(Layers):
     """GPT-2 (Radford et al., 2019), to the letter or as gpt-burn builds it.
 
-    `weights` has an array, which is copied, or a tensor, which is shared, for each of the names in
-    `shapes(config)`. ValueError for a missing or an additional name, or for another shape.
+    `weights` maps each name in `shapes(config)` to an array, which is copied, or to a tensor, which
+    is shared. ValueError for missing or additional names and for wrong shapes.
     """
 
     def __init__(self, config: GPTConfig, weights: Mapping[str, np.ndarray | Tensor]):
         super().__init__(config)
         self.config, parameters = config, self.parameters()
-        if wrong := parameters.keys() ^ weights.keys():
-            raise ValueError(f"the config and the weights do not agree on {min(wrong)}")
+        if unmatched := parameters.keys() ^ weights.keys():
+            raise ValueError(f"the config and the weights do not agree on {min(unmatched)}")
         for name, parameter in parameters.items():
-            given = weights[name]
-            if given.shape != parameter.shape:
-                raise ValueError(f"{name} is {given.shape}, and must be {parameter.shape}")
-            parameter.replace(given if isinstance(given, Tensor) else from_numpy(given))
+            weight = weights[name]
+            if weight.shape != parameter.shape:
+                raise ValueError(f"{name} is {weight.shape}, and must be {parameter.shape}")
+            parameter.replace(weight if isinstance(weight, Tensor) else from_numpy(weight))
 
     def __call__(self, ids: Tensor, dropout: Callable = no_dropout) -> Tensor:
         """ids (batch, time) -> logits (batch, time, vocab_size)"""
@@ -98,25 +99,27 @@ class GPT(Layers):
     def hidden_states(
         self, ids: Tensor, dropout: Callable = no_dropout, cache=None, start=0
     ) -> Tensor:
-        """ids (batch, time), the first at position `start` -> (batch, time, d_model)"""
-        positions = self.positional_embedding.weight[start : start + ids.shape[1]]
-        x = dropout(self.token_embedding(ids) + positions)
+        """ids (batch, time) at the positions from `start` on -> (batch, time, d_model)"""
+        positional = self.positional_embedding.weight[start : start + ids.shape[1]]
+        x = dropout(self.token_embedding(ids) + positional)
         for block, block_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             x = block(x, dropout, block_cache, start)
         return x
 
     def head(self, x: Tensor) -> Tensor:
         """x (batch, time, d_model) -> logits (batch, time, vocab_size)"""
-        x, table = self.norm(x), self.token_embedding.weight
-        return self.linear(x) if self.linear else einsum("btd,vd->btv", x, table)
+        x = self.norm(x)
+        if self.linear:
+            return self.linear(x)
+        return einsum("btd,vd->btv", x, self.token_embedding.weight)
 
     def loss(self, ids: Tensor, targets: Tensor, dropout: Callable = no_dropout) -> Tensor:
-        """ids, targets (batch, time) -> mean cross-entropy, nats a token"""
+        """ids, targets (batch, time) -> mean cross-entropy in nats per token"""
         return self(ids, dropout).sparse_categorical_crossentropy(targets)
 
 
 class Block:
-    """Attention, then a feed-forward network, each on a normalised copy of the residual stream."""
+    """Attention, then a feed-forward network; both read the normalised residual stream."""
 
     def __init__(self, config: GPTConfig):
         self.norm_1 = LayerNorm(config)
@@ -143,8 +146,8 @@ class MultiHeadAttention:
             project(x).reshape(batch, time, self.n_heads, -1)
             for project in (self.query, self.key, self.value)
         )
-        if cache is not None:  # of all positions: (b, k, h, d)
-            key, value = cache.store(key, value, start)
+        if cache is not None:
+            key, value = cache.store(key, value, start)  # of all positions so far: (b, k, h, d)
         if cache or (mixed := attention(query, key, value, dropout)) is None:  # no faster way here
             scores = einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
             is_past = positions(key.shape[1]) <= (positions(time) + start).unsqueeze(-1)  # (q, k)
@@ -160,13 +163,13 @@ class PositionWiseFeedForward:
         self.gelu = gelu_tanh if config.gpt2 and not config.exact_gelu else gelu
 
     def __call__(self, x: Tensor, dropout: Callable) -> Tensor:
-        # the gradient is stored: the bias's, a sum of it, would else compute GELU's anew
+        # stores the gradient: summed for the bias, it would otherwise recompute GELU's
         return dropout(self.linear_2(self.gelu(self.linear_1(x).contiguous_backward())))
 
 
 class LayerNorm:
-    """Layer norm (Ba et al., 2016). GPT-2 adds epsilon to the variance, Burn to the deviation; the
-    1e-30 gives the square root a gradient where dropout has zeroed a row."""
+    """Layer norm (Ba et al., 2016). GPT-2 adds epsilon to the variance, Burn to the deviation;
+    1e-30 gives Burn's square root a gradient in rows that dropout has zeroed."""
 
     def __init__(self, config: GPTConfig):
         self.epsilons = (1e-5, 0) if config.gpt2 else (1e-30, 1e-5)
@@ -193,7 +196,7 @@ class Linear:
 
 
 class Embedding:
-    """ids (batch, time) -> their rows of the table (batch, time, d_model)."""
+    """ids (batch, time) -> rows of the table (batch, time, d_model)"""
 
     def __init__(self, n_rows: int, d_model: int):
         self.weight = Tensor.empty(n_rows, d_model)
@@ -203,7 +206,7 @@ class Embedding:
 
 
 def softmax(x: Tensor) -> Tensor:
-    # stored: sums over a row, here and in the gradient, would else compute the exponentials anew
+    # stored: the sum below and the gradient would otherwise recompute the exponentials
     exponentials = (x - x.max(-1, keepdim=True).detach()).exp().contiguous()
     return exponentials / exponentials.sum(-1, keepdim=True)
 
@@ -214,15 +217,15 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU's approximation by tanh, from the same paper."""
+    """The tanh approximation of GELU, from the same paper."""
     return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())
 
 
 class Dropout:
-    """Zeroes a share `rate` of a tensor's elements, and scales the rest to keep the mean.
+    """Zeroes elements with probability `rate`, and scales the others to keep the mean.
 
-    An element is kept or not by a hash of `key` (a uint32 tensor, new for each batch), the number
-    of the call and the element's index: the same on every backend, without a state to save.
+    A hash of `key` (uint32, new for each batch), of the number of the call and of the element's
+    index decides: the same on every backend, without a state to save.
     """
 
     def __init__(self, rate: float, key: Tensor):
@@ -235,26 +238,26 @@ class Dropout:
         return (bits.reshape(x.shape) >= int(self.rate * 2**32)).where(x / (1 - self.rate), 0)
 
     def next_key(self) -> Tensor:
-        # stored: the kernels of all blocks are then the same, and compiled once
+        # stored: all blocks then share one kernel, compiled once
         self.key = hash_32(self.key + 0x9E3779B9).contiguous()
         return self.key
 
 
 def hash_32(x: Tensor) -> Tensor:
-    """A bijection of uint32 in which every bit in changes every bit out (C. Wellons, lowbias32)."""
+    """Bijective hash of uint32; each input bit affects each output bit (C. Wellons, lowbias32)."""
     x = (x ^ (x >> 16)) * 0x21F0AAAD
     x = (x ^ (x >> 15)) * 0xD35A2D97
     return x ^ (x >> 15)
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each parameter."""
+    """Shapes of the parameters by name."""
     return {name: parameter.shape for name, parameter in Layers(config).parameters().items()}
 
 
 def initial_weights(config: GPTConfig, seed: int) -> dict[str, np.ndarray]:
-    """Draws all from Normal(0, 0.02), biases, too, but for the layers that end a residual branch,
-    with a deviation less by sqrt(2 n_layers), and for norms, which are 1 and 0."""
+    """Draws weights and biases from Normal(0, 0.02); norms are 1 and 0. In layers that end a
+    residual branch the deviation is divided by sqrt(2 n_layers)."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in shapes(config).items():
@@ -269,18 +272,19 @@ def initial_weights(config: GPTConfig, seed: int) -> dict[str, np.ndarray]:
 
 
 class KeyValueCache:
-    """The keys and values of one block for all tokens up to the last."""
+    """Keys and values of one block for all tokens so far."""
 
     def __init__(self, config: GPTConfig, batch: int):
         shape = (batch, config.context_length, config.n_heads, config.d_model // config.n_heads)
         self.keys, self.values = zeros(*shape), zeros(*shape)
 
     def store(self, key: Tensor, value: Tensor, start) -> tuple[Tensor, Tensor]:
-        """Writes (batch, time, n_heads, d_k) to the positions from `start` on; returns the keys and
-        values of all positions up to there: (batch, start + time, n_heads, d_k)."""
+        """Writes (batch, time, n_heads, d_k) to the positions from `start` on; returns keys and
+        values of all positions so far: (batch, start + time, n_heads, d_k)."""
         return self._put(self.keys, key, start), self._put(self.values, value, start)
 
     @staticmethod
     def _put(cache: Tensor, new: Tensor, start) -> Tensor:
-        place = cache[:, start : (end := start + new.shape[1])]
-        return Tensor(cache.uop.after(place.uop.store(new.uop)))[:, :end]
+        end = start + new.shape[1]
+        written = cache[:, start:end].uop.store(new.uop)
+        return Tensor(cache.uop.after(written))[:, :end]

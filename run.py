@@ -1,6 +1,6 @@
 """Continues a text with a trained model: python run.py model_83M -p "Once upon a time".
 
-With --score it says instead how well the model predicts a text.
+With --score it measures how well the model predicts a text.
 """
 
 import command_line  # isort: skip - first, for the time of the imports
@@ -19,8 +19,7 @@ from backend.errors import UserError, not_utf8
 from backend.quantized import QMAX
 from command_line import add_text_options, bold, number
 from gpt_tiny import GPT
-from inference.generator import Generator, quantize
-from inference.sampling import sample
+from inference.generator import Generator, quantize, sample
 from inference.stream import TextStream, added_texts
 from models import checkpoint, folders
 
@@ -42,10 +41,11 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.stop == "":
         parser.error("--stop is empty: give at least one character")
     if arguments.stop is not None:
-        arguments.stop = in_utf8(arguments.stop, "--stop")
-    of_use = ("model_path", "score", "no_special", "weights")
+        arguments.stop = decode_surrogates(arguments.stop, "--stop")
+    scoring_options = ("model_path", "score", "no_special", "weights")
     for name, value in vars(arguments).items():
-        if arguments.score and name not in of_use and value != parser.get_default(name):
+        is_default = name in scoring_options or value == parser.get_default(name)
+        if arguments.score and not is_default:
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag} is of no use beside --score, which writes no text: leave it out")
     return arguments
@@ -69,48 +69,54 @@ def main() -> None:
         score(model, tokenizer, arguments.score)
     else:
         generator = Generator(model, arguments.n_samples, arguments.stride)
-        generate(generator, tokenizer, arguments)
+        rng = np.random.default_rng(arguments.seed)
+        for prompt in prompts(arguments.prompt, arguments.interactive):
+            generate(prompt, generator, tokenizer, rng, arguments)
 
 
 def generate(
-    generator: Generator, tokenizer: tokenizers.Tokenizer, arguments: argparse.Namespace
+    prompt: str,
+    generator: Generator,
+    tokenizer: tokenizers.Tokenizer,
+    rng: np.random.Generator,
+    arguments: argparse.Namespace,
 ) -> None:
-    n_samples, rng = arguments.n_samples, np.random.default_rng(arguments.seed)
+    """Prints the prompt and its continuation as it comes, or several, one after the other."""
+    n_samples = arguments.n_samples
+    ids = np.tile(encode_prompt(prompt, tokenizer), (n_samples, 1)).astype(np.int32)
     sampling = arguments.temperature, rng, arguments.top_k, arguments.top_p, tokenizer.excluded
-    for prompt in prompts(arguments.prompt, arguments.interactive):
-        unknown = tokenizers.Unknown()
-        ids = tokenizer.encode(prompt, unknown) if prompt else beginning(tokenizer)
-        unknown.warn("the prompt")
-        tokens = generator(
-            np.tile(ids, (n_samples, 1)).astype(np.int32),
-            arguments.n_new_tokens,
-            lambda logits: sample(logits, *sampling),
-        )
-        streams = (TextStream(tokenizer, arguments.stop, tokenizer.ends) for _ in range(n_samples))
-        shown = "" if arguments.interactive else bold(prompt)
-        added = chain([[shown] * n_samples], added_texts(tokens, streams))
-        if n_samples == 1:
-            for [text] in added:
-                print(text, end="", flush=True)
-            print(flush=True)
-        else:
-            print("\n".join(map("".join, zip(*added, strict=True))), flush=True)
+    tokens = generator(ids, arguments.n_new_tokens, lambda logits: sample(logits, *sampling))
+    shown = "" if arguments.interactive else bold(prompt)
+    streams = (TextStream(tokenizer, arguments.stop) for _ in range(n_samples))
+    added = chain([[shown] * n_samples], added_texts(tokens, streams))
+    if n_samples == 1:
+        for [text] in added:
+            print(text, end="", flush=True)
+        print(flush=True)
+    else:
+        print("\n".join(map("".join, zip(*added, strict=True))), flush=True)
 
 
-def beginning(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-    """What a text without a prompt goes on from; UserError for a vocabulary without it."""
-    if tokenizer.end is None:
-        raise UserError("the prompt is empty: give at least one character")
-    return np.array([tokenizer.end])
+def encode_prompt(prompt: str, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+    """ids (n,) of the prompt; an empty prompt begins a document, UserError if none can begin."""
+    if not prompt:
+        if tokenizer.end is None:
+            raise UserError("the prompt is empty: give at least one character")
+        return np.array([tokenizer.end])
+    unknown = tokenizers.Unknown()
+    ids = tokenizer.encode(prompt, unknown)
+    unknown.warn("the prompt")
+    return ids
 
 
 def prompts(prompt: str, is_interactive: bool) -> Iterator[str]:
+    """Yields the prompt ("-": all of standard input) or, interactively, each line of the input."""
     if hasattr(sys.stdin, "reconfigure"):  # UTF-8 and any system's line breaks, on every system
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline=None)
-    mark = "\ufeff"  # "utf-8-sig" would drop also half a byte order mark
+    mark = "\ufeff"  # "utf-8-sig" would also drop half a byte order mark
     if not is_interactive:
         prompt = sys.stdin.read().removeprefix(mark) if prompt == "-" else prompt
-        yield in_utf8(prompt, "the prompt")
+        yield decode_surrogates(prompt, "the prompt")
         return
     while True:
         if sys.stdin.isatty():
@@ -118,25 +124,22 @@ def prompts(prompt: str, is_interactive: bool) -> Iterator[str]:
         if not (line := sys.stdin.readline()):
             return
         if line := line.removeprefix(mark).rstrip("\n"):
-            yield in_utf8(line, "the prompt")
+            yield decode_surrogates(line, "the prompt")
         mark = ""
 
 
-def in_utf8(text: str, name: str) -> str:
-    """The text, in which Python has half a surrogate pair for each byte that it could not decode.
-
-    UserError where these bytes are not UTF-8.
-    """
+def decode_surrogates(text: str, name: str) -> str:
+    """Decodes the surrogates that stand for bytes in `text`; UserError if these are not UTF-8."""
     try:
         return text.encode("utf-8", "surrogateescape").decode()
     except UnicodeDecodeError as error:
         raise not_utf8(error, name) from None
-    except UnicodeEncodeError:  # Windows has such words
+    except UnicodeEncodeError:  # an argument on Windows may hold one
         raise UserError(f"{name} holds half a surrogate pair, which is no character") from None
 
 
 def score(model: GPT, tokenizer: tokenizers.Tokenizer, path: Path) -> None:
-    # what generation does without, and takes long to import
+    # imported here: generation needs none of it, and starts faster
     from tqdm import tqdm
 
     from data.texts import Texts

@@ -15,8 +15,7 @@ from backend import devices
 from backend.cpu import native
 from backend.errors import UserError
 from command_line import bold, dim, number
-from inference.generator import Generator
-from inference.sampling import sample
+from inference.generator import Generator, sample
 from inference.stream import TextStream, added_texts
 from models import find_tokenizer, folders
 from training import checkpoint, metrics
@@ -205,8 +204,7 @@ def continued(trainer: Trainer, ids: np.ndarray, n_new_tokens: int) -> Iterator[
         n_new_tokens,
         lambda logits: sample(logits, 1.0, rng, excluded=excluded),
     )
-    stream = TextStream(tokenizer, ends=tokenizer.ends)
-    return (text for [text] in added_texts(tokens, [stream]))
+    return (text for [text] in added_texts(tokens, [TextStream(tokenizer)]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""A model at work on texts: it continues them, and says how well it predicts them.
+"""Inference: a model continues texts, and is scored on them.
 
-Read `generator` (one step with its caches, and the window), then `sampling` (the next token),
-`stream` (its text) and `scoring`. Nothing here knows of files or of a command line.
+Read `generator` (KV caches, window, sampling), `stream` (tokens to text) and `scoring` (bits per
+byte). Nothing here knows of files or of a command line.
 """

@@ -1,26 +1,24 @@
-"""Continues texts with a model: one step with its caches, and the window of tokens that it sees."""
+"""Continues texts with a model: one step with KV caches, the window, and the next token."""
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from tinygrad import Context, Tensor, Variable
-from tinygrad.nn.state import get_parameters
+from tinygrad.nn.state import get_parameters, get_state_dict
 
 from backend.arrays import copy_in, copy_out, from_numpy, zeros
 from backend.errors import UserError
 from backend.jit_cache import CachedJit
 from backend.matmul import few_vectors
 from backend.quantized import QMAX, QuantizedMatrix
-from gpt_tiny import GPT, KeyValueCache
+from gpt_tiny import GPT, KeyValueCache, Linear
 
 
 class Decoder:
-    """A model with its caches for `batch` texts, which it reads by 1 or by `chunk` tokens at once.
+    """A model with KV caches for `batch` texts. A step reads n = 1 or n = `chunk` tokens of each.
 
-    By this number n, `ids` has a buffer (batch, n) for a step's ids, and `ranges` the values that
-    its numbers may have. A step leaves `logits` (batch, vocab_size); beside its ids, it reads and
-    writes `buffers`.
+    `ids[n]` is the buffer (batch, n) of the step's ids, `ranges[n]` the ranges of its variables. A
+    step writes `logits` (batch, vocab_size); it reads and writes `ids[n]` and `buffers`.
     """
 
     def __init__(self, model: GPT, batch: int = 1, chunk: int = 128):
@@ -36,8 +34,8 @@ class Decoder:
         self.buffers = [*self.weights, *get_parameters(self.caches), self.logits]
 
     def step(self, ids: Tensor, end: Variable, last: Variable) -> None:
-        """ids (batch, n) at the positions to before `end`; leaves the logits after the one with
-        index `last`. The tokens to its right do not matter: the mask is causal."""
+        """Reads ids (batch, n) at the n positions before `end`; writes the logits after the id with
+        index `last`. Ids behind `last` are padding: the mask is causal."""
         with few_vectors():
             x = self.model.hidden_states(ids, cache=self.caches, start=end - ids.shape[1])
             self.logits.assign(self.model.head(x[:, last : last + 1])[:, 0]).realize()
@@ -46,17 +44,17 @@ class Decoder:
 class Generator:
     """Continues `batch` texts with a model.
 
-    While the context has room, a token costs one row through the model; the rest is in the caches.
-    Then every new token shifts all positions, which are learned and absolute, and the window is
-    computed anew: for each token, or with `stride` N once for N, the N oldest dropped at a time.
-    UserError for a stride beyond the model's context.
+    While the context has room, the model computes one position per new token, with the KV caches.
+    In a full window each new token shifts all positions, which are learned and absolute, so that
+    the caches are refilled: for every token or, with `stride` N, once the N oldest tokens are
+    dropped. UserError for a stride beyond the model's context.
     """
 
     def __init__(self, model: GPT, batch: int = 1, stride: int = 1):
         self.context_length, self.stride = model.config.context_length, stride
         if stride > self.context_length:
             raise UserError(f"a stride of {stride} is beyond the context of {self.context_length}")
-        n_refilled = self.context_length - stride + 1  # of a full window, read anew
+        n_refilled = self.context_length - stride + 1  # tokens that refill the caches
         self.decoder = Decoder(model, batch, chunk=min(128, max(32, n_refilled)))
         self.steps = {
             n: CachedJit(self.decoder.step, self.decoder.buffers, (model.config, n), **ranges)
@@ -66,10 +64,10 @@ class Generator:
     def __call__(
         self, ids: np.ndarray, n_new_tokens: int, sampler: Callable[[np.ndarray], np.ndarray]
     ) -> Iterator[np.ndarray]:
-        """Yields the new ids (batch,) one by one; ids (batch, time) are the prompts.
+        """Yields new ids (batch,) one by one; ids (batch, time) are the prompts.
 
-        `sampler` takes logits (batch, vocab_size) and returns ids (batch,). UserError where logits
-        are not finite.
+        `sampler` maps logits (batch, vocab_size) to ids (batch,). UserError for logits that are not
+        finite.
         """
         window, n_cached = ids[:, -self.context_length :], 0
         for _ in range(n_new_tokens):
@@ -83,7 +81,7 @@ class Generator:
             window = np.concatenate([window, new[:, None]], axis=1)
 
     def _read(self, window: np.ndarray, n_cached: int) -> np.ndarray:
-        """Brings the caches up to the window's end; the logits after it."""
+        """Fills the caches to the end of the window; returns the logits (batch, vocab_size)."""
         n = 1 if window.shape[1] - n_cached == 1 else self.decoder.chunk
         ids, step = self.decoder.ids[n], self.steps[n]
         for start in range(n_cached, window.shape[1], n):
@@ -96,25 +94,45 @@ class Generator:
         return copy_out(self.decoder.logits)
 
 
-def quantize(model: GPT, kind: str) -> None:
-    """Puts a QuantizedMatrix, "int8" or "float16", in the place of each matrix of a product.
+def sample(
+    logits: np.ndarray,
+    temperature: float,
+    rng: np.random.Generator,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    excluded: Sequence[int] = (),
+) -> np.ndarray:
+    """logits (batch, vocab_size) -> ids (batch,), drawn from softmax(logits / temperature).
 
-    ValueError for another kind.
+    Temperature 0 takes the likeliest id. `top_k` draws from the k likeliest ids, `top_p` from the
+    fewest likeliest ids with that share of the probability (nucleus sampling, Holtzman et al.,
+    2019). `excluded` ids are never drawn.
     """
+    if len(excluded):
+        logits = logits.copy()
+        logits[:, excluded] = -np.inf
+    if temperature == 0:
+        return logits.argmax(-1)
+    weights = np.exp((logits - logits.max(-1, keepdims=True)).astype(np.float64) / temperature)
+    order = np.argsort(-weights, axis=-1, kind="stable")
+    weights = np.take_along_axis(weights, order, -1)  # the likeliest first
+    if top_k is not None:
+        weights[:, top_k:] = 0
+    totals = weights.cumsum(-1)
+    if top_p is not None:
+        weights[:, 1:][(totals - weights >= top_p * totals[:, -1:])[:, 1:]] = 0
+    totals = weights.cumsum(-1)
+    indices = (totals <= (rng.random(len(logits)) * totals[:, -1])[:, None]).sum(-1)
+    return np.take_along_axis(order, indices[:, None], -1)[:, 0]
+
+
+def quantize(model: GPT, kind: str) -> None:
+    """Quantizes the matrices of all products to "int8" or "float16"; ValueError for other kinds."""
     if kind not in QMAX:
         raise ValueError(f"weights are rounded to {' or '.join(QMAX)}, not {kind!r}")
-    tables = {"positional_embedding.weight"}
-    if not model.config.gpt2:  # whose head is its token embedding
-        tables.add("token_embedding.weight")
-    parameters = model.parameters()
-    with Context(LRU=0):  # tinygrad keeps no memory of what is replaced
-        for name in list(parameters):
-            parameter = parameters.pop(name)
-            if name.endswith(".weight") and name not in tables:
-                *path, last = name.split(".")
-                layer = functools.reduce(child, path, model)
-                setattr(layer, last, QuantizedMatrix.of(parameter, kind))
-
-
-def child(parent: object, key: str) -> object:
-    return parent[int(key)] if key.isdigit() else getattr(parent, key)
+    layers = list(get_state_dict(model, tensor_type=Linear).values())
+    if model.config.gpt2:  # the token embedding is the head as well
+        layers.append(model.token_embedding)
+    with Context(LRU=0):  # frees the memory of replaced tensors
+        for layer in layers:
+            layer.weight = QuantizedMatrix.of(layer.weight, kind)

@@ -1,25 +1,25 @@
-"""The text of tokens that come one by one."""
+"""Decodes tokens to text as they come, up to a stop text or an end token."""
 
 import codecs
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 from tokenizers import Tokenizer
 
 
 class TextStream:
-    """The text of tokens, as far as it is certain: whole characters, without the `stop` text.
+    """Decodes one text token by token, in whole characters.
 
-    It ends with the first id of `ends`, before the stop text, or when no token is left.
+    The text ends at the first end token, before the `stop` text, or after the last token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | None = None, ends: Collection[int] = ()):
-        self.tokens, self.stop, self.ends = tokenizer.tokens, stop, ends
+    def __init__(self, tokenizer: Tokenizer, stop: str | None = None):
+        self.tokens, self.ends, self.stop = tokenizer.tokens, tokenizer.ends, stop
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.held, self.has_ended = "", False
 
     def add(self, token: int | None) -> str:
-        """The text that becomes certain with one more token, or, by None, with the last."""
+        """The text that one more token completes; None, for the end, gives the text held back."""
         if self.has_ended:
             return ""
         self.has_ended = token is None or token in self.ends
@@ -27,7 +27,7 @@ class TextStream:
         text, n_held = self.held + self.decoder.decode(data, final=self.has_ended), 0
         if self.stop and self.stop in text:
             text, self.has_ended = text.partition(self.stop)[0], True
-        elif self.stop and not self.has_ended:  # its beginning may be at the end of the text
+        elif self.stop and not self.has_ended:  # the text may end with a part of the stop text
             lengths = range(len(self.stop) - 1, 0, -1)
             n_held = next((n for n in lengths if text.endswith(self.stop[:n])), 0)
         boundary = len(text) - n_held
@@ -38,7 +38,7 @@ class TextStream:
 def added_texts(
     tokens: Iterable[Sequence[int]], streams: Iterable[TextStream]
 ) -> Iterator[list[str]]:
-    """Yields the text that each stream adds with its next token, until all of them have ended."""
+    """Yields the text that each stream adds with its next token, until all streams have ended."""
     streams = list(streams)
     for new in chain(tokens, [[None] * len(streams)]):
         yield [stream.add(token) for stream, token in zip(streams, new, strict=True)]

@@ -1,8 +1,8 @@
-"""A model on disk. Read `checkpoint` first: the folder, and the three layouts that it may have.
+"""Models on disk. Read `checkpoint` first: a folder in one of three formats.
 
-`safetensors` holds the weights of ours and of `gpt2`, Hugging Face's; `gpt_burn` has its own file.
-`folders` writes them whole or not at all, `hub` fetches them by name. Nothing here knows of
-training.
+Our format and Hugging Face's, `gpt2`, store weights in `safetensors`; `gpt_burn` has a file format
+of its own. `folders` replaces folders atomically, `hub` downloads models by name. Nothing here
+knows of training.
 """
 
 from models.checkpoint import find_tokenizer, load

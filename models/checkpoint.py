@@ -1,11 +1,11 @@
-"""A model on disk: a folder that holds `config.json` and, beside it, the weights.
+"""A model on disk: a folder with `config.json`, weights, and the files of the tokenizer.
 
-Three layouts: our own (`model.safetensors`), gpt-burn's (`model.mpk`), and that of Hugging Face's
-GPT-2, in which a GPT-2 is always saved, and whose weights may be in several files. In memory the
-weights are numpy arrays by name, a linear's as (out, in).
+There are three formats: ours (`model.safetensors`), gpt-burn's (`model.mpk`), and Hugging Face's of
+GPT-2, which all GPT-2s are saved in, and which may have several files of weights. In memory,
+weights are numpy arrays by name; the weight of a linear layer is (out, in).
 
-Nothing here trusts a file: each length and shape is compared with the file's size before memory is
-taken for it, nothing is unpickled, and what is wrong is a UserError of one line.
+No file is trusted: lengths and shapes are compared with the file's size before memory is allocated,
+nothing is unpickled, and errors are UserErrors of one line.
 """
 
 import json
@@ -27,38 +27,45 @@ from tokenizers import OF_FOLDERS, TOKENIZERS, Tokenizer
 
 
 def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer of a folder in any of the three layouts, or of a name on the
-    Hugging Face Hub.
+    """The model and the tokenizer of a folder, or of a name on the Hugging Face Hub.
 
-    UserError or OSError, with one line that names the file and what is wrong with it.
+    UserError or OSError of one line, with the name of the file and its fault.
     """
     config, tokenizer, weights = read(folder)
     return GPT(config, weights), tokenizer
 
 
 def read(folder: Path | str) -> tuple[GPTConfig, Tokenizer, Mapping[str, np.ndarray]]:
-    """What `load` makes a model of; the weights as `read_weights` gives them."""
+    """As `load`, with the config and the weights in place of the model; see `read_weights`."""
     folder = find(Path(folder))
     config = read_config(folder)
     model = GPTConfig(**config["model"])
-    wanted = shapes(model)
-    return model, read_tokenizer(folder, config), read_weights(folder, wanted)
+    parameter_shapes, vocab_size = shapes(model), model.vocab_size
+    tokenizer = tokenizers.load(config.get("tokenizer", tokenizers.DEFAULT), folder)
+    if isinstance(tokenizer, OF_FOLDERS):  # the model may have more rows than tokens
+        tokenizer.n_surplus = max(0, vocab_size - tokenizer.vocab_size)
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{folder / 'config.json'}: vocab_size is {vocab_size}, but the tokenizer "
+            f"{tokenizer.name!r} has {tokenizer.vocab_size} tokens: they do not belong together"
+        )
+    return model, tokenizer, read_weights(folder, parameter_shapes)
 
 
 def find(folder: Path) -> Path:
-    """The folder or, where there is none and its name could be one on the Hub, the folder of that
-    model in the Hub's cache, to which the files that are needed are fetched."""
+    """The folder or, for a name on the Hub, the model's folder in the Hub's cache, to which its
+    files are downloaded."""
     if folder.exists() or not hub.is_name(folder):
         return folder
     repository = hub.Repository(folder.as_posix())
-    config = parse_config(repository.fetch("config.json"))  # before the weights of what is no GPT-2
+    config = parse_config(repository.fetch("config.json"))  # other models fail before the weights
     kind = TOKENIZERS.get(config.get("tokenizer"), TOKENIZERS[tokenizers.DEFAULT])
     optional = ["generation_config.json"]
     if kind is OF_FOLDERS:
         fetch_byte_pairs(repository)
     else:  # gpt-burn's characters are in no file
         optional += kind.files
-    weights = repository.fetch("model.safetensors", INDEX, after=optional)
+    weights = repository.fetch("model.safetensors", INDEX, optional=optional)
     if weights.name == INDEX:
         for shard in sorted(set(safetensors.weight_map(weights).values())):
             repository.fetch(shard)
@@ -66,19 +73,19 @@ def find(folder: Path) -> Path:
 
 
 def fetch_byte_pairs(repository: hub.Repository) -> Path:
-    """Fetches the files of a tokenizer of byte pairs; their folder."""
+    """Downloads the files of a byte pair tokenizer; returns their folder."""
     optional = ("added_tokens.json", *OF_FOLDERS.role_files)
-    path = repository.fetch("vocab.json", "tokenizer.json", after=optional)
+    path = repository.fetch("vocab.json", "tokenizer.json", optional=optional)
     if path.name == "vocab.json":
         repository.fetch("merges.txt")
     return path.parent
 
 
 def find_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a folder or of a name on the Hugging Face Hub, which learns nothing."""
+    """The trained tokenizer of a folder or of a name on the Hugging Face Hub."""
     folder, reason = Path(name), "there is no such folder"
     try:
-        if hub.is_name(folder):
+        if not folder.exists() and hub.is_name(folder):
             folder = fetch_byte_pairs(hub.Repository(folder.as_posix()))
     except UserError as error:
         reason = str(error)
@@ -92,10 +99,9 @@ def find_tokenizer(name: str) -> Tokenizer:
 
 
 def read_config(folder: Path) -> dict:
-    """The folder's `config.json`, with a section `model` that makes a GPTConfig.
+    """The config of a folder, with a section `model` of GPTConfig's fields.
 
-    The model's sizes are compared with the size of the weights' file, so that a model built from
-    them is never much larger than the file it comes from.
+    UserError for more parameters than the files of weights have bytes.
     """
     path = Path(folder) / "config.json"
     if not path.parent.is_dir():
@@ -111,7 +117,7 @@ def read_config(folder: Path) -> dict:
 
 
 def parse_config(path: Path) -> dict:
-    """A config by itself: its sizes may still be any."""
+    """The config in a file of any format, in ours; its sizes are not compared with the weights."""
     config = safetensors.read_json(path, "a config")
     try:
         if "model_type" in config:
@@ -120,10 +126,10 @@ def parse_config(path: Path) -> dict:
         if type(model) is not dict:
             raise UserError("it has no section model")
         known = {field.name for field in fields(GPTConfig)}
-        if wrong := model.keys() - known:
-            raise UserError(f"a model has no setting {min(wrong)!r:.60}")
-        if wrong := known - model.keys() - {"gpt2", "exact_gelu"}:
-            raise UserError(f"it lacks the setting {min(wrong)}")
+        if unknown := model.keys() - known:
+            raise UserError(f"a model has no setting {min(unknown)!r:.60}")
+        if missing := known - model.keys() - {"gpt2", "exact_gelu"}:
+            raise UserError(f"it lacks the setting {min(missing)}")
         tokenizer = config.get("tokenizer", tokenizers.DEFAULT)
         if not isinstance(tokenizer, str) or not tokenizer.isidentifier():
             raise UserError(f"tokenizer is {tokenizer!r:.60}, not the name of a tokenizer")
@@ -133,27 +139,11 @@ def parse_config(path: Path) -> dict:
     return config
 
 
-def read_tokenizer(folder: Path, config: dict) -> Tokenizer:
-    """The tokenizer of a model's folder; where it is of byte pairs, rows of the model may be left
-    for which it has no token."""
-    vocab_size = config["model"]["vocab_size"]
-    tokenizer = tokenizers.load(config.get("tokenizer", tokenizers.DEFAULT), folder)
-    if isinstance(tokenizer, OF_FOLDERS):
-        tokenizer.n_surplus = max(0, vocab_size - tokenizer.vocab_size)
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"{folder / 'config.json'}: vocab_size is {vocab_size}, but the tokenizer "
-            f"{tokenizer.name!r} has {tokenizer.vocab_size} tokens: they do not belong together"
-        )
-    return tokenizer
-
-
 def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, np.ndarray]:
-    """The weights of a model folder, by name, in the order and the shapes of `shapes`.
+    """The weights of a folder by name, in the order of `shapes`; float16, or else float32.
 
-    They come from the first of WEIGHT_FILES that there is. Half precision stays float16, all else
-    is float32. The arrays of a safetensors file are read one by one, each whenever it is asked for,
-    and only then is it looked through for what is not finite.
+    Arrays of safetensors files are read at each access. UserError for a file that does not match
+    `shapes` and, at the access, for numbers that are not finite.
     """
     path = weights_file(folder)
     if path.stat().st_size == 0:
@@ -162,27 +152,28 @@ def read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping
         arrays = gpt_burn.read_record(path)
     else:
         arrays = (safetensors.read_sharded if path.name == INDEX else safetensors.read)(path)
-        if gpt2.is_theirs(arrays):
+        if not arrays.keys().isdisjoint(gpt2.EMBEDDINGS):
             n_layers = sum(name.endswith(".norm_1.gamma") for name in shapes)
             arrays = LazyArrays(gpt2.weights_to_ours(arrays, n_layers, path))
+    names = set(arrays)
     for name, shape in shapes.items():
-        if name not in arrays:
+        if name not in names:
             raise UserError(f"{path} lacks the tensor {name} {shape} that config.json asks for")
-        if arrays[name].shape != tuple(shape):
+        if (found := arrays[name].shape) != tuple(shape):
             raise UserError(
-                f"{path}: the tensor {name} has the shape {arrays[name].shape}, "
+                f"{path}: the tensor {name} has the shape {found}, "
                 f"but config.json asks for {tuple(shape)}"
             )
-    if surplus := arrays.keys() - shapes.keys():
+    if surplus := names - shapes.keys():
         name = min(surplus)
         raise UserError(
             f"{path}: config.json does not ask for the tensor {name!r:.80} {arrays[name].shape}"
         )
-    return LazyArrays({name: partial(take_finite, arrays, name, path) for name in shapes})
+    return LazyArrays({name: partial(read_finite, arrays, name, path) for name in shapes})
 
 
-def take_finite(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarray:
-    """An array in at most float32; UserError if it holds NaN or what is infinite there."""
+def read_finite(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarray:
+    """The array, float64 as float32; UserError for NaN and infinity."""
     array = arrays[name]
     if array.dtype == np.float64:
         with np.errstate(over="ignore"):
@@ -194,19 +185,19 @@ def take_finite(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> np.n
 
 def is_finite(array: np.ndarray) -> bool:
     with np.errstate(over="ignore", invalid="ignore"):
-        # the sum, which is quick, is finite unless a number is not, or all together are too large
+        # the fast sum is finite, unless a number is not or the sum itself overflows
         return bool(np.isfinite(array.sum(dtype=np.float32)) or np.isfinite(array).all())
 
 
 def weights_file(folder: Path) -> Path:
-    # Links are followed (Hugging Face's cache is made of them), pipes and devices not opened.
+    # links are followed, as in Hugging Face's cache; pipes and devices are not opened
     for path in filter(Path.is_file, map(folder.joinpath, WEIGHT_FILES)):
         return path
     raise UserError(f"{folder} is not a model folder: it has no {' or '.join(WEIGHT_FILES)}")
 
 
 def save(folder: Path, *model, owned=(), marks=(), **options) -> None:
-    """Writes a model, as `write` takes it, to a folder, as `replacing` takes that."""
+    """Replaces `folder`, see `replacing`, by a folder with a model, see `write`."""
     with replacing(folder, owned, marks) as new:
         write(new, *model, **options)
 
@@ -218,8 +209,8 @@ def write(
     tokenizer: Tokenizer | None = None,
     format: str = "tiny",
 ) -> None:
-    """`format` "tiny" is our layout, or Hugging Face's for a GPT-2, in the precision of `weights`;
-    "burn" is gpt-burn's, in half precision, which holds no GPT-2: UserError."""
+    """Writes a model in the format "tiny" (ours, Hugging Face's for a GPT-2), in the precision of
+    `weights`, or "burn" (gpt-burn's, in half precision; UserError for a GPT-2)."""
     is_gpt2, n_layers = config["model"].get("gpt2"), config["model"]["n_layers"]
     if format == "burn" and is_gpt2:
         raise UserError("gpt-burn's layout holds no GPT-2")
@@ -239,8 +230,7 @@ def write(
 
 
 def files(folder: Path) -> set[Path]:
-    """Where the links of a model's folder lead: its files, and those that it could have as well."""
-    names = {*MODEL_FILES, *tokenizers.FILES}
-    found = (path for kind in ("json", "safetensors") for path in folder.glob(f"*.{kind}"))
-    paths = [*map(folder.joinpath, names), *found]
-    return set(map(Path, map(os.path.realpath, paths)))
+    """Paths, with links resolved, of the files that a model's folder has or could have."""
+    found = [*folder.glob("*.json"), *folder.glob("*.safetensors")]
+    paths = [*map(folder.joinpath, MODEL_FILES), *found]
+    return {Path(os.path.realpath(path)) for path in paths}

@@ -1,6 +1,6 @@
-"""GPT-2 as Hugging Face publishes it: its config and its tensors, to ours and back.
+"""Hugging Face's format of GPT-2: converts configs and tensors to ours and back.
 
-Its file holds a block's query, key and value as one tensor, and each linear's weight as (in, out).
+A block's query, key and value are one tensor there, and the weight of a linear layer is (in, out).
 """
 
 from collections.abc import Callable, Mapping
@@ -21,8 +21,8 @@ SIZES = {
 }
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
 EXACT_GELU = ("gelu", "gelu_python")
-# The options that the model has no choice of, with the values that it is made for.
-FIXED = {
+# Options with the values that the model supports, the default first.
+SUPPORTED = {
     "activation_function": (*TANH_GELU, *EXACT_GELU),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
@@ -32,7 +32,7 @@ FIXED = {
     "tie_word_embeddings": (True,),
     "quantization_config": (None,),
 }
-EMBEDDINGS = ("wte.weight", "transformer.wte.weight")  # without the head, or beside one
+EMBEDDINGS = ("wte.weight", "transformer.wte.weight")  # of GPT2Model, of GPT2LMHeadModel
 DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 LINEARS = {
     "attn.c_attn": ("multi_head.query", "multi_head.key", "multi_head.value"),
@@ -40,18 +40,18 @@ LINEARS = {
     "mlp.c_fc": ("pwff.linear_1",),
     "mlp.c_proj": ("pwff.linear_2",),
 }
-# In older files: causal masks, and the head, where transformers takes the token embedding.
+# In older files: causal masks, and a head in whose place transformers uses the token embedding.
 IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.decoder.weight")
 
 
 def config_to_ours(config: dict) -> dict:
-    """Our config of a model, from Hugging Face's and what `config_to_theirs` put beside it.
+    """Our config from Hugging Face's, with the settings that `config_to_theirs` has added to it.
 
-    UserError for a model that is no GPT-2, or that has an option which ours lacks.
+    UserError for other models than GPT-2 and for options that are not SUPPORTED.
     """
     if config.get("model_type") != "gpt2":
         raise UserError(f"model_type is {config.get('model_type')!r:.60}: only 'gpt2' is known")
-    for name, values in FIXED.items():
+    for name, values in SUPPORTED.items():
         if (value := config.get(name, values[0])) not in values:
             raise UserError(f"{name} {value!r:.60} is not supported, only {values[0]!r}")
     if missing := set(SIZES.values()) - config.keys():
@@ -59,7 +59,6 @@ def config_to_ours(config: dict) -> dict:
     training = config.get("gpt_tiny", {})
     if type(training) is not dict:
         raise UserError("gpt_tiny is not a section of settings")
-
     model = {ours: config[theirs] for ours, theirs in SIZES.items()}
     d_hidden = config.get("n_inner")
     if d_hidden is None and type(model["d_model"]) is int:
@@ -70,26 +69,26 @@ def config_to_ours(config: dict) -> dict:
 
 
 def config_to_theirs(config: dict, tokenizer: Tokenizer | None) -> dict:
-    """Hugging Face's config of our model, with the ids that have a role in its tokenizer."""
-    model, roles = config["model"], tokenizer or Tokenizer  # which has no such ids
-    ends, pads = roles.ends, roles.padding
+    """Hugging Face's config from ours, with the ids of the tokenizer's special tokens."""
+    model, specials = config["model"], tokenizer or Tokenizer  # the class has none
+    ends, pads = specials.ends, specials.padding
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         **{theirs: model[ours] for ours, theirs in SIZES.items()},
         "n_inner": model["d_hidden"],
         **dict.fromkeys(DROPOUTS, model["dropout"]),
-        **{name: values[0] for name, values in FIXED.items() if values[0] is not None},
+        **{name: values[0] for name, values in SUPPORTED.items() if values[0] is not None},
         "activation_function": (EXACT_GELU if model.get("exact_gelu") else TANH_GELU)[0],
-        "bos_token_id": roles.end,
+        "bos_token_id": specials.end,
         "eos_token_id": ends[0] if len(ends) == 1 else [*ends] or None,
         "pad_token_id": pads[0] if pads else None,
         "gpt_tiny": {k: v for k, v in config.items() if k not in ("model", "tokenizer")},
     }
 
 
-def names(n_layers: int) -> dict[str, list[str]]:
-    """Their name of each tensor -> our name of the parameter, or of the three, that it holds."""
+def parameters_of(n_layers: int) -> dict[str, list[str]]:
+    """Our names of the parameters that each of their tensors holds, one or three."""
     table = {
         "wte.weight": ["token_embedding.weight"],
         "wpe.weight": ["positional_embedding.weight"],
@@ -107,18 +106,14 @@ def names(n_layers: int) -> dict[str, list[str]]:
     return table
 
 
-def is_theirs(tensors: Mapping[str, np.ndarray]) -> bool:
-    return not tensors.keys().isdisjoint(EMBEDDINGS)
-
-
 def weights_to_ours(
     tensors: Mapping[str, np.ndarray], n_layers: int, path: Path
 ) -> dict[str, Callable[[], np.ndarray]]:
-    """By our names, functions that take the parameters out of the tensors of the file `path`.
+    """Functions that read the parameters, by our names, from the tensors of the file `path`.
 
-    UserError for a tensor that no GPT-2 has, and for a head that is not the token embedding.
+    UserError for tensors that no GPT-2 has, and for a head that is not the token embedding.
     """
-    table, parameters = names(n_layers), {}
+    table, readers = parameters_of(n_layers), {}
     for name in tensors:
         short = name.removeprefix("transformer.")
         if short == "lm_head.weight":
@@ -126,23 +121,22 @@ def weights_to_ours(
             if not np.array_equal(tensors[name], tensors[embedding]):
                 raise UserError(f"{path}: its head lm_head.weight is not the token embedding")
         elif short in table:
-            ours = table[short]
-            for part, our_name in enumerate(ours):
-                parameters[our_name] = partial(take, tensors, name, part, len(ours))
+            for part, our_name in enumerate(table[short]):
+                readers[our_name] = partial(read_part, tensors, name, part, len(table[short]))
         elif not short.endswith(IGNORED):
             raise UserError(f"{path}: a GPT-2 of {n_layers} layers has no tensor {name!r:.80}")
-    return parameters
+    return readers
 
 
-def take(tensors: Mapping[str, np.ndarray], name: str, part: int, n_parts: int) -> np.ndarray:
+def read_part(tensors: Mapping[str, np.ndarray], name: str, part: int, n_parts: int) -> np.ndarray:
     array = tensors[name]
     return np.array_split(array.T if ".h." in f".{name}" else array, n_parts)[part]
 
 
 def weights_to_theirs(weights: Mapping[str, np.ndarray], n_layers: int) -> dict[str, np.ndarray]:
-    """The tensors of a file from our parameters."""
+    """Hugging Face's tensors from our parameters."""
     tensors = {}
-    for name, ours in names(n_layers).items():
+    for name, ours in parameters_of(n_layers).items():
         array = np.concatenate([weights[our_name] for our_name in ours])
         tensors[f"transformer.{name}"] = array.T if name.startswith("h.") else array
     return tensors

@@ -1,8 +1,9 @@
-"""gpt-burn's models: MessagePack, as Burn 0.13's NamedMpkFileRecorder writes it.
+"""gpt-burn's format of models: MessagePack records of Burn 0.13's NamedMpkFileRecorder.
 
-Such a record is a map {metadata, item, _b}; `item` is nested by field name, and each parameter in
-it is {id, param: {value: [...], shape: [...]}}. In half precision, which gpt-burn writes, `value`
-holds the 16 bits of each float16 as an integer. A linear's weight is (in, out); here (out, in).
+A record is a map {metadata, item, _b}; `item` is nested by field name, and each parameter in it is
+{id, param: {value: [...], shape: [...]}}. In half precision, which gpt-burn writes, `value` holds
+the 16 bits of each float16 as an integer. The weight of a linear layer is (in, out) in a record,
+(out, in) here.
 """
 
 import math
@@ -17,19 +18,18 @@ import tokenizers
 from backend.errors import UserError
 
 BROKEN = (ValueError, LookupError, TypeError, OverflowError, msgpack.UnpackException)
-HALF = "half::binary16::f16"  # its integers take 1, 2 or 3 bytes
-# The other precisions: MessagePack's code for such a number, and the bytes after it.
+HALF = "half::binary16::f16"  # stored as integers of 1, 2 or 3 bytes
+# The other precisions: MessagePack's code of a number, and the bytes after the code.
 FLOATS = {"f32": (0xCA, ">f4"), "f64": (0xCB, ">f8")}
 PLACEHOLDER = "the values of a parameter"
 
-# The fields of gpt-burn's modules in their order. True is a parameter; the rest is saved as None.
+# The fields of gpt-burn's modules in order. True is a parameter; None a constant, saved as None.
 NORM = {"gamma": True, "beta": True, "epsilon": None}
 LINEAR = {"weight": True, "bias": True}
 PROJECTION = {"weight": True, "bias": None}
-MULTI_HEAD = {
-    **{"n_heads": None, "d_k": None, "query": PROJECTION, "key": PROJECTION, "value": PROJECTION},
-    **{"attn_dropout": None, "out": PROJECTION, "resid_dropout": None},
-}
+PROJECTIONS = dict.fromkeys(("query", "key", "value"), PROJECTION)
+MULTI_HEAD = {"n_heads": None, "d_k": None, **PROJECTIONS, "attn_dropout": None}
+MULTI_HEAD |= {"out": PROJECTION, "resid_dropout": None}
 PWFF = {"linear_1": LINEAR, "gelu": None, "linear_2": LINEAR, "dropout": None}
 BLOCK = {"norm_1": NORM, "multi_head": MULTI_HEAD, "norm_2": NORM, "pwff": PWFF}
 
@@ -39,9 +39,9 @@ def is_linear(name: str) -> bool:
 
 
 def read_record(path: Path) -> dict[str, np.ndarray]:
-    """The parameters of a record by dotted name, in its own precision.
+    """The parameters of a record by dotted name, in the precision of the record.
 
-    ValueError if it is not one. No more memory is taken than the file's size accounts for.
+    UserError if the file is no record. Takes memory in proportion to the size of the file.
     """
     try:
         return Record(np.asarray(np.memmap(path, np.uint8, "r"))).parameters
@@ -53,11 +53,11 @@ def read_record(path: Path) -> dict[str, np.ndarray]:
 class Record:
     """A cursor over a record: msgpack reads the structure, numpy the numbers.
 
-    To msgpack each number is a Python object, which for a model of 83M parameters are too many.
+    msgpack would make each number a Python object: far too slow for a model of 83M parameters.
     """
 
     def __init__(self, data: np.ndarray):
-        self.data, self.at = data, 0
+        self.data, self.offset = data, 0
         self.precision, self.parameters = None, {}
         for _ in range(self.take("read_map_header")):
             key = self.take()
@@ -68,22 +68,23 @@ class Record:
             else:
                 self.take("skip")
 
-    def take(self, method: str = "unpack"):
-        """The next value, or what another method of msgpack's Unpacker makes of it."""
-        unpacker = msgpack.Unpacker(max_buffer_size=1024)  # the structure has nothing longer
-        unpacker.feed(self.data[self.at : self.at + 1024])
+    def take(self, method: str = "unpack", header: bytes = b""):
+        """Has msgpack's Unpacker read `header` and a value; moves the cursor past the value."""
+        unpacker = msgpack.Unpacker(max_buffer_size=2048)
+        unpacker.feed(header)
+        unpacker.feed(self.data[self.offset : self.offset + 1024])  # no value is longer
         value = getattr(unpacker, method)()
-        self.at += unpacker.tell()
+        self.offset += unpacker.tell() - len(header)
         return value
 
     def read_module(self, name: str) -> None:
-        """A map of fields: modules, arrays of modules, parameters, and constants, skipped."""
+        """Reads a map of fields: modules, arrays of modules, parameters, and constants, skipped."""
         if name.count(".") > 9:
             raise UserError("its modules are nested too deeply")
         for _ in range(self.take("read_map_header")):
             key = self.take()
             inner = f"{name}.{key}" if name else str(key)
-            code = self.data[self.at]
+            code = self.data[self.offset]
             if key == "param":
                 self.read_parameter(name)
             elif 0x80 <= code < 0x90 or code in (0xDE, 0xDF):  # a map
@@ -100,15 +101,15 @@ class Record:
             key = self.take()
             fields[key] = self.take_numbers() if key == "value" else self.take()
         values, shape = fields["value"], fields["shape"]
-        whole = len(shape) <= 8 and all(type(size) is int and size > 0 for size in shape)
-        if not whole or math.prod(shape) != len(values):
+        is_shape = len(shape) <= 8 and all(type(size) is int and size > 0 for size in shape)
+        if not is_shape or math.prod(shape) != len(values):
             raise UserError(f"{name!r:.80} has {len(values)} values for the shape {shape!s:.80}")
         values = values.reshape(shape)
         self.parameters[name] = np.ascontiguousarray(values.T) if is_linear(name) else values
 
     def take_numbers(self) -> np.ndarray:
         count = self.take("read_array_header")
-        if count > len(self.data) - self.at:  # each takes a byte or more
+        if count > len(self.data) - self.offset:  # a number takes a byte or more
             raise UserError("it ends before its numbers do")
         if self.precision == HALF:
             return self.take_halves(count)
@@ -116,48 +117,42 @@ class Record:
             raise UserError(f"unknown precision {self.precision!r:.40}")
         code, dtype = FLOATS[self.precision]
         stride = 1 + np.dtype(dtype).itemsize
-        numbers = self.data[self.at : self.at + count * stride]
+        numbers = self.data[self.offset : self.offset + count * stride]
         if len(numbers) < count * stride or (numbers[::stride] != code).any():
             raise UserError(f"its numbers are not all {self.precision}")
-        self.at += len(numbers)
+        self.offset += len(numbers)
         values = np.ndarray(count, dtype, numbers, 1, (stride,))
         return values.astype(values.dtype.newbyteorder("="))
 
     def take_halves(self, count: int) -> np.ndarray:
-        """Float16s, read from as many integers.
+        """Float16 numbers (count,) from as many integers.
 
-        Nearly all weights take 3 bytes: numpy copies runs of those. msgpack reads a piece after
-        each run, and larger pieces where runs are short: so neither a few weights near zero nor a
-        file full of them takes long.
+        Nearly all take 3 bytes: numpy copies runs of those, and msgpack reads 256 after each run.
         """
-        bits, done, piece, resumed = np.empty(count, np.uint16), 0, 128, 0
+        bits, done = np.empty(count, np.uint16), 0
         while done < count:
-            window = min(count - done, 8192, (len(self.data) - self.at) // 3)
-            others = self.data[self.at : self.at + 3 * window : 3] != 0xCD
-            run = int(others.argmax()) if others.any() else window
-            bits[done : done + run] = np.ndarray(run, ">u2", self.data, self.at + 1, (3,))
-            self.at, done = self.at + 3 * run, done + run
+            window = min(count - done, 2048, (len(self.data) - self.offset) // 3)
+            is_short = self.data[self.offset : self.offset + 3 * window : 3] != 0xCD
+            run = int(is_short.argmax()) if is_short.any() else window
+            bits[done : done + run] = np.ndarray(run, ">u2", self.data, self.offset + 1, (3,))
+            self.offset, done = self.offset + 3 * run, done + run
             if run < window or window == 0:
-                piece = min(2 * piece, 8192) if done - resumed < 2 * piece else 128
-                size = min(piece, count - done)
-                unpacker = msgpack.Unpacker(max_buffer_size=5 + 3 * size)
-                unpacker.feed(b"\xdd" + size.to_bytes(4, "big"))  # makes an array of the piece
-                unpacker.feed(self.data[self.at : self.at + 3 * size])
-                bits[done : done + size] = array("H", unpacker.unpack())  # errs beyond 16 bits
-                self.at, done = self.at + unpacker.tell() - 5, done + size
-                resumed = done
+                n = min(256, count - done)
+                integers = self.take(header=b"\xdd" + n.to_bytes(4, "big"))  # an array of n
+                bits[done : done + n] = array("H", integers)  # OverflowError beyond 16 bits
+                done += n
         return bits.view(np.float16)
 
 
 def write_record(path: Path, weights: dict[str, np.ndarray], n_layers: int) -> None:
-    """Writes a record in half precision, as gpt-burn itself does.
+    """Writes a record in half precision, as gpt-burn does.
 
-    ValueError for weights that such a record has no place for, or too large for a float16.
+    UserError for weights that a record has no place for, and for numbers too large for float16.
     """
     names = []
 
     def fill(field, name: str):
-        """The field with its parameters, whose values are written later, one by one."""
+        """The field with PLACEHOLDER for the values of its parameters, which are written later."""
         if isinstance(field, dict):
             return {key: fill(inner, f"{name}.{key}") for key, inner in field.items()}
         if isinstance(field, list):
@@ -173,15 +168,11 @@ def write_record(path: Path, weights: dict[str, np.ndarray], n_layers: int) -> N
 
     settings = "HalfPrecisionSettings"
     recorder = "burn_core::record::file::NamedMpkFileRecorder<burn_core::record::settings::"
-    metadata = {
-        **{"float": HALF, "int": "i16", "format": f"{recorder}{settings}>"},
-        **{"version": "0.13.2", "settings": settings},
-    }
+    metadata = {"float": HALF, "int": "i16", "format": f"{recorder}{settings}>"}
+    metadata |= {"version": "0.13.2", "settings": settings}
     embedding = {"weight": True}
-    item = {
-        **{"token_embedding": embedding, "positional_embedding": embedding, "dropout": None},
-        **{"blocks": [BLOCK] * n_layers, "norm": NORM, "linear": LINEAR},
-    }
+    item = {"token_embedding": embedding, "positional_embedding": embedding, "dropout": None}
+    item |= {"blocks": [BLOCK] * n_layers, "norm": NORM, "linear": LINEAR}
     record = msgpack.packb({"metadata": metadata, "item": fill(item, ""), "_b": []})
     if surplus := weights.keys() - set(names):
         raise UserError(f"gpt-burn's record has no place for {min(surplus)}")
@@ -194,7 +185,7 @@ def write_record(path: Path, weights: dict[str, np.ndarray], n_layers: int) -> N
 
 
 def config_to_theirs(config: dict) -> dict:
-    """Our config without what gpt-burn has no word for: it knows one tokenizer alone."""
+    """Our config without settings that gpt-burn lacks: it has no GPT-2 and one tokenizer."""
     model = {name: value for name, value in config["model"].items() if name != "gpt2"}
     config = {**config, "model": model}
     if config.get("tokenizer") == tokenizers.DEFAULT:
@@ -203,7 +194,7 @@ def config_to_theirs(config: dict) -> dict:
 
 
 def packed_halves(name: str, values: np.ndarray) -> bytes:
-    """MessagePack's array of the bits of each float16 as integers, in their shortest form."""
+    """A MessagePack array of the bits of each float16 as an integer, in its shortest form."""
     with np.errstate(over="ignore"):
         halves = (values.T if is_linear(name) else values).astype(np.float16)
     if np.isinf(halves).any():

@@ -1,6 +1,6 @@
-"""Arrays in a safetensors file: a u64 length, a JSON header of that length, then their bytes.
+"""Safetensors files: a u64 length, a JSON header of that length, then the bytes of the tensors.
 
-A large model may be in several files, with an index that says which of them holds which tensor.
+A large model may be in several files, its shards, with an index of each tensor's shard.
 """
 
 import json
@@ -17,21 +17,18 @@ from backend.errors import UserError
 
 MAX_JSON_BYTES = 4 << 20  # parsed JSON takes up to 25 times its size in memory
 SHARD_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)  # a file beside the index
-DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}  # that weights may have
-OTHERS = (
+DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}  # of weights
+OTHER_DTYPES = (
     *("BOOL", "F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ"),
     *("F8_E5M2FNUZ", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64"),
 )
-# a type's bits are the first number in its name
-N_BITS = {kind: int((re.findall(r"\d+", kind) or [8])[0]) for kind in (*DTYPES, *OTHERS)}
+# bits of a dtype, the first number in its name
+N_BITS = {kind: int((re.findall(r"\d+", kind) or [8])[0]) for kind in (*DTYPES, *OTHER_DTYPES)}
 MAX_DIMENSIONS = 64  # numpy's and PyTorch's
 
 
 class LazyArrays(Mapping):
-    """Arrays by name, each of them in memory only while someone holds it.
-
-    So a model is loaded in little more memory than it takes itself.
-    """
+    """Arrays by name, read at each access: loading takes little more memory than the model."""
 
     def __init__(self, readers: dict[str, Callable[[], np.ndarray]]):
         self.readers = readers
@@ -47,10 +44,10 @@ class LazyArrays(Mapping):
 
 
 def read(path: Path) -> LazyArrays:
-    """The tensors of a safetensors file; bfloat16 becomes float32.
+    """The tensors of a safetensors file, in the order of their bytes; bfloat16 becomes float32.
 
-    As https://huggingface.co/docs/safetensors asks, they must fill the file without gap or overlap.
-    They may be of any type, but what is taken must be of one of DTYPES: else a ValueError.
+    As https://huggingface.co/docs/safetensors asks, tensors must fill the file without gap or
+    overlap: else a UserError, as for the access to a tensor with none of DTYPES.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -65,16 +62,17 @@ def read(path: Path) -> LazyArrays:
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind, shape = entry["dtype"], entry["shape"]
-            are_sizes = all(type(size) is int and size >= 0 for size in shape)
-            if len(shape) > MAX_DIMENSIONS or not are_sizes:
+            has_sizes = all(type(length) is int and length >= 0 for length in shape)
+            if len(shape) > MAX_DIMENSIONS or not has_sizes:
                 raise UserError(f"{name!r:.80} has no proper shape")
-            begin, (_, last) = end, entry["data_offsets"]
+            offset, (_, last) = end, entry["data_offsets"]
             end = start + operator.index(last)
-            n_bits = 8 * (end - begin)
+            n_bits = 8 * (end - offset)
             is_whole = n_bits == math.prod(shape) * N_BITS[kind] if kind in N_BITS else n_bits >= 0
-            if entry["data_offsets"] != [begin - start, end - start] or end > size or not is_whole:
+            is_next = entry["data_offsets"] == [offset - start, end - start] and end <= size
+            if not (is_next and is_whole):
                 raise UserError(f"the data of {name!r:.80} does not fit its shape or the file")
-            readers[name] = partial(read_array, path, name, kind, begin, tuple(shape))
+            readers[name] = partial(read_array, path, name, kind, offset, tuple(shape))
         if end < size:
             raise UserError("the tensors end before the file does")
     except (ValueError, KeyError, TypeError) as error:
@@ -83,7 +81,7 @@ def read(path: Path) -> LazyArrays:
 
 
 def read_sharded(index: Path) -> LazyArrays:
-    """The tensors of all files that an index names; each must be where the index says it is."""
+    """The tensors of all shards of an index; UserError for a tensor that is not in its shard."""
     files, readers = weight_map(index), {}
     for path in shards(index):
         arrays = read(path)
@@ -98,7 +96,7 @@ def read_sharded(index: Path) -> LazyArrays:
 
 
 def shards(index: Path) -> list[Path]:
-    """The files that an index names, in its own folder; ValueError if one is not there."""
+    """The paths of the shards of an index, beside it; UserError if one is missing."""
     paths = [index.with_name(name) for name in sorted(set(weight_map(index).values()))]
     for path in paths:
         if not path.is_file():
@@ -107,7 +105,7 @@ def shards(index: Path) -> list[Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """The name of the file that holds each tensor."""
+    """The file name of the shard of each tensor."""
     files = read_json(index, "an index").get("weight_map")
     if type(files) is not dict or not files:
         raise UserError(f"{index} is corrupt: it has no weight_map")
@@ -125,20 +123,21 @@ def read_array(path: Path, name: str, kind: str, offset: int, shape: tuple[int, 
         )
     if 0 in shape:
         return np.empty(shape, DTYPES[kind])
-    # "c", for tinygrad's OpenCL takes no array that is not writable: it does not write to the file
+    # "c", copy on write: tinygrad's OpenCL refuses arrays that cannot be written
     array = np.asarray(np.memmap(path, DTYPES[kind], "c", offset, shape))
     return (array.astype(np.uint32) << 16).view(np.float32) if kind == "BF16" else array
 
 
 def write(path: Path, weights: Mapping[str, np.ndarray]) -> None:
-    """Writes a safetensors file, with the metadata that Hugging Face's programs ask for."""
-    dtypes = {dtype: name for name, dtype in DTYPES.items()}
+    """Writes a safetensors file with the metadata that Hugging Face's programs require."""
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, values in weights.items():
-        dtype, begin, end = values.dtype.newbyteorder("<").str, end, end + values.nbytes
-        header[name] = {"dtype": dtypes[dtype], "shape": values.shape, "data_offsets": [begin, end]}
+        kind, offsets = kinds[values.dtype.newbyteorder("<").str], [end, end + values.nbytes]
+        header[name] = {"dtype": kind, "shape": values.shape, "data_offsets": offsets}
+        end += values.nbytes
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors lie aligned in a mapped file
+    text += b" " * (-len(text) % 8)  # aligns the tensors in a mapped file
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for values in weights.values():

@@ -89,7 +89,7 @@ def reference():
 def sbgemm(monkeypatch):
     """gemm.c, with float32 in place of it on a processor that has no fast products of it."""
     load = native.load
-    program = load("sbgemm") or load_c("gemm.c", BFLOAT16=1, EMULATED=1)
+    program = load("sbgemm") or load_c("gemm.c", "sbgemm", BFLOAT16=1, EMULATED=1)
     monkeypatch.setattr(native, "load", lambda name: program if name == "sbgemm" else load(name))
     return program
 

@@ -7,8 +7,7 @@ from tinygrad import Tensor
 
 from backend.arrays import copy_out
 from gpt_tiny import GPT, GPTConfig, initial_weights
-from inference.generator import Generator
-from inference.sampling import sample
+from inference.generator import Generator, sample
 from inference.stream import TextStream, added_texts
 from tokenizers import CharTokenizer
 
@@ -166,7 +165,8 @@ def test_a_stream_holds_the_beginning_of_the_stop_text_back():
 def test_a_stream_adds_characters_whole_and_ends_at_its_ends():
     tokenizer = CharTokenizer()
     tokenizer.tokens = [bytes([byte]) for byte in range(256)]
-    stream = TextStream(tokenizer, ends=(0,))
+    tokenizer.ends = (0,)
+    stream = TextStream(tokenizer)
     added = [stream.add(byte) for byte in (*"aé€".encode(), 0xC3, 0, 65)]
     assert added == ["a", "", "é", "", "", "€", "", "�", ""]
     assert stream.has_ended

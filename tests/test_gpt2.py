@@ -24,8 +24,7 @@ pytest.importorskip("tiktoken")
 from tinygrad import Tensor, TinyJit, dtypes
 
 from gpt_tiny import shapes
-from inference.generator import Generator
-from inference.sampling import sample
+from inference.generator import Generator, sample
 from models import checkpoint, gpt2
 from training.checkpoint import from_model, settings_from_json, settings_to_json
 from training.checkpoint import load as load_training

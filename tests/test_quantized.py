@@ -46,7 +46,7 @@ def test_a_product_is_numpys(n, k, n_vectors, kind, is_whole):
 )
 def test_gemv_gives_what_its_plain_loops_give(matrix_dtype, x_dtype):
     rng = np.random.default_rng(0)
-    programs = load_c("gemv.c", PLAIN=1), native.load("gemv")
+    programs = load_c("gemv.c", "gemv", PLAIN=1), native.load("gemv")
     types = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 7
     plain, fast = (ctypes.CFUNCTYPE(None, *types)(program.addr) for program in programs)
     for n, k, n_vectors, first, last in [

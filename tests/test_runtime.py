@@ -12,8 +12,7 @@ from texts import TEXTS, few_examples, mixed_text
 
 import tokenizers
 from gpt_tiny import GPT, GPTConfig, initial_weights
-from inference.generator import Decoder
-from inference.sampling import sample
+from inference.generator import Decoder, sample
 from runtime import build
 from runtime.sources import write_sources
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from backend import files
 from backend.errors import UserError
-from gpt_tiny import GPTConfig
+from gpt_tiny import shapes
 from models import checkpoint as models
 from models import folders, safetensors
 from tokenizers import Tokenizer
@@ -97,23 +97,15 @@ def load(path: Path, config_of: Callable[[list[str]], TrainingConfig]) -> Checkp
     the checkpoint is not complete.
     """
     folder = newest(path)
-    model = models.read_config(folder)
+    model, tokenizer, weights = models.read(folder)
     progress, config = read_progress(folder / PROGRESS, config_of)
-    shapes = models.shapes(GPTConfig(**model["model"]))
-    config = changed(config, model["model"])
+    config = changed(config, asdict(model))
     moments = safetensors.read(folder / MOMENTS)
-    names = OPTIMIZERS[config.optimizer.algorithm].state_shapes(shapes)
+    names = OPTIMIZERS[config.optimizer.algorithm].state_shapes(shapes(model))
     if {name: moment.shape for name, moment in moments.items()} != names:
         raise UserError(f"{folder / MOMENTS} does not hold what its {PROGRESS} says")
-    return Checkpoint(
-        config,
-        TRAINING,
-        models.read_tokenizer(folder, model),
-        models.read_weights(folder, shapes),
-        {name: moments[name] for name in names},
-        progress,
-        folder,
-    )
+    moments = {name: moments[name] for name in names}
+    return Checkpoint(config, TRAINING, tokenizer, weights, moments, progress, folder)
 
 
 def read_progress(

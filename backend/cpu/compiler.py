@@ -1,4 +1,8 @@
-"""The C compiler: `CC`, a clang on the PATH, or the one that the package ziglang carries."""
+"""The C compiler: `CC`, a clang on the PATH, or the clang of the package ziglang.
+
+tinygrad calls `compile_cached` for a kernel, and `load_c` for a file of this folder; processes.py
+calls `compile_together` for a batch of kernels. Objects are kept in tinygrad's cache of kernels.
+"""
 
 import contextlib
 import ctypes
@@ -6,11 +10,9 @@ import functools
 import hashlib
 import os
 import platform
-import re
 import shlex
 import shutil
 import sqlite3
-import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,12 +23,13 @@ from tinygrad import Device, helpers
 from tinygrad.device import TinyELF
 from tinygrad.helpers import ContextVar
 from tinygrad.renderer.cstyle import ClangRenderer
+from tinygrad.runtime.autogen import libc
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
 from backend.errors import UserError
 
-# tinygrad 0.14.0's CPU device imports two renderers that nothing here uses: a tenth of a start.
-# This can go when it imports them on demand.
+# tinygrad 0.14.0's CPU device imports two renderers that this backend never uses: a tenth of a
+# start. This can go when tinygrad imports renderers on demand.
 RENDERERS = {"tinygrad.renderer.nir": "LVPRenderer", "tinygrad.renderer.isa.x86": "X86Renderer"}
 absent = [] if helpers.getenv("HCQ2") else RENDERERS.keys() - sys.modules.keys()
 for module in absent:
@@ -36,31 +39,30 @@ import tinygrad.runtime.ops_cpu as ops_cpu  # noqa: E402
 for module in absent:
     del sys.modules[module]
 
-# Clang vectorises a sum only with leave to reorder it. -ffast-math as a whole would also take
-# infinities and NaN for impossible. -O3 takes longer to compile, for code that is no faster.
+# Clang vectorises a sum only if it may reorder the terms. -ffast-math as a whole would also exclude
+# infinities and NaN. -O3 compiles for longer, and the code is no faster.
 FLAGS = (
     "-O2 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math"
 )
-ELF, ENTRY, SHT_SYMTAB = b"\x7fELF", 24, 2  # how a file begins, and where in it is the start
 FREESTANDING = "-c -x c -fPIC -ffreestanding -nostdlib -fno-ident"
-# How this system's programs call functions: what tinygrad renders does so, too.
+# ABI is the system's calling convention, as in the kernels that tinygrad renders.
 DEFINITIONS = [f"-DABI={ClangRenderer.abi}"]
-if sys.platform == "win32":  # it gives a stack its memory page by page, in their order
+if sys.platform == "win32":  # Windows grows a stack only page by page
     DEFINITIONS += ["-Xclang", "-fstack-clash-protection"]
-RENDER_ONLY = ContextVar("RENDER_ONLY", 0)  # kernels are not compiled, nor what they call
-SAID = "GPT_TINY_SAID"  # a variable for the processes that this one starts
-# What tinygrad writes is C with clang's vectors.
+RENDER_ONLY = ContextVar("RENDER_ONLY", 0)  # 1: C is rendered and not compiled
+WARNED = "GPT_TINY_SAID"  # environment variable: the warnings printed by this process and parents
+# tinygrad renders C with clang's vector extensions
 PROBE = "typedef float f4 __attribute__((ext_vector_type(4))); f4 f(f4 x) { return x + x.wzyx; }"
 
 
 class CPUCompiler(ClangCompiler):
-    """tinygrad's ClangCompiler, with flags of our own and any clang that there is."""
+    """tinygrad's ClangCompiler with other flags, any clang, and a cache with checksums."""
 
     def __init__(self, arch: Sequence[str]):
         super().__init__(arch)
         self.command = self.find()
-        # tinygrad's cache of compiled kernels, which checkouts and machines may share, knows only
-        # their source; what an object is like, and where it begins, is up to this file
+        # tinygrad's cache, which checkouts and machines may share, is keyed by the source; objects
+        # also depend on the compiler, the processor and this file
         form = repr((self.command, processor(), Path(__file__).read_bytes()))
         key = hashlib.sha256(form.encode()).hexdigest()[:16]
         self.cachekey = f"{self.cachekey}_{key}" if self.cachekey else None
@@ -71,7 +73,7 @@ class CPUCompiler(ClangCompiler):
     def call(self, command: list[str], source: str) -> bytes:
         flags = f"{FREESTANDING} --target={self.arch}-none-unknown-elf {FLAGS} - -o -"
         command = [*command, *self.args, *DEFINITIONS, *flags.split()]
-        # in a session of its own: Ctrl-C is for this process, which may have to end a batch first
+        # a new session: Ctrl-C is for this process, which may have to finish a batch
         options = {"capture_output": True, "start_new_session": True}
         run = subprocess.run(command, input=source.encode(), **options)
         if run.returncode:
@@ -83,32 +85,34 @@ class CPUCompiler(ClangCompiler):
             return b""
         return self.cached(source) or self.keep(source, self.compile(source))
 
-    def cached_or_source(self, source: str) -> bytes:
-        return self.cached(source) or source.encode()
+    def compile_together(self, kernels: dict[str, str]) -> dict[str, bytes]:
+        """Objects by source, for {source: function's name}: one call of clang compiles all sources
+        that are not cached. Their objects are alike but for the entry point."""
+        objects = {source: self.cached(source) for source in kernels}
+        missing = [source for source in kernels if not objects[source]]
+        if not missing:
+            return objects
+        parts = []
+        for i, source in enumerate(missing):  # several may have the same name
+            name = kernels[source]
+            parts.append(f"#define {name} kernel_{i}\n{source}\n#undef {name}\n")
+        code = self.compile("".join(parts))
+        offsets = symbol_offsets(code)
+        for i, source in enumerate(missing):
+            objects[source] = self.keep(source, with_entry(code, offsets[f"kernel_{i}"]))
+        return objects
 
     def cached(self, source: str) -> bytes | None:
-        """Its object as it was kept, whole; None if there is none, or it is damaged."""
-        with contextlib.suppress(Exception):  # whatever a damaged database raises
+        """The object from the cache; None if it is missing or damaged."""
+        with contextlib.suppress(Exception):  # a damaged database raises anything
             return self.cachekey and unsealed(helpers.diskcache_get(self.cachekey, source))
 
-    def keep(self, source: str, lib: bytes) -> bytes:
-        with contextlib.suppress(sqlite3.Error):  # a full disk, say: nothing is lost but time
+    def keep(self, source: str, code: bytes) -> bytes:
+        """Writes the object to the cache, and returns it."""
+        with contextlib.suppress(sqlite3.Error):  # a full disk: the next start compiles again
             if self.cachekey:
-                helpers.diskcache_put(self.cachekey, source, sealed(lib))
-        return lib
-
-    def compile_together(self, sources: list[str]) -> dict[bytes, bytes]:
-        """Source -> object, for sources of one function: the same but for where that begins."""
-        renamed, names = [], []
-        for number, source in enumerate(sources):
-            name = re.search(r"^(?:\S+ )?void (\w+)\(", source, re.MULTILINE)[1]
-            names.append(f"{name}_{number}")  # each process numbers its kernels by itself
-            renamed.append(re.sub(rf"\b{name}\b", names[-1], source))
-        code = self.compile("\n".join(renamed))
-        places, libs = symbols(code), {}
-        for source, name in zip(sources, names, strict=True):
-            libs[source.encode()] = self.keep(source, beginning_at(places[name], code))
-        return libs
+                helpers.diskcache_put(self.cachekey, source, sealed(code))
+        return code
 
     def find(self) -> list[str]:
         """The command of a working compiler: CC, a clang on the PATH, or ziglang's."""
@@ -129,70 +133,71 @@ class CPUCompiler(ClangCompiler):
 
 
 def sealed(data: bytes) -> bytes:
-    """To be kept: `unsealed` gives it back."""
+    """The data behind their SHA-256 checksum."""
     return hashlib.sha256(data).digest() + data
 
 
 def unsealed(kept: bytes) -> bytes:
-    """What was sealed; ValueError for anything else, damaged or foreign, be it by one bit."""
+    """The data of `sealed`; ValueError if the checksum differs."""
     data = kept[hashlib.sha256().digest_size :]
     if sealed(data) != kept:
-        raise ValueError("it is not what was kept")
+        raise ValueError("the checksum differs")
     return data
 
 
 def warn_once(line: str) -> None:
-    """On standard error, in this process and all that it starts."""
-    said = os.environ.get(SAID, "").splitlines()
-    if line not in said:
+    """Prints a warning that no parent of this process has printed, nor this process."""
+    warned = os.environ.get(WARNED, "").splitlines()
+    if line not in warned:
         print(line, file=sys.stderr)
-        os.environ[SAID] = "\n".join([*said, line])
+        os.environ[WARNED] = "\n".join([*warned, line])
 
 
-def symbols(code: bytes) -> dict[str, int]:
-    """The names in an ELF file of 64 bits, and where in its section each stands."""
-    [start], (step, n) = struct.unpack_from("<Q", code, 40), struct.unpack_from("<HH", code, 58)
-    headers = [struct.unpack_from("<IIQQQQI", code, start + i * step) for i in range(n)]
-    places = {}
-    for _, kind, _, _, offset, size, link in headers:
-        for at in range(offset, offset + size, 24) if kind == SHT_SYMTAB else ():
-            name, _, _, _, place = struct.unpack_from("<IBBHQ", code, at)
-            name = code[headers[link][4] + name :].partition(b"\0")[0]
-            places[name.decode()] = place
-    return places
+def symbol_offsets(code: bytes) -> dict[str, int]:
+    """The offset of each symbol of a 64-bit ELF file in the symbol's section, by name."""
+    header = libc.Elf64_Ehdr.from_buffer_copy(code)
+    sections = (libc.Elf64_Shdr * header.e_shnum).from_buffer_copy(code, header.e_shoff)
+    table = next(section for section in sections if section.sh_type == libc.SHT_SYMTAB)
+    n_symbols, names = table.sh_size // table.sh_entsize, sections[table.sh_link].sh_offset
+    symbols = (libc.Elf64_Sym * n_symbols).from_buffer_copy(code, table.sh_offset)
+    return {
+        code[names + symbol.st_name :].partition(b"\0")[0].decode(): symbol.st_value
+        for symbol in symbols
+    }
 
 
-def beginning_at(place: int, code: bytes) -> bytes:
-    """An ELF file whose header says that its function begins there."""
-    return code[:ENTRY] + place.to_bytes(8, "little") + code[ENTRY + 8 :]
+def with_entry(code: bytes, offset: int) -> bytes:
+    """The ELF file with this offset as the entry point in its header."""
+    header = libc.Elf64_Ehdr.from_buffer_copy(code)
+    header.e_entry = offset
+    return bytes(header) + code[header.SIZE :]
 
 
 class CPUProgram(ops_cpu.CPUProgram):
-    """tinygrad's, which begins where the ELF file's header says."""
+    """tinygrad's program, but it starts at the entry point of the ELF file, not at offset 0."""
 
     def __init__(self, dev, obj: TinyELF):
         super().__init__(dev, obj)
-        if not obj.lib.startswith(ELF):
-            return
-        self.addr += int.from_bytes(obj.lib[ENTRY : ENTRY + 8], "little")
-        self.fxn = ctypes.CFUNCTYPE(None)(self.addr)
+        if obj.lib.startswith(libc.ELFMAG.encode()):
+            self.addr += libc.Elf64_Ehdr.from_buffer_copy(obj.lib).e_entry
+            self.fxn = ctypes.CFUNCTYPE(None)(self.addr)
 
 
-def load_c(file: str, function: str = "", **macros: object) -> CPUProgram:
-    """Compiles C beside this file, with these macros; the function, or the first one, is at `addr`
-    as long as the program exists."""
+def load_c(file: str, function: str, **macros: object) -> CPUProgram:
+    """Compiles a C file of this folder. The function is at the program's `addr` for as long as the
+    program lives."""
     source, device = Path(__file__).with_name(file).read_text(encoding="utf-8"), Device["CPU"]
     source = "".join(f"#define {name} {text}\n" for name, text in macros.items()) + source
     code = device.renderer.compiler.compile_cached(source)
-    code = beginning_at(symbols(code)[function], code) if function else code
+    code = with_entry(code, symbol_offsets(code)[function])
     return CPUProgram(device, TinyELF(code, "", device.renderer.target, ()))
 
 
 @functools.cache
 def processor() -> str:
-    """What tells this machine's processor from others that the same code may not run on."""
+    """Model name and instruction sets of the processor; part of the key of cached machine code."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        telling = "model name", "flags", "CPU part", "Features"  # the latter two of Arm
-        return " ".join(sorted({x for x in lines if x.startswith(telling)}))
+        fields = "model name", "flags", "CPU part", "Features"  # the latter two of Arm
+        return " ".join(sorted({line for line in lines if line.startswith(fields)}))
     return platform.processor()

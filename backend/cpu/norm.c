@@ -1,7 +1,8 @@
-// Layer norm of rows of d numbers, and its gradients: of the rows from `first` to before `last`.
+// Layer norm and its gradients. x, y and their gradients are (n, d); gamma and beta (d). A call
+// computes the rows from `first` to before `last`.
 
-// y = (x - mean) / (root + eps_outside) * gamma + beta, where root = sqrt(variance + eps_inside).
-// `statistics` (n, 2) gets the mean and the root of each row.
+// y = (x - mean) / (std + eps_outside) * gamma + beta, with std = sqrt(variance + eps_inside).
+// statistics (n, 2): mean and std of each row.
 ABI void layer_norm(float *restrict y, float *restrict statistics, float *restrict x,
                     float *restrict gamma, float *restrict beta, int chunk, int first, int last,
                     int d, float eps_inside, float eps_outside) {
@@ -10,34 +11,35 @@ ABI void layer_norm(float *restrict y, float *restrict statistics, float *restri
     for (int j = 0; j < d; j++) sum += row[j];
     float mean = sum / d;
     for (int j = 0; j < d; j++) squares += (row[j] - mean) * (row[j] - mean);
-    float root = __builtin_sqrtf(squares / d + eps_inside), factor = 1 / (root + eps_outside);
-    for (int j = 0; j < d; j++) out[j] = (row[j] - mean) * factor * gamma[j] + beta[j];
+    float std = __builtin_sqrtf(squares / d + eps_inside), inverse = 1 / (std + eps_outside);
+    for (int j = 0; j < d; j++) out[j] = (row[j] - mean) * inverse * gamma[j] + beta[j];
     statistics[2 * i] = mean;
-    statistics[2 * i + 1] = root;
+    statistics[2 * i + 1] = std;
   }
 }
 
-// The gradient of x from that of y. `sums` (chunks, 2, d) gets those of gamma and beta, for each
-// chunk of the rows by itself.
-ABI void layer_norm_gradients(float *restrict of_x, float *restrict sums, float *restrict of_y,
-                              float *restrict statistics, float *restrict x, float *restrict gamma,
-                              int chunk, int first, int last, int d, float eps_inside,
-                              float eps_outside) {
-  float *restrict of_gamma = sums + chunk * 2 * d, *restrict of_beta = of_gamma + d;
-  for (int j = 0; j < d; j++) of_gamma[j] = of_beta[j] = 0;
+// grad_x from grad_y. partial_sums (chunks, 2, d): the gradients of gamma and beta, summed over the
+// rows of each chunk.
+ABI void layer_norm_gradients(float *restrict grad_x, float *restrict partial_sums,
+                              float *restrict grad_y, float *restrict statistics,
+                              float *restrict x, float *restrict gamma, int chunk, int first,
+                              int last, int d, float eps_inside, float eps_outside) {
+  float *restrict grad_gamma = partial_sums + chunk * 2 * d, *restrict grad_beta = grad_gamma + d;
+  for (int j = 0; j < d; j++) grad_gamma[j] = grad_beta[j] = 0;
   for (long i = first; i < last; i++) {
-    float *restrict row = x + i * d, *restrict of_out = of_y + i * d, *restrict out = of_x + i * d;
-    float mean = statistics[2 * i], root = statistics[2 * i + 1], factor = 1 / (root + eps_outside);
-    float sum = 0, product = 0;  // of the normalised row's gradient: alone, and times the row
+    float *restrict row = x + i * d, *restrict grad = grad_y + i * d;
+    float *restrict out = grad_x + i * d;
+    float mean = statistics[2 * i], std = statistics[2 * i + 1], inverse = 1 / (std + eps_outside);
+    float sum = 0, product = 0;  // of the normalised row's gradient, and of it times the row
     for (int j = 0; j < d; j++) {
-      float normalised = (row[j] - mean) * factor, gradient = of_out[j] * gamma[j];
-      of_gamma[j] += of_out[j] * normalised;
-      of_beta[j] += of_out[j];
-      sum += gradient;
-      product += gradient * normalised;
+      float normalised = (row[j] - mean) * inverse, grad_normalised = grad[j] * gamma[j];
+      grad_gamma[j] += grad[j] * normalised;
+      grad_beta[j] += grad[j];
+      sum += grad_normalised;
+      product += grad_normalised * normalised;
     }
-    float share = sum / d, along = product / d / root;
+    float through_mean = sum / d, through_std = product / d / std;
     for (int j = 0; j < d; j++)
-      out[j] = (of_out[j] * gamma[j] - share - (row[j] - mean) * along) * factor;
+      out[j] = (grad[j] * gamma[j] - through_mean - (row[j] - mean) * through_std) * inverse;
   }
 }

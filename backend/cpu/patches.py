@@ -1,6 +1,6 @@
-"""All that is assigned into tinygrad, 0.14.0: its device CPU gets our compiler, loops and threads.
+"""All assignments into tinygrad 0.14.0: the device CPU gets another compiler, loops and threads.
 
-Importing this module is enough. A patch can go as soon as tinygrad does what the patch says.
+Importing this module applies them. A patch can go when tinygrad does what the patch's comment says.
 """
 
 import functools
@@ -14,15 +14,15 @@ from tinygrad.runtime.support.hcq2 import HCQ2Compiled
 
 from backend.arrays import CPUAllocator
 from backend.cpu.compiler import CPUCompiler, CPUProgram, ops_cpu
-from backend.cpu.processes import Progress, compiling_processes
+from backend.cpu.processes import CompilingBar, compiling_processes
 from backend.cpu.threads import CPUGraph, count_cores, plain_loops
 
-# one a process: tinygrad makes a renderer for each kernel that it sends to another
+# cached: tinygrad makes a renderer for each kernel that it sends to another process
 compiler_for = functools.cache(CPUCompiler)
 
 
 class ClangRenderer(cstyle.ClangRenderer):
-    """Compiles with any clang; tinygrad's calls the program in CC, or fails where there is none."""
+    """Finds any clang; tinygrad's renderer calls the program in CC, or fails without one."""
 
     def __init__(self, target):
         super().__init__(target)
@@ -30,12 +30,12 @@ class ClangRenderer(cstyle.ClangRenderer):
 
 
 class CPUDevice(ops_cpu.CPUDevice):
-    """Runs the kernels of a jit on all cores, by threads.c; tinygrad runs them on one."""
+    """Runs the kernels of a jit on all cores, by threads.c; tinygrad's device runs them on one."""
 
     def __init__(self, device: str = ""):
         if getenv("HCQ2"):
             super().__init__(device)
-        else:  # tinygrad's own compiles the kernels of HCQ2's queue in any case: 0.3 s
+        else:  # tinygrad's device compiles the kernels of HCQ2's queue even so: 0.3 s
             self.workers = []
             machine = platform.machine().lower()
             machine = {"amd64": "x86_64", "aarch64": "arm64"}.get(machine, machine)
@@ -45,8 +45,8 @@ class CPUDevice(ops_cpu.CPUDevice):
         self.graph = CPUGraph
 
 
-heuristic.hand_coded_optimizations = plain_loops  # tinygrad's unroll loops
+heuristic.hand_coded_optimizations = plain_loops  # tinygrad's heuristic unrolls loops
 ops_cpu.ClangRenderer, ops_cpu.CPUDevice = ClangRenderer, CPUDevice
-# tinygrad's pool starts processes that import all anew, and its bar stays on the terminal
-realize.get_worker_pool, realize.tqdm = compiling_processes, Progress
-count_cores()  # tinygrad's count knows only some containers
+# processes of tinygrad's pool import everything again; its bar needs DEBUG=1, and stays
+realize.get_worker_pool, realize.tqdm = compiling_processes, CompilingBar
+count_cores()  # tinygrad overlooks some containers' limits

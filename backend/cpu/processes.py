@@ -1,4 +1,4 @@
-"""Processes beside this one that compile kernels."""
+"""A pool of processes that compile kernels, and the progress bar meanwhile."""
 
 import ctypes
 import functools
@@ -11,45 +11,39 @@ from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 
 import tinygrad.engine.worker as worker
-from tinygrad import Device, UOp, helpers
+from tinygrad import Context, Device, UOp, helpers
 from tinygrad.helpers import PARALLEL
 
-from backend.cpu.compiler import ELF, CPUCompiler
-
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-N_TOGETHER = 4  # kernels in one call: clang takes as long to start as to compile one
-
-
-def may_start() -> bool:
-    """Processes, that is: those of a pool start none, and PARALLEL may forbid it."""
-    return multiprocessing.parent_process() is None and PARALLEL.value > 1
+N_TOGETHER = 4  # kernels in a call of clang, which takes as long to start as to compile a kernel
 
 
 def can_fork() -> bool:
-    """No GPU that is in use survives it."""
-    return may_start() and sys.platform == "linux" and Device.DEFAULT.startswith("CPU")
+    """Whether forks are safe: a GPU that is in use does not survive them."""
+    return sys.platform == "linux" and Device.DEFAULT.startswith("CPU")
 
 
-def begin_fork() -> None:
-    """A process of ours that ends with the one it was forked from, whatever ends that."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's handlers are for train.py, and
-    for number in (signal.SIGINT, signal.SIGHUP):  # so is what a terminal sends all processes
+def init_fork() -> None:
+    """Initialises a fork: it ignores the terminal's signals and dies with its parent."""
+    worker._init_worker()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py's handlers are for train.py
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != multiprocessing.parent_process().pid:  # it has ended before that
+    if os.getppid() != multiprocessing.parent_process().pid:  # the parent has died before prctl
         os._exit(1)
-    # a connection to tinygrad's cache must not be used on both sides, nor closed on this one
-    begin_fork.connection, helpers._db_connection = helpers._db_connection, None
+    # the fork must neither use nor close the parent's connection to tinygrad's cache
+    init_fork.connection, helpers._db_connection = helpers._db_connection, None
 
 
 class CompilingPool:
-    """What tinygrad asks of its pool. Its own would wait for ever for a process that is killed, and
-    starts processes anew, which import all that this one has imported; forks have it."""
+    """In place of tinygrad's pool, which waits for ever for a process that was killed, and whose
+    processes import everything again; forks need not."""
 
     def __init__(self):
         self.forks = can_fork()
         context = multiprocessing.get_context("fork") if self.forks else worker._WorkerContext()
-        start = start_fork if self.forks else worker._init_worker
+        start = init_fork if self.forks else worker._init_worker
         self.executor = ProcessPoolExecutor(PARALLEL.value, context, start)
 
     def imap_unordered(self, compile_one: Callable, tasks: Iterable[tuple]) -> Iterator[tuple]:
@@ -64,11 +58,11 @@ class CompilingPool:
                 results = future.result()
                 del left[places[future]]
                 yield from results
-        except BrokenProcessPool:  # the system has killed one: this process does what is left
+        except BrokenProcessPool:  # a process was killed: this one compiles the rest
             pool.cache_clear()
             for part in left.values():
                 yield from compile_each(compile_one, part)
-        except BaseException:  # Ctrl-C, say, and Python would wait for all that is to be done
+        except BaseException:  # Ctrl-C: without this Python would compile the rest before it ends
             pool.cache_clear()
             self.executor.shutdown(wait=False, cancel_futures=True)
             raise
@@ -79,52 +73,40 @@ def compile_each(compile_one: Callable, tasks: list[tuple]) -> list[tuple[int, U
 
 
 def compile_together(compile_one: Callable, tasks: list[tuple]) -> list[tuple[int, UOp]]:
-    """Kernels by tinygrad's function for one, but for clang, which compiles them together."""
-    results = compile_each(compile_one, tasks)
-    sources = [program.src[-1].arg for _, program in results]
-    sources = {lib.decode() for lib in sources if not lib.startswith(ELF)}
-    if not sources:
-        return results
-    libs = tasks[0][1][1].compiler.compile_together(sorted(sources))
+    """Like compile_each, but clang compiles the kernels' C in one call."""
+    with Context(RENDER_ONLY=1):
+        results = compile_each(compile_one, tasks)
+    # a program's sources end with its C and its object
+    rendered = [program for _, program in results if not program.src[-1].arg]
+    kernels = {program.src[-2].arg: program.arg.function_name for program in rendered}
+    objects = tasks[0][1][1].compiler.compile_together(kernels) if kernels else {}
 
-    def finished(program: UOp) -> UOp:
-        *rest, binary = program.src
-        return program.replace(src=(*rest, binary.replace(arg=libs.get(binary.arg, binary.arg))))
+    def compiled(program: UOp) -> UOp:
+        *sources, binary = program.src
+        code = binary.arg or objects[sources[-1].arg]
+        return program.replace(src=(*sources, binary.replace(arg=code)))
 
-    return [(number, finished(program)) for number, program in results]
-
-
-def start_fork() -> None:
-    begin_fork()
-    worker._init_worker()
-    CPUCompiler.compile_cached = CPUCompiler.cached_or_source  # for `compile_together`
+    return [(number, compiled(program)) for number, program in results]
 
 
 pool = functools.cache(CompilingPool)
 
 
 def compiling_processes() -> CompilingPool | None:
-    """The pool that compiles kernels, or None."""
-    return pool() if may_start() else None
+    """The pool; None in its processes, which start no others, and with PARALLEL=0 or 1."""
+    is_main = multiprocessing.parent_process() is None
+    return pool() if is_main and PARALLEL.value > 1 else None
 
 
-class Progress:
-    """A line on a terminal while kernels are compiled; it goes away."""
+class CompilingBar(helpers.tqdm):
+    """tinygrad's progress bar, on any terminal, without kernels' names, and erased at the end."""
 
     def __init__(self, total: int, **_):
-        self.n_done, self.total, self.is_shown = 0, total, sys.stderr.isatty()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.is_shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        super().__init__(total=total, disable=None)
 
     def set_description(self, _: str) -> None:
-        pass
+        self.desc = "compiling: "
 
-    def update(self, n: int) -> None:
-        self.n_done += n
-        if self.is_shown:
-            print(f"\rcompiling {self.n_done}/{self.total}", end="", file=sys.stderr, flush=True)
+    def __exit__(self, *_) -> None:
+        if not self.disable:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,24 +1,24 @@
-// Runs a list of kernels one after the other, each in chunks, on a thread for each core. A thread
-// begins with its own chunks, which its cache may hold, and goes on with those that no thread has
-// begun: the system may have given a core to another program. A thread that waits long sleeps, so
-// that the system can move a thread from a busy core to its own.
+// Runs a list of kernels in order, each in chunks, on one thread per core. A thread begins with its
+// own chunks, which its cache may hold, and goes on with chunks that no thread has begun: another
+// program may occupy a core. A thread that waits long sleeps, so that the system can move a thread
+// from a busy core to this one.
 
 typedef unsigned long long word;
 typedef ABI void kernel_8(word, word, word, word, word, word, word, word);
 typedef ABI void kernel_64(PARAMETERS);
 typedef ABI long system_call(long, ...);  // libc's syscall, or a function that yields the core
-enum { FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129, ALL = 1 << 30 };
+enum { FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129, ALL_THREADS = 1 << 30 };
 
-typedef struct {
-  word address, n_chunks, chunk_argument, n_arguments, arguments[];  // one is the chunk's number
+typedef struct {  // the next kernel follows the last argument
+  word address, n_chunks, chunk_argument, n_arguments, arguments[];
 } Kernel;
 
-typedef struct {
-  unsigned n_done, rest_of_line[15];  // chunks of all kernels so far
-  unsigned n_asleep, rest_of_line_2[15];
+typedef struct {  // each counter in a cache line of its own
+  unsigned n_done, padding[15];  // chunks of all kernels so far
+  unsigned n_asleep, padding_2[15];
 } State;
 
-static inline Kernel *after(Kernel *kernel) {
+static inline Kernel *next_kernel(Kernel *kernel) {
   return (Kernel *)(kernel->arguments + kernel->n_arguments);
 }
 
@@ -32,9 +32,9 @@ static inline void call_kernel(Kernel *kernel, word chunk) {
     ((kernel_64 *)kernel->address)(ARGUMENTS);
 }
 
-#if PLAIN  // without threads: what the tests compare with
+#if PLAIN  // the reference of the tests: one thread
 ABI void run_kernels(Kernel *kernel, word n_kernels, word thread_id) {
-  for (word i = 0; i < n_kernels && thread_id == 0; i++, kernel = after(kernel))
+  for (word i = 0; i < n_kernels && thread_id == 0; i++, kernel = next_kernel(kernel))
     for (word chunk = 0; chunk < kernel->n_chunks; chunk++) call_kernel(kernel, chunk);
 }
 #else
@@ -50,12 +50,12 @@ static inline word ticks(void) {
 #endif
 }
 
-// A thread waits for a time in proportion to its last kernel before it sleeps: long while nobody
-// else needs the cores, since to be woken takes time, and short for a while after it has slept.
-enum { LEAST_PATIENCE = 64, MOST_PATIENCE = 4096 };  // in 1/1024
+// A thread spins for up to last_kernel * patience / 1024 before it sleeps: long while no other
+// program needs the cores, since waking takes time, and short for a while after it has slept.
+enum { LEAST_PATIENCE = 64, MOST_PATIENCE = 4096 };
 
 typedef struct {
-  word worked, patience;  // for its last kernel, in ticks
+  word last_kernel, patience;  // last_kernel: ticks that the thread worked on it
   system_call *call;
   long futex;
 } Thread;
@@ -64,7 +64,7 @@ static void wait(Thread *thread, State *state, unsigned n_chunks) {
   word start = ticks(), has_slept = 0;
   unsigned n_done;
   while ((n_done = __atomic_load_n(&state->n_done, __ATOMIC_ACQUIRE)) < n_chunks) {
-    if (ticks() - start <= thread->worked * thread->patience / 1024) continue;
+    if (ticks() - start <= thread->last_kernel * thread->patience / 1024) continue;
     has_slept = 1;
     __atomic_fetch_add(&state->n_asleep, 1, __ATOMIC_SEQ_CST);
     thread->call(thread->futex, &state->n_done, FUTEX_WAIT_PRIVATE, n_done, (void *)0);
@@ -76,13 +76,13 @@ static void wait(Thread *thread, State *state, unsigned n_chunks) {
     thread->patience++;
 }
 
-// Each thread calls this with its number. `is_taken` has a byte for each chunk of all kernels, 0 at
-// first, as is the state.
+// Each thread calls run_kernels with its thread_id. state and is_taken, a byte for each chunk of
+// all kernels, are 0 at first. `futex` is the number of the system call.
 ABI void run_kernels(Kernel *kernel, word n_kernels, word thread_id, word n_threads, State *state,
                      char *is_taken, system_call *call, long futex) {
   Thread thread = {1 << 16, MOST_PATIENCE, call, futex};
   word n_before = 0;  // chunks of the kernels before
-  for (word i = 0; i < n_kernels; i++, kernel = after(kernel)) {
+  for (word i = 0; i < n_kernels; i++, kernel = next_kernel(kernel)) {
     word n_chunks = kernel->n_chunks;
     wait(&thread, state, n_before);
     word start = ticks(), chunk = thread_id * n_chunks / n_threads, has_worked = 0;
@@ -93,10 +93,10 @@ ABI void run_kernels(Kernel *kernel, word n_kernels, word thread_id, word n_thre
       call_kernel(kernel, chunk);
       word n_done = __atomic_add_fetch(&state->n_done, 1, __ATOMIC_SEQ_CST);
       if (n_done == n_before + n_chunks && __atomic_load_n(&state->n_asleep, __ATOMIC_SEQ_CST))
-        call(futex, &state->n_done, FUTEX_WAKE_PRIVATE, ALL);
+        call(futex, &state->n_done, FUTEX_WAKE_PRIVATE, ALL_THREADS);
       has_worked = 1;
     }
-    if (has_worked) thread.worked = ticks() - start;
+    if (has_worked) thread.last_kernel = ticks() - start;
     n_before += n_chunks;
   }
   if (thread_id == 0) wait(&thread, state, n_before);

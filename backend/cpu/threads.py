@@ -1,4 +1,4 @@
-"""All cores of a CPU: loops in chunks, and lists of kernels that a thread for each core runs."""
+"""All cores of a CPU: loops in chunks, and lists of kernels that run on one thread per core."""
 
 import contextlib
 import ctypes
@@ -24,14 +24,14 @@ from tinygrad.uop.ops import AxisType, Ops
 from backend import machine
 from backend.cpu.compiler import load_c
 
-MIN_SHARED_WORK = 1 << 14  # element operations; with fewer, waking a core costs more than it gives
-CHUNKS_PER_CORE = ContextVar("CHUNKS_PER_CORE", 4)  # chunks that it has not begun, others take
-FUTEX = 202 if platform.machine() == "x86_64" else 98  # the number of Linux's system call
+MIN_SHARED_WORK = 1 << 14  # element operations below which waking a core costs more than it saves
+CHUNKS_PER_CORE = ContextVar("CHUNKS_PER_CORE", 4)  # more than 1, so that idle cores can take some
+FUTEX = 202 if platform.machine() == "x86_64" else 98  # Linux's number of the system call
 
 
 def count_cores() -> None:
-    """Sets how many there are for tinygrad, whose own count leaves out a container's share from
-    Python 3.13 on; a number that the user gave stays."""
+    """Sets tinygrad's number of cores, unless the user has. tinygrad's own overlooks a container's
+    limit from Python 3.13 on."""
     if "NUM_CPU_THREADS" not in os.environ:
         for variable in (NUM_CPU_THREADS, PARALLEL):
             if variable.key not in os.environ:
@@ -39,7 +39,7 @@ def count_cores() -> None:
 
 
 class Kernel(Scheduler):
-    """A kernel with chunks of unequal sizes, for which tinygrad can't estimate the operations."""
+    """A kernel without estimates: tinygrad can't estimate chunks of unequal sizes."""
 
     def get_optimized_ast(self, name_override: str | None = None) -> UOp:
         ast = super().get_optimized_ast(name_override)
@@ -47,13 +47,12 @@ class Kernel(Scheduler):
 
 
 def plain_loops(kernel: Scheduler) -> Scheduler:
-    """Leaves loops to clang, where it compiles them: it vectorises them better than those that
-    tinygrad has unrolled."""
+    """Leaves loops to clang, which vectorises plain loops better than unrolled ones."""
     if not isinstance(kernel.ren, ClangRenderer):
         return hand_coded_optimizations(kernel)  # tinygrad's own
     kernel = Kernel(kernel.ast, kernel.ren)
-    # A sum down the columns of a matrix: clang can't swap the loops, so sum a cache line of columns
-    # at once, or fewer. Of more columns clang makes no vectors.
+    # Sums down the columns of a matrix: clang can't swap the loops, so sum a cache line of columns
+    # at once, or fewer; clang does not vectorise more.
     for axis in columns_summed(kernel)[-1:]:
         width = max(n for n in (*range(1, 9), 16) if kernel.full_shape[axis] % n == 0)
         if width > 1:
@@ -67,9 +66,9 @@ def plain_loops(kernel: Scheduler) -> Scheduler:
 
 
 def split_loop(kernel, work: int) -> None:
-    """Splits the loop over the axis that the cores share most evenly, of several the outermost."""
-    independent = kernel._globalizable_rngs()  # the axes of the output
-    ranges = [r for r in kernel.rngs if r in independent and r.src[0].op is Ops.CONST]
+    """Splits the loop that divides most evenly among the cores, the outermost of equals."""
+    output_ranges = kernel._globalizable_rngs()
+    ranges = [r for r in kernel.rngs if r in output_ranges and r.src[0].op is Ops.CONST]
     if not ranges or NUM_CPU_THREADS.value == 1:
         return
     loop = max(ranges, key=lambda range_: evenness(range_.vmax + 1))
@@ -79,7 +78,7 @@ def split_loop(kernel, work: int) -> None:
 
 
 def evenness(n: int) -> float:
-    """The share of the cores' time that is used when they divide n equal pieces of work."""
+    """The utilisation of the cores, 0 to 1, when they divide n equal tasks."""
     n_cores = NUM_CPU_THREADS.value
     return n / (-(-n // n_cores) * n_cores)
 
@@ -87,8 +86,8 @@ def evenness(n: int) -> float:
 def chunk_of(
     n: int, axis: int, work: int = MIN_SHARED_WORK, per_core: int = 1
 ) -> tuple[UOp, UOp, UOp]:
-    """The range over chunks of a loop over n, and the first index and the size of a chunk; there is
-    one chunk where all the work is little."""
+    """The range over the chunks of a loop of n, and the first index and the size of a chunk. Below
+    MIN_SHARED_WORK there is one chunk."""
     n_chunks = min(n, NUM_CPU_THREADS.value * max(1, per_core)) if work >= MIN_SHARED_WORK else 1
     chunk = UOp.range(n_chunks, axis, AxisType.THREAD)
     first, end = (x * n // n_chunks for x in (chunk, chunk + 1))
@@ -96,25 +95,26 @@ def chunk_of(
 
 
 def columns_summed(kernel) -> list[int]:
-    """The axes along a row of the kernel's largest matrix, if it sums the matrix over the rows."""
+    """The axes along a row of the kernel's largest operand, if the kernel sums it over its rows."""
     summed = kernel.ranges_of(AxisType.REDUCE)
-    matrices = [
+    operands = [
         buffer for buffer in kernel.bufs if any(r in buffer.src[1].get_idx().ranges for r in summed)
     ]
-    if not matrices:
+    if not operands:
         return []
-    index = max(matrices, key=lambda buffer: buffer.src[0].max_numel()).src[1].get_idx()
-    steps_of_1 = list(index.split_uop(Ops.ADD))
-    if any(range_ in steps_of_1 for range_ in summed):
+    index = max(operands, key=lambda buffer: buffer.src[0].max_numel()).src[1].get_idx()
+    contiguous = list(index.split_uop(Ops.ADD))  # ranges with a stride of 1 among them
+    if any(range_ in contiguous for range_ in summed):
         return []
-    return [axis for axis in kernel.axes_of(AxisType.WEAK) if kernel.rngs[axis] in steps_of_1]
+    return [axis for axis in kernel.axes_of(AxisType.WEAK) if kernel.rngs[axis] in contiguous]
 
 
 class CPUGraph(GraphRunner):
-    """The kernels of a captured jit in the list that threads.c runs."""
+    """Runs the kernels of a captured jit by threads.c, from a list of its structs `Kernel`."""
 
     def __init__(self, linear: UOp, input_uops: tuple[UOp, ...] = ()):
         super().__init__(linear, input_uops)
+        # input_words and variable_words: index in the list -> number of an input, or a variable
         words, self.n_chunks, self.input_words, self.variable_words = [], 0, {}, {}
         for number, (_, program, buffers, device_variables) in enumerate(self.calls):
             info = program.arg
@@ -143,8 +143,8 @@ class CPUGraph(GraphRunner):
 
 
 def run_kernels(words: ctypes.Array, n_kernels: int, n_chunks: int) -> None:
-    """Runs the list on the caller's thread, which is number 0, and on a thread for each other core.
-    A thread that comes late finds nothing to do, and is not waited for."""
+    """Runs the list on the caller's thread, number 0, and on one thread for each other core. The
+    caller does not wait for a thread that starts late, which finds nothing left to do."""
     n_threads, (pool, function, call) = NUM_CPU_THREADS.value, thread_pool()
     state, is_taken = (ctypes.c_uint32 * 32)(), (ctypes.c_char * n_chunks)()
     for thread_id in reversed(range(n_threads)):
@@ -154,14 +154,15 @@ def run_kernels(words: ctypes.Array, n_kernels: int, n_chunks: int) -> None:
 
 @functools.cache
 def thread_pool(**macros: object) -> tuple[ThreadPoolExecutor, Callable, ctypes.c_void_p]:
-    """Threads, what each of them calls, threads.c's function, and the call by which it waits."""
+    """The threads, run_kernels of threads.c, and the system's function by which a thread waits."""
     macros["PARAMETERS"] = ", ".join(["word"] * 64)
     macros["ARGUMENTS"] = ", ".join(f"a[{i}]" for i in range(64))
-    word, pointer, program = ctypes.c_uint64, ctypes.c_void_p, load_c("threads.c", **macros)
+    word, pointer = ctypes.c_uint64, ctypes.c_void_p
+    program = load_c("threads.c", "run_kernels", **macros)
     arguments = pointer, word, word, word, pointer, pointer, pointer, word
     function = ctypes.CFUNCTYPE(None, *arguments)(program.addr)
-    function.program = program  # which holds the code
-    if sys.platform == "win32":  # whose threads let another one have the core
+    function.program = program  # keeps the code in memory
+    if sys.platform == "win32":  # no futex: threads yield the core
         call = ctypes.windll.kernel32.SwitchToThread
     else:
         libc = ctypes.CDLL(None)
