@@ -1,26 +1,25 @@
-"""Makes one file of a trained model, a program or a page: python export.py my_model -o story."""
+"""Exports a trained model as one file, a program or a page: python export.py my_model -o story."""
 
 import command_line  # isort: skip - first, for the time of the imports
 
 import argparse
 import os
 import platform
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tinygrad import Context
 
 from backend.errors import UserError
-from backend.files import check_file, replacing_file, write_file
+from backend.files import check_file
 from backend.quantized import QMAX
 from inference.generator import Decoder, quantize
 from models import checkpoint
 from runtime import build
 from runtime.sources import Kernels, write_sources
 
-MAX_PAGE_BYTES = 64 << 20  # with more, the weights are a file beside the page
-MAX_WASM_BYTES = (4 << 30) - (32 << 20)  # what WebAssembly can address, less code and prompt
+MAX_PAGE_BYTES = 64 << 20  # larger weights are a file beside the page
+MAX_WASM_BYTES = (4 << 30) - (32 << 20)  # WebAssembly's limit, less code and prompt
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,45 +47,47 @@ def main() -> None:
     if target is None and not arguments.page:
         raise UserError("this machine is none of those that programs are made for: see --target")
     output = arguments.output_path or Path(f"story{'.html' if arguments.page else target.suffix}")
-    check(files_of(output, arguments.page and output.is_dir()), arguments.model_path)
+    check_files(files_of(output, arguments.page and output.is_dir()), arguments.model_path)
     model_folder = checkpoint.find(arguments.model_path)
-    with Context(DEV="CPU"), TemporaryDirectory() as folder:
+    with Context(DEV="CPU"), TemporaryDirectory() as sources_folder:
         model, tokenizer = checkpoint.load(model_folder)
         if arguments.weights:
             quantize(model, arguments.weights)
-        decoder, sources = Decoder(model), Path(folder)
+        decoder, sources = Decoder(model), Path(sources_folder)
         n_weight_bytes = sum(weight.nbytes() for weight in decoder.weights)
         files = files_of(output, arguments.page and n_weight_bytes > MAX_PAGE_BYTES)
-        check(files, model_folder)  # again, now that the model's size and place are known
+        check_files(files, model_folder)  # again, now that the model's size and folder are known
         kernels = write_sources(decoder, tokenizer, help_text, sources)
         if arguments.page:
             check_memory(kernels)
-            write_page(arguments.model_path.resolve().name, sources, files)
+            build.write_page(arguments.model_path.resolve().name, sources, *files)
+            if len(files) > 1:
+                folder = files[0].parent
+                print(f"{folder} is a folder for a web server: python -m http.server -d {folder}")
         else:
-            with replacing_file(output) as new:
-                build.program(target, sources, new)
+            build.write_program(target, sources, output)
 
 
 def this_machine() -> str:
-    """The name of the target that this machine is."""
+    """This machine's name among the targets, or a name that is no target's."""
     system = {"Darwin": "macos"}.get(platform.system(), platform.system().lower())
     is_arm = platform.machine().lower() in ("arm64", "aarch64") and system != "windows"
     return f"{'aarch64' if is_arm else 'x86_64'}-{system}"
 
 
 def files_of(output: Path, is_folder: bool) -> list[Path]:
-    """What is written: one file or, of a large page, the weights and the page in a folder."""
+    """The files to write: the program or the page; in a large page's folder page and weights."""
     if not is_folder:
         return [output]
     folder = output.with_suffix("") if output.suffix == ".html" else output
-    files = [folder / "model.bin", folder / "index.html"]
+    files = [folder / "index.html", folder / "model.bin"]
     if folder.exists() and not (folder.is_dir() and set(files).issuperset(folder.iterdir())):
         raise UserError(f"{folder} exists and is no page of ours: name another with -o")
     return files
 
 
-def check(files: list[Path], model: Path) -> None:
-    """UserError or OSError unless these can be written, and none is a file of the model."""
+def check_files(files: list[Path], model: Path) -> None:
+    """UserError or OSError unless the files can be written, and none is a file of the model."""
     for file in files:
         check_file(file)
         if Path(os.path.realpath(file)) in checkpoint.files(model):
@@ -94,24 +95,11 @@ def check(files: list[Path], model: Path) -> None:
 
 
 def check_memory(kernels: Kernels) -> None:
-    """UserError if a browser can't give a page as much; half precision becomes single there."""
+    """UserError if a page needs more memory than a browser has; its halves become single."""
     n_bytes = kernels.n_file_bytes + 2 * kernels.n_halves + kernels.n_memory_bytes
     if n_bytes > MAX_WASM_BYTES:
         need = f"the page would need {n_bytes / 1e9:.1f} GB, and a browser gives it 4.3"
         raise UserError(f"{need}: try --weights int8, or a program")
-
-
-def write_page(title: str, sources: Path, files: list[Path]) -> None:
-    """To one file, or to those of the weights and the page."""
-    *weights, index = files
-    page = build.page(title, sources, address="model.bin" if weights else "")
-    for path in weights:
-        with replacing_file(path) as new:
-            shutil.copyfile(sources / "model.bin", new)
-    write_file(index, page.encode())
-    if weights:
-        folder = index.parent
-        print(f"{folder} is a folder for a web server: python -m http.server -d {folder}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 
-from backend import attention, einsum, erf, from_numpy, layer_norm, look_up, positions, zeros
+from backend import attention, einsum, embedding, erf, from_numpy, layer_norm, positions, zeros
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Embedding:
         self.weight = Tensor.empty(n_rows, d_model)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        return look_up(self.weight, ids)
+        return embedding(ids, self.weight)
 
 
 def softmax(x: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ def finish(trainer: Trainer, signal_number: int) -> int:
 
 
 def has_fast_bfloat16() -> bool:
-    return bool(native.address("sgemm") and native.address("sbgemm"))
+    return bool(native.blas() and native.load("sbgemm"))
 
 
 def announce(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Memory: zeros, copies between numpy and tensors, and many tensors in one buffer."""
+"""Memory: zeros, copies between numpy and tensors, and tensors side by side in one buffer."""
 
 import contextlib
 import functools
@@ -19,43 +19,44 @@ from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
 from backend.cpu.compiler import ops_cpu
 
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
-MIN_SHARED_BYTES, MIN_HUGE_BYTES, HUGE_PAGE = 1 << 20, 1 << 18, 2 << 20
+MIN_SHARED_BYTES = 1 << 20  # copied by several cores
+MIN_HUGE_BYTES, HUGE_PAGE = 1 << 18, 2 << 20
 ALIGNMENT = 16  # floats: a cache line, and the longest vector of a processor
 
 
 def zeros(*shape: int) -> Tensor:
-    """A buffer of float32 zeros; on the CPU of memory that is not touched before it is used."""
+    """A realised tensor of float32 zeros; on the CPU the system allocates pages at first use."""
     if Device.DEFAULT.startswith("CPU"):
         return tensor_over(aligned_zeros(math.prod(shape)).reshape(shape))
     return from_numpy(np.zeros(shape, np.float32))
 
 
 def from_numpy(array: np.ndarray, device: str | None = None) -> Tensor:
-    """A realised tensor with a copy of the array, made without tinygrad's scheduler, whose start
-    alone takes a tenth of a second."""
-    tensor = allocated(array, Device.canonicalize(device))
+    """A realised tensor with a copy of the array, without tinygrad's scheduler, which takes a tenth
+    of a second to start."""
+    tensor = allocate(array, Device.canonicalize(device))
     copy_in(tensor, array)
     return tensor
 
 
 def tensor_over(array: np.ndarray) -> Tensor:
-    """A realised tensor on the CPU whose memory is the array's."""
-    return allocated(array, "CPU", array)
+    """A realised tensor on the CPU that shares the array's memory."""
+    return allocate(array, "CPU", array)
 
 
-def allocated(array: np.ndarray, device: str, memory: np.ndarray | None = None) -> Tensor:
-    """A tensor of the array's shape and type, in the given memory or its own."""
+def allocate(array: np.ndarray, device: str, memory: np.ndarray | None = None) -> Tensor:
+    """A tensor of the array's shape and type, in the given memory or in new memory."""
     uop = UOp.new_buffer(device, array.size, getattr(dtypes, array.dtype.name))
-    uop.buffer.memory = memory  # as long as there is the buffer
+    uop.buffer.memory = memory  # kept alive with the buffer
     uop.buffer.allocate(external_ptr=None if memory is None else memory.ctypes.data)
     return Tensor(uop.reshape(array.shape))
 
 
 class CPUAllocator(ops_cpu.CPUAllocator):
-    """Takes large buffers from pages of 2 MB; tinygrad maps each by itself, in pages of 4 kB, at
-    whose ends a processor stops to read ahead: up to twice as slow."""
+    """Allocates large buffers in pages of 2 MB, up to twice as fast to read as tinygrad's pages of
+    4 kB: a processor prefetches up to the end of a page."""
 
-    left = np.empty(0, np.uint8)  # of the last memory that was mapped; freed with its last buffer
+    left = np.empty(0, np.uint8)  # of the last mapping, which is freed with its last buffer
 
     def _alloc(self, size: int, options: BufferSpec) -> HCQBuffer:
         if options.external_ptr is not None or size < MIN_HUGE_BYTES or sys.platform != "linux":
@@ -64,7 +65,7 @@ class CPUAllocator(ops_cpu.CPUAllocator):
         if n_aligned > len(self.left):
             n_bytes = max(n_aligned, 16 * HUGE_PAGE) + HUGE_PAGE
             memory = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(OSError):  # a Linux without them
+            with contextlib.suppress(OSError):  # a Linux without huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
             self.left = np.frombuffer(memory, np.uint8)
             self.left = self.left[-self.left.ctypes.data % HUGE_PAGE :]
@@ -80,23 +81,23 @@ def aligned_zeros(n: int) -> np.ndarray:
 
 
 def copy_in(tensor: Tensor, array: np.ndarray) -> None:
-    """Copies an array into a realised tensor of its size, without tinygrad's scheduler, which takes
-    longer than a token of a small model."""
+    """Copies an array into a realised tensor of the same size, without tinygrad's scheduler, which
+    takes longer than a token of a small model."""
     buffer = tensor.uop.base.buffer
     if not buffer.device.startswith("CPU"):
-        array = np.ascontiguousarray(array)
-        return buffer.allocator._copyin(buffer._buf, memoryview(array).cast("B"))
+        buffer.allocator._copyin(buffer._buf, memoryview(np.ascontiguousarray(array)).cast("B"))
+        return
     memory, n_cores = as_numpy(tensor).reshape(array.shape), NUM_CPU_THREADS.value
     if array.nbytes < MIN_SHARED_BYTES:
         memory[...] = array
-        return None
+        return
     parts = (np.array_split(x, n_cores) for x in (memory, array))
     with ThreadPoolExecutor(n_cores) as threads:
         list(threads.map(np.copyto, *parts))
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
-    """The numbers of a realised tensor; on the CPU they are the tensor's own memory."""
+    """A realised tensor as an array; on the CPU without a copy."""
     buffer = tensor.uop.base.buffer
     if not buffer.device.startswith("CPU"):
         return copy_out(tensor)
@@ -105,18 +106,18 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def copy_out(tensor: Tensor) -> np.ndarray:
-    """A copy of a realised tensor's numbers."""
+    """A realised tensor as a new array."""
     array, buffer = np.empty(tensor.shape, _to_np_dtype(tensor.dtype)), tensor.uop.base.buffer
     buffer.allocator._copyout(memoryview(array).cast("B"), buffer._buf)
     return array
 
 
 class FlatBuffer:
-    """Float32 tensors by name, side by side in memory in the order of `shapes`, and 0 at first.
+    """Float32 tensors by name, side by side in memory in the order of `shapes`, initially 0.
 
     `views` holds each tensor, `whole` all of them: on the CPU one tensor (n,) over the memory of
     the views, elsewhere the views, since not every backend has views of a buffer. tinygrad does
-    not know that they share memory: realise a write to one before the other is read.
+    not know that views and whole share memory: realise a write to one before reading the other.
     """
 
     def __init__(self, shapes: Shapes):
@@ -141,14 +142,14 @@ class FlatBuffer:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tensors over this memory: the buffers of a jit that reads or writes some of them."""
+        """All tensors over this memory, for the buffers of a jit."""
         if self.memory is None:
             return self.whole
-        of_parts = (tensor for part in self.parts.values() for tensor in part.whole)
-        return [*self.whole, *self.views.values(), *of_parts]
+        parts = (tensor for part in self.parts.values() for tensor in part.whole)
+        return [*self.whole, *self.views.values(), *parts]
 
     def part(self, names: Iterable[str]) -> "FlatBuffer":
-        """The tensors of consecutive names, which share the memory of this buffer."""
+        """The tensors of consecutive names as a FlatBuffer over the same memory."""
         names = tuple(names)
         if names not in self.parts:
             part = self.parts[names] = FlatBuffer({name: self.shapes[name] for name in names})
@@ -159,16 +160,16 @@ class FlatBuffer:
         return self.parts[names]
 
     def read(self) -> dict[str, np.ndarray]:
-        """The numbers of the views by name; on the CPU their own memory, elsewhere a copy."""
+        """The views as arrays; on the CPU without a copy."""
         return {name: as_numpy(view) for name, view in self.views.items()}
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Copies the arrays of these names into the views."""
+        """Copies arrays into the views of the same names."""
         for name, view in self.views.items():
             copy_in(view, arrays[name].astype(np.float32, copy=False))
 
     def apply_in_place(self, function: Callable[[np.ndarray], object]) -> None:
-        """Calls a function, which changes an array in place, with all numbers as one array (n,)."""
+        """Calls the function with all numbers as one array (n,), which it changes in place."""
         if self.memory is not None:
             function(self.memory)
             return
@@ -178,7 +179,7 @@ class FlatBuffer:
         self.write(dict(zip(self.shapes, np.split(message, ends[:-1]), strict=True)))
 
     def stack(self, whole: list[Tensor]) -> Tensor:
-        """Tensors laid out as `whole`, where all views have one shape -> (n, *shape)"""
+        """Tensors laid out as `whole`, of n views with one shape -> (n, *shape)"""
         n, shape = len(self.shapes), next(iter(self.shapes.values()))
         if self.memory is None:
             return Tensor.stack(*whole)

@@ -1,4 +1,4 @@
-"""Folders and files: written whole or not at all, locked, and no more of them than a size."""
+"""Files and folders: written whole or not at all, locked, and deleted when too many are kept."""
 
 import contextlib
 import ctypes
@@ -22,9 +22,9 @@ else:
 
 @contextlib.contextmanager
 def new_folder(beside: Path) -> Iterator[Path]:
-    """A folder to work in, and to rename when all is done; else it goes away."""
+    """A new folder in the parent of `beside`, to be renamed when complete; deleted otherwise."""
     beside.parent.mkdir(parents=True, exist_ok=True)
-    new = beside.with_name(f".gpt-tiny-{uuid.uuid4().hex}")
+    new = temporary_path(beside.parent)
     new.mkdir()
     try:
         yield new
@@ -34,11 +34,11 @@ def new_folder(beside: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A new file to write, which at the end takes the place of the one that `path` leads to, whole
-    or not at all. UserError for what is no regular file."""
+    """A new file to write, which replaces the file at `path` at the end, whole or not at all; links
+    are followed. UserError unless `path` is a regular file or free."""
     path = regular_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".gpt-tiny-{uuid.uuid4().hex}")
+    new = temporary_path(path.parent)
     try:
         yield new
         sync(new)
@@ -53,8 +53,12 @@ def write_file(path: Path, data: bytes) -> None:
         new.write_bytes(data)
 
 
+def temporary_path(folder: Path) -> Path:
+    return folder / f".gpt-tiny-{uuid.uuid4().hex}"
+
+
 def claim(path: Path) -> Path:
-    """Makes a folder of this name, or with a number behind it if another training has that one."""
+    """Creates the folder, with a number appended if the name is taken by another training."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in (path.name, *(f"{path.name}_{number}" for number in range(2, 1000))):
         with contextlib.suppress(FileExistsError):
@@ -64,24 +68,22 @@ def claim(path: Path) -> Path:
 
 
 def check_file(path: Path) -> None:
-    """UserError or OSError unless `replacing_file` can write `path`: to be called before the work
-    whose result it is."""
+    """UserError or OSError unless `replacing_file` can write `path`; called before long work."""
     check_parent(regular_file(path))
 
 
 def check_parent(path: Path) -> None:
-    """UserError unless there can be a new file or folder beside `path`."""
+    """UserError unless a file or folder can be created in the parent of `path`."""
     parent = next(parent for parent in path.parents if parent.exists())
-    trial = parent / f".gpt-tiny-{uuid.uuid4().hex}"
     try:
-        trial.mkdir()
-        trial.rmdir()
+        with new_folder(parent / path.name):
+            pass
     except OSError as error:
         raise UserError(f"cannot save to {path}: {error.strerror} ({parent})") from None
 
 
 def regular_file(path: Path) -> Path:
-    """The file that a path leads to, which need not be there yet."""
+    """The real path of a file, which need not exist; UserError if it is not a regular file."""
     with contextlib.suppress(FileNotFoundError):
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
@@ -91,7 +93,7 @@ def regular_file(path: Path) -> Path:
 
 
 def exchange(a: Path, b: Path) -> None:
-    """Swaps two folders: at once on Linux, in three steps elsewhere."""
+    """Swaps two folders: atomically on Linux, in three steps elsewhere."""
     rename = None
     if sys.platform == "linux":
         rename = getattr(ctypes.CDLL(None), "renameat2", None)
@@ -107,40 +109,41 @@ def exchange(a: Path, b: Path) -> None:
         os.rename(aside, a)
 
 
-def sync(path: Path) -> None:
+def sync(*paths: Path) -> None:
+    """Waits until files, or the names in folders, are on the disk."""
     is_windows = sys.platform == "win32"
-    if is_windows and path.is_dir():  # it opens none, and syncs only what is open for writing
-        return
-    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for path in paths:
+        if is_windows and path.is_dir():  # Windows opens no folder
+            continue
+        descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Takes the lock of that name, a file, and says whether this process has it: False if another
-    one has it now, unless it is to `wait` for that.
+    """Locks the file `path`; False if another process has the lock, unless told to `wait`.
 
-    It ends with the process, whatever ends that. The file goes away with the lock, but not on
-    Windows. Where the file system knows no locks, each process has it.
+    The lock ends with the process, however that ends, and the file is deleted with the lock, except
+    on Windows. True for every process where the file system has no locks.
     """
     while True:
         with path.open("a") as file:
-            is_ours = take(file, wait)
-            if is_ours and not is_at(path, file):  # the one before has just removed it
+            has_lock = lock(file, wait)
+            if has_lock and not is_at(path, file):  # the process before has just deleted it
                 continue
             try:
-                yield is_ours
+                yield has_lock
             finally:
-                if is_ours and sys.platform != "win32":  # where no open file can be removed
-                    path.unlink(missing_ok=True)  # while it is locked: who waits sees that
+                if has_lock and sys.platform != "win32":  # Windows deletes no open file
+                    path.unlink(missing_ok=True)  # before it is unlocked: see `is_at`
                     fcntl.flock(file, fcntl.LOCK_UN)  # forks may have it open, too
             return
 
 
-def take(file: IO, wait: bool) -> bool:
+def lock(file: IO, wait: bool) -> bool:
     try:
         if sys.platform == "win32":
             msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
@@ -152,23 +155,23 @@ def take(file: IO, wait: bool) -> bool:
 
 
 def is_at(path: Path, file: IO) -> bool:
-    """Whether the open file is the one of that name."""
+    """Whether the path is still that of the open file."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     return False
 
 
 def drop_oldest(paths: Iterable[Path], n_bytes: int, drop: Callable[[Path], object]) -> None:
-    """Leaves the files and folders that were used last, `n_bytes` of them, and always the newest;
-    how old one is its own time says."""
+    """Calls `drop` with the least recently modified files and folders until the others have at most
+    `n_bytes`; the newest always stays."""
     found = []
     for path in paths:
-        with contextlib.suppress(OSError):  # another process drops some, too
+        with contextlib.suppress(OSError):  # dropped by another process meanwhile
             files = path.iterdir() if path.is_dir() else [path]
             size = sum(file.stat().st_size for file in files)
             found.append((path.stat().st_mtime_ns, size, path))
     for number, (_, size, path) in enumerate(sorted(found, reverse=True)):
         n_bytes -= size
         if number and n_bytes < 0:
-            with contextlib.suppress(OSError):  # and what can't be removed stays
+            with contextlib.suppress(OSError):  # in use on Windows, say
                 drop(path)

@@ -1,7 +1,7 @@
-"""Jits that are captured once, and kept for the next start with all that was compiled for them.
+"""Jits captured once, and kept on disk with their compiled kernels for the next start.
 
-The files are pickles: they are read from the user's own cache folder alone, where no one else can
-write. A file's name is a hash of all that the jit depends on. A file with any fault is made anew.
+The files are pickles, so they are read only from a cache folder where nobody else can write. The
+name of a file is a hash of everything that the jit depends on. A damaged file is made anew.
 """
 
 import contextlib
@@ -36,18 +36,18 @@ FIRST_PLACEHOLDER = 10_000  # tinygrad numbers the arguments of a jit from 0
 class CachedJit:
     """A TinyJit that is captured at its first call, or restored from the cache folder.
 
-    The function takes realised tensors, always of the same shapes, and by name integers, each from
-    the range in `variables`; it returns nothing. `buffers` are all other tensors that it reads or
-    writes, realised. `key` tells it from functions of its name with buffers of these shapes.
+    The function takes realised tensors of fixed shapes, and by name integers within the ranges in
+    `variables`; it returns nothing. `buffers` are all other tensors that it reads or writes,
+    realised. `key` differs between functions of one name with buffers of the same shapes.
     """
 
     def __init__(
         self, function: Callable, buffers: Sequence[Tensor], key: object, **variables: range
     ):
         self.jit, self.variables = TinyJit(function), variables
-        self.jit.cnt = 1  # else it would call it plainly once, which only unrealised state needs
+        self.jit.cnt = 1  # TinyJit's first call, which realises state, is not needed
         self.path, device = None, buffers[0].device
-        if device.startswith("CPU"):  # where it is tested
+        if device.startswith("CPU"):  # the only backend where kept jits are tested
             self.buffers = [tensor.uop.base for tensor in buffers]
             shapes = [(buffer.shape, buffer.dtype, buffer.device) for buffer in self.buffers]
             name = fingerprint(function.__qualname__, key, variables, shapes)
@@ -55,26 +55,26 @@ class CachedJit:
             self.restore()
 
     def restore(self) -> None:
-        with contextlib.suppress(Exception):  # to begin with: there is none
+        with contextlib.suppress(Exception):  # no file, or a damaged one
             kept = pickle.loads(unsealed(read_private(self.path)))
             self.jit.captured = restored(kept, self.buffers)
-            os.utime(self.path)  # those that are used stay
+            os.utime(self.path)  # `drop_oldest` drops the least recently used
 
     def __call__(self, *tensors: Tensor, **numbers: int) -> None:
         if self.jit.captured is None:
             self.capture(*tensors, **numbers)
-        else:  # called as such: TinyJit looks for changes in all arguments
+        else:  # not through TinyJit, which compares all arguments
             self.jit.captured([tensor.uop.base for tensor in tensors], numbers)
 
     def capture(self, *tensors: Tensor, **numbers: int) -> None:
-        """Runs it, which captures it; or restores what another process captures meanwhile."""
+        """Runs and captures the function, or restores the jit that another process captures."""
         if not self.path:
             return self.run_and_capture(*tensors, **numbers)
-        with alone(self.path):
+        with locked(self.path):
             self.restore()
             if self.jit.captured is None:
                 self.run_and_capture(*tensors, **numbers)
-                with contextlib.suppress(Exception):  # a full disk, say: nothing is lost but time
+                with contextlib.suppress(Exception):  # a full disk, say: the next start is slower
                     keep(self.path, self.jit.captured, self.buffers)
                 return
         self(*tensors, **numbers)
@@ -84,14 +84,14 @@ class CachedJit:
             name: Variable(name, self.variables[name][0], self.variables[name][-1]).bind(number)
             for name, number in numbers.items()
         }
-        # tinygrad need not check its own graphs, nor split them into batches of kernels
+        # tinygrad neither checks its own graphs nor splits them into batches of kernels
         with Context(SPEC=0, **({"JIT_BATCH_SIZE": 0} if self.path else {})):
             self.jit(*tensors, **variables)
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """For one process at a time, where files can be locked."""
+def locked(path: Path) -> Iterator[None]:
+    """Waits for the lock of a jit's file; goes on without in a folder that can't be written."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -100,8 +100,8 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def placeholders(buffers: Sequence[UOp]) -> dict[UOp, UOp]:
-    """Parameters that stand for the buffers in a file: the number that identifies a buffer may be
-    another buffer's in another process."""
+    """Buffer -> parameter that stands for it in a file: the number of a buffer may be another
+    buffer's in another process."""
     return {
         buffer: UOp.param(number, buffer.dtype, buffer.shape, buffer.device)
         for number, buffer in enumerate(buffers, FIRST_PLACEHOLDER)
@@ -109,20 +109,19 @@ def placeholders(buffers: Sequence[UOp]) -> dict[UOp, UOp]:
 
 
 def keep(path: Path, jit: CapturedJit, buffers: list[UOp]) -> None:
-    """Writes a jit, with placeholders for the buffers that it was given, for the addresses of
-    functions, which are kept by name, and for its own buffers, which are kept without content."""
+    """Writes a jit with placeholders for the buffers given, for addresses of C functions, kept by
+    name, and for temporary buffers, kept by size."""
     others = [u for u in jit._linear.toposort() if u.op is Ops.BUFFER and u not in buffers]
-    functions = [u for u in others if u in native.names]
-    own = [u for u in others if u not in native.names]
-    if any(buffer in own for buffer in read_first(jit._linear)):
-        return  # it needs content that was made while it was captured
-    replaced = placeholders([*buffers, *functions, *own])
+    addresses = [u for u in others if u in native.names]
+    temporaries = [u for u in others if u not in native.names]
+    if any(buffer in temporaries for buffer in read_first(jit._linear)):
+        return  # the jit reads content that was made while it was captured
+    replaced = placeholders([*buffers, *addresses, *temporaries])
     linear = jit._linear.substitute(replaced, walk=True, enter_calls=True)
     expected = jit.expected_names, jit.expected_input_info
-    called = [(native.names[buffer], buffer.device) for buffer in functions]
-    sizes = [(buffer.device, buffer.max_numel(), buffer.dtype) for buffer in own]
-    data = pickle.dumps((linear, expected, called, sizes))
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    functions = [(native.names[buffer], buffer.device) for buffer in addresses]
+    sizes = [(buffer.device, buffer.max_numel(), buffer.dtype) for buffer in temporaries]
+    data = pickle.dumps((linear, expected, functions, sizes))
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     with open(temporary, "xb", opener=lambda *name: os.open(*name, 0o600)) as file:
         file.write(sealed(data))
@@ -131,23 +130,23 @@ def keep(path: Path, jit: CapturedJit, buffers: list[UOp]) -> None:
 
 
 def drop_oldest(folder: Path) -> None:
-    """Leaves the files that were used last, KEPT_BYTES of them."""
+    """Deletes the least recently used jits beyond KEPT_BYTES."""
     jits = [path for path in folder.iterdir() if path.suffix != LOCK]
     files.drop_oldest(jits, KEPT_BYTES, Path.unlink)
 
 
 def restored(kept: tuple, buffers: list[UOp]) -> CapturedJit:
-    linear, expected, called, sizes = kept
-    functions = (native.address_of(*arguments).uop.base for arguments in called)
-    buffers = [*buffers, *functions, *(UOp.new_buffer(*size) for size in sizes)]
+    linear, expected, functions, sizes = kept
+    addresses = (native.address_of(*function).uop.base for function in functions)
+    buffers = [*buffers, *addresses, *(UOp.new_buffer(*size) for size in sizes)]
     back = {placeholder: buffer for buffer, placeholder in placeholders(buffers).items()}
     jit = CapturedJit(None, linear.substitute(back, walk=True, enter_calls=True), *expected)
-    jit._written_uops = set()  # of the arguments; tinygrad would go through all kernels for them
+    jit._written_uops = set()  # no argument is written; tinygrad would search all kernels
     return jit
 
 
 def read_first(linear: UOp) -> Iterator[UOp]:
-    """The buffers that are read as a whole before anything is written to them."""
+    """The buffers that a kernel reads before any kernel writes to them."""
     written = set()
     for kernel in kernels_of(linear):
         arguments = get_call_arg_uops(kernel)
@@ -157,14 +156,14 @@ def read_first(linear: UOp) -> Iterator[UOp]:
 
 
 def kernels_of(linear: UOp) -> Iterator[UOp]:
-    """The calls of kernels in a jit, one by one, also of those that a graph runs."""
+    """The calls of kernels in a jit, those within a graph included."""
     for call in linear.src:
         is_graph = call.src[0].op is Ops.CUSTOM_FUNCTION
         yield from call.src[0].src[0].src if is_graph else (call,)
 
 
 def source_files() -> list[Path]:
-    """The program's, Python and C: beside this package, and in the packages there."""
+    """The program's source in Python and C, in all its packages."""
     root = Path(__file__).parents[1]
     kinds = ".py", ".c"
     rooms = (*root.glob("*/__init__.py"), *root.glob("*/*/__init__.py"))
@@ -174,7 +173,7 @@ def source_files() -> list[Path]:
 
 @functools.cache
 def sources() -> str:
-    """A hash of the program."""
+    """A hash of the program's source."""
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in source_files())).hexdigest()
 
 
@@ -185,21 +184,21 @@ def tinygrads_sources() -> list[tuple]:
 
 
 def fingerprint(*parts: object) -> str:
-    """A hash of the parts and of all else that a captured jit depends on."""
+    """A hash of the parts and of everything else that a captured jit depends on."""
     parts += (
         sources(),
         tinygrads_sources(),
         [(name, repr(variable.value)) for name, variable in sorted(ContextVar._cache.items())],
         Device["CPU"].renderer.compiler.cachekey,
-        blas() and blas().integer,  # another numpy, another BLAS
+        blas() and blas().integer,  # differs between builds of numpy
         (sys.version, platform.platform(), processor(), native.may_use_tiles()),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def read_private(path: Path) -> bytes:
-    """A file's bytes; PermissionError if anyone but the user could have written it."""
-    if sys.platform == "win32":  # a user's own folders are closed to others there
+    """A file's bytes; PermissionError if another user could have written it."""
+    if sys.platform == "win32":  # a user's folders are closed to others
         return path.read_bytes()
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
         for status in (os.fstat(file.fileno()), os.stat(path.parent)):

@@ -1,6 +1,6 @@
-"""What differs from one machine to another: its cores, its memory, where a user's cache is.
+"""The machine: cores, memory, and the cache folder of the user.
 
-It is imported before tinygrad, which reads variables and finds its cache when it is imported.
+Import this module before tinygrad, which reads variables and opens its cache at import.
 """
 
 import atexit
@@ -16,66 +16,66 @@ from pathlib import Path
 
 from backend.errors import UserError
 
-LEAST = {"NUM_CPU_THREADS": 1, "PARALLEL": 0}  # that tinygrad's variables may be
+MINIMA = {"NUM_CPU_THREADS": 1, "PARALLEL": 0}  # of tinygrad's variables
 
 
 def check_variables() -> None:
-    """ValueError for a number of cores that is none."""
-    for name, least in LEAST.items():
-        text = os.environ.get(name, str(least))
-        if not text.strip().isdecimal() or int(text) < least:
-            raise UserError(f"{name}={text}: give a whole number of at least {least}")
+    """UserError for a number of cores that is too small or no number."""
+    for name, minimum in MINIMA.items():
+        text = os.environ.get(name, str(minimum))
+        if not text.strip().isdecimal() or int(text) < minimum:
+            raise UserError(f"{name}={text}: give a whole number of at least {minimum}")
 
 
 def usable_cores() -> set[int]:
-    """Those that this process may run on."""
+    """The cores in this process's affinity mask."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
 
 def n_cores() -> int:
-    """How many cores' work the process may do: a container's share of them may be less."""
+    """The number of usable cores, or a container's share of the processor if that is less."""
     return max(1, int(min(len(usable_cores()), share_of_processor())))
 
 
 def n_threads() -> int:
-    """How many are of use: NUM_CPU_THREADS, where a user has set it, or one for each core."""
+    """NUM_CPU_THREADS where the user has set it, or one thread for each core."""
     return int(os.environ.get("NUM_CPU_THREADS") or n_cores())
 
 
 def share_of_processor(root: Path = Path("/")) -> float:
-    """What Linux's control groups leave the process, in cores."""
+    """The limit of Linux's control groups for this process, in cores."""
     files = ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
     quotas = (numbers for group in groups("cpu", root) for numbers in limits(group, *files))
     return min((time / period for time, period in quotas if time > 0), default=math.inf)
 
 
 def groups(controller: str, root: Path) -> Iterator[Path]:
-    """The folders of the process's control groups, of version 2 or 1 and nested."""
+    """The folders of the process's control groups, version 1 or 2, outermost first."""
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and controller not in controllers.split(","):
                 continue
             folder = root / "sys/fs/cgroup" / (controller if controllers else "")
-            yield folder  # its own group's may be mounted there
+            yield folder  # in a container the process's group may be mounted here
             for name in filter(None, path.split("/")):
                 folder /= name
                 yield folder
 
 
 def limits(group: Path, *files: list[str]) -> Iterator[list[int]]:
-    """The numbers in the files of each version, where there are these."""
+    """The numbers in the group's files, for each version of which the files exist."""
     for names in files:
-        with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max" in it
             texts = [(group / name).read_text(encoding="utf-8") for name in names]
             yield [int(number) for number in " ".join(texts).split()]
 
 
 def memory(root: Path = Path("/")) -> int:
-    """The bytes of memory that the process may have: a container's limit, or that of `ulimit`, may
-    be less than the machine's."""
+    """The bytes of memory that the process may have: the machine's, or the limit of a container or
+    of `ulimit`."""
     files = ["memory.max"], ["memory.limit_in_bytes"]
     numbers = [n for group in groups("memory", root) for [n] in limits(group, *files)]
     if sys.platform != "win32":
@@ -89,39 +89,21 @@ def physical_memory() -> int:
     """The bytes of the machine's memory."""
     if sys.platform != "win32":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX, whose second number is this
+    status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: the second number
     ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
     return status[1]
 
 
-def cache_folder() -> Path:
-    """Where this user's programs keep what they can make anew."""
+def find_cache() -> Path:
+    """The user's cache folder or, if not writable, a temporary folder and a warning; OSError if
+    there is neither."""
     places = {
         "darwin": "~/Library/Caches",
         "win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local",
     }
     place = os.environ.get("XDG_CACHE_HOME") or places.get(sys.platform, "~/.cache")
-    return Path(os.path.expanduser(place))
-
-
-def can_be_written(folder: Path) -> bool:
-    """Whether our files, tinygrad's and those of ziglang's compiler can."""
-    names = {"gpt-tiny": "", "tinygrad": "CACHEDB", "zig": "ZIG_GLOBAL_CACHE_DIR"}
-    if folder.parts[0] == "~":  # nobody's home: a number without a name, as containers run with
-        return False
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        places = [folder / name for name, moves_it in names.items() if moves_it not in os.environ]
-        return all(os.access(x if x.exists() else folder, os.W_OK) for x in places)
-    except OSError:
-        return False
-
-
-def find_cache() -> Path:
-    """The user's cache or, where it can't be written, a folder for this process alone, and a line
-    that says so; OSError where there is none either."""
-    folder = cache_folder()
-    if can_be_written(folder):
+    folder = Path(os.path.expanduser(place))
+    if is_writable(folder):
         return folder
     print(
         f"warning: {folder} can't be written, so what is compiled is not kept for the next start: "
@@ -129,16 +111,29 @@ def find_cache() -> Path:
         file=sys.stderr,
     )
     temporary = tempfile.mkdtemp(prefix="gpt-tiny-")
-    atexit.register(remove_cache, temporary)
-    os.environ["XDG_CACHE_HOME"] = temporary  # for the processes that this one starts as well
-    if sys.platform == "win32":  # where zig does not look at it
+    atexit.register(delete_cache, temporary)
+    os.environ["XDG_CACHE_HOME"] = temporary  # for processes started by this one, too
+    if sys.platform == "win32":  # where zig ignores XDG_CACHE_HOME
         os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", temporary)
     return Path(temporary)
 
 
-def remove_cache(folder: str) -> None:
+def is_writable(cache: Path) -> bool:
+    """Whether gpt-tiny, tinygrad and ziglang's compiler can write to folders in the cache."""
+    folders = {"gpt-tiny": "", "tinygrad": "CACHEDB", "zig": "ZIG_GLOBAL_CACHE_DIR"}
+    if cache.parts[0] == "~":  # a user without a home, as containers run with
+        return False
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        used = [cache / name for name, variable in folders.items() if variable not in os.environ]
+        return all(os.access(x if x.exists() else cache, os.W_OK) for x in used)
+    except OSError:
+        return False
+
+
+def delete_cache(folder: str) -> None:
     helpers = sys.modules.get("tinygrad.helpers")
-    if helpers and helpers._db_connection:  # Windows removes no file that is open
+    if helpers and helpers._db_connection:  # Windows deletes no open file
         helpers._db_connection.close()
     shutil.rmtree(folder, ignore_errors=True)
 

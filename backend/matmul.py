@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 from tinygrad import Context, Tensor, UOp, dtypes
-from tinygrad.dtype import DType
 from tinygrad.helpers import ContextVar
 from tinygrad.uop.ops import Ops, sint
 
@@ -18,11 +17,12 @@ from backend.cpu.native import blas
 from backend.cpu.threads import chunk_of, evenness
 
 PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")  # that operands are rounded to
-FEW_VECTORS = ContextVar("FEW_VECTORS", 0)  # up to which gemv.c multiplies them, without a gradient
+FEW_VECTORS = ContextVar("FEW_VECTORS", 0)  # most vectors for gemv.c, which has no gradient
+ROW_MAJOR, NO_TRANSPOSE, TRANSPOSE = 101, 111, 112  # cblas_sgemm's
 
 
 def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
-    """`Tensor.einsum` for two tensors, in float32; on the CPU by BLAS or gemm.c, unless BLAS=0.
+    """`Tensor.einsum` of two tensors, in float32; on the CPU by BLAS or gemm.c, unless BLAS=0.
 
     With PRODUCT_DTYPE "bfloat16" operands are rounded, in the gradients too, and sums stay in
     float32; on the CPU gemm.c multiplies them, if the processor has instructions for bfloat16.
@@ -31,139 +31,120 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
         return b.product(spec, a)
     if PRODUCT_DTYPE.value != "float32":
         a, b = (x.cast(PRODUCT_DTYPE.value) for x in (a, b))
-    operands, letters_c = spec.split("->")
-    letters_a, letters_b = operands.split(",")
+    letters_a, letters_b, letters_c = spec.replace("->", ",").split(",")
     sizes = dict(zip(letters_a + letters_b, a.shape + b.shape, strict=True))
     axes = Axes(letters_a, letters_b, letters_c, sizes)
-    _, *sides = axes.counts()
     calls_blas = a.device.startswith("CPU") and blas() is not None
     is_matrix = letters_b == letters_c[-1] + letters_a[-1]  # (out, in)
     if calls_blas and FEW_VECTORS and is_matrix and b.dtype in (dtypes.half, dtypes.float32):
         n_vectors = math.prod(a.shape[:-1])
         if n_vectors <= FEW_VECTORS.value or b.dtype == dtypes.half:
             return gemv(b, a.reshape(n_vectors, -1)).reshape(*a.shape[:-1], -1)
-    reads_b_once = sides[0] == 1 and sides.count(1) == 1
-    is_bfloat16 = a.dtype == b.dtype == dtypes.bfloat16 and not reads_b_once
-    if calls_blas and not (is_bfloat16 and native.address("sbgemm")):
+    _, *mnk = axes.counts()
+    is_vector = mnk[0] == 1 and mnk.count(1) == 1  # a
+    is_bfloat16 = a.dtype == b.dtype == dtypes.bfloat16 and not is_vector
+    if calls_blas and not (is_bfloat16 and native.load("sbgemm")):
         a, b = (x.cast(dtypes.float32) for x in (a, b))
-    if reads_b_once:
-        # a plain loop does so best; with another side of 1 the product may fold to a constant, and
-        # the gradients behind it then have no memory
+    if is_vector:  # b is read once: a plain loop is fastest
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32)
     if not calls_blas:  # contiguous: a product reads an operand again and again
         a, b = a.contiguous(), b.contiguous()
         return Tensor.einsum(spec, a, b, dtype=dtypes.float32).contiguous_backward()
-    a, b = stored(a), stored(b)
-    c = Tensor.empty(*(at_most(sizes[x]) for x in letters_c), device=a.device)
+    c = Tensor.empty(*(max_size(sizes[x]) for x in letters_c), device=a.device)
     address = native.address_of("sbgemm" if a.dtype == dtypes.bfloat16 else "sgemm", a.device)
-    c = Tensor(blas_product(c.uop, a.uop, b.uop, address.uop, axes))
+    c = Tensor(gemm(c.uop, stored(a).uop, stored(b).uop, address.uop, axes))
     return c.shrink(tuple((0, sizes[x]) for x in letters_c))
 
 
 @dataclass(frozen=True)
 class Axes:
-    """The letters of a product's operands and of its result, and the size of each."""
+    """The letters of the operands a and b and of the result c, and the size of each letter."""
 
-    of_a: str
-    of_b: str
-    of_c: str
+    a: str
+    b: str
+    c: str
     sizes: dict[str, sint]
 
     def groups(self) -> tuple[list[str], ...]:
-        """The letters of the batches, of c's rows and columns, and of the sums."""
+        """The letters of the batches, of c's rows, of c's columns, and of the sums."""
         return (
-            [x for x in self.of_c if x in self.of_a and x in self.of_b],
-            [x for x in self.of_c if x not in self.of_b],
-            [x for x in self.of_c if x not in self.of_a],
-            [x for x in self.of_a if x in self.of_b and x not in self.of_c],
+            [x for x in self.c if x in self.a and x in self.b],
+            [x for x in self.c if x not in self.b],
+            [x for x in self.c if x not in self.a],
+            [x for x in self.a if x in self.b and x not in self.c],
         )
 
     def counts(self) -> tuple[sint, ...]:
-        """The numbers of batches, of c's rows and columns, and of the terms of a sum."""
+        """The numbers of batches, of c's rows, of c's columns, and of the terms of a sum."""
         return tuple(math.prod(self.sizes[x] for x in group) for group in self.groups())
 
 
-def blas_product(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
-    """c, with the product of a and b in it. The gradients are two more such products."""
-
-    def gradient(of_c: UOp, call: UOp) -> tuple:
-        # The address comes from the call's own sources: one of the closure would be another,
-        # empty buffer where tinygrad traces the function.
-        _, _, a, b, address = call.src
-        of_a, of_b = (
-            UOp.new_buffer(x.device, x.numel(), dtypes.float32).reshape(x.shape) for x in (a, b)
-        )
-        of_c = of_c.cast(a.dtype)
-        if 1 in axes.counts()[1:]:  # behind a norm over one value it is a constant: no memory
-            of_c = of_c.contiguous()
-        axes_a = Axes(axes.of_c, axes.of_b, axes.of_a, axes.sizes)
-        axes_b = Axes(axes.of_c, axes.of_a, axes.of_b, axes.sizes)
-        of_a = blas_product(of_a, of_c, b, address, axes_a)
-        of_b = blas_product(of_b, of_c, a, address, axes_b)
-        return None, of_a, of_b, None
-
-    kernel = functools.partial(gemm_kernel, axes=axes)
+def gemm(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
+    """c after the product of a and b is written to it."""
+    kernel, gradient = (functools.partial(f, axes=axes) for f in (gemm_kernel, gemm_gradient))
     return UOp.custom_kernel(c, a, b, address, fxn=kernel, grad_fxn=gradient)[0]
 
 
-def matrix_of(
-    tensor: UOp, letters: str, rows: list[str], columns: list[str], indices: dict[str, UOp]
-) -> tuple[UOp, int, int]:
-    """A matrix in the tensor as BLAS takes it: a pointer to its start, given the indices of the
-    other letters; its order, 111 row by row or 112 column by column; and the step from one row, or
-    column, to the next."""
-    strides = {x: math.prod(tensor.shape[i + 1 :]) for i, x in enumerate(letters)}
-    # the letters of a group lie side by side in memory, so that the last one stands for all
-    is_transposed = strides[columns[-1]] != 1
-    stored, along = (columns, rows) if is_transposed else (rows, columns)
-    length = math.prod(tensor.shape[letters.index(x)] for x in along)
-    step = max(strides[stored[-1]], length)  # of a single row the stride may be anything
-    steps = (index * strides[x] for x, index in indices.items() if x in strides)
-    start = sum(steps, UOp.const(0, dtypes.weakint))
-    return tensor.flatten()[start], 111 + is_transposed, step
+def gemm_gradient(grad_c: UOp, call: UOp, axes: Axes) -> tuple:
+    _, _, a, b, address = call.src
+    grad_a, grad_b = (x.empty_like(dtypes.float32) for x in (a, b))
+    grad_c = stored_gradient(grad_c.cast(a.dtype))
+    grad_a = gemm(grad_a, grad_c, b, address, Axes(axes.c, axes.b, axes.a, axes.sizes))
+    grad_b = gemm(grad_b, grad_c, a, address, Axes(axes.c, axes.a, axes.b, axes.sizes))
+    return None, grad_a, grad_b, None
 
 
 def gemm_kernel(c: UOp, a: UOp, b: UOp, address: UOp, axes: Axes) -> UOp:
     """Calls BLAS or gemm.c once for each batch. The cores divide the batches or, of one batch, the
     rows or the columns, whichever are more: each core packs the other operand."""
-    sizes = {letter: in_kernel(size) for letter, size in axes.sizes.items()}
-    axes = Axes(axes.of_a, axes.of_b, axes.of_c, sizes)
+    sizes = {letter: kernel_size(size) for letter, size in axes.sizes.items()}
+    axes = Axes(axes.a, axes.b, axes.c, sizes)
     batches, rows, columns, summed = axes.groups()
     n_batches, m, n, k = axes.counts()
-    letters_a, letters_b, letters_c = axes.of_a, axes.of_b, axes.of_c
+    letters_a, letters_b = axes.a, axes.b
     is_bfloat16 = a.dtype == dtypes.bfloat16
-    if letters_c[-1] in rows:  # BLAS writes along rows: (a b)' = b' a'
+    if axes.c[-1] in rows:  # BLAS writes along rows: (a b)' = b' a'
         a, b, letters_a, letters_b = b, a, letters_b, letters_a
         rows, columns, m, n = columns, rows, n, m
 
     batches.sort(key=lambda x: -evenness(sizes[x]))  # in one text the heads
-    are_rows_divided = at_most(m) >= at_most(n)
+    are_rows_divided = max_size(m) >= max_size(n)
     divided = sizes[batches[0]] if batches else m if are_rows_divided else n
-    chunk, first, chunk_size = chunk_of(divided, 0, at_most(n_batches * m * n * k))
+    chunk, start, chunk_size = chunk_of(divided, 0, max_size(n_batches * m * n * k))
     n_indices = [chunk_size, *(sizes[x] for x in batches[1:])] if batches else []
     ranges = [UOp.range(size, number) for number, size in enumerate(n_indices, 1)]
     indices = dict(zip(batches, ranges, strict=True))
     if batches:
-        indices[batches[0]] += first
+        indices[batches[0]] += start
     elif are_rows_divided:
-        indices, m = {rows[-1]: first}, chunk_size
+        indices, m = {rows[-1]: start}, chunk_size
     else:
-        indices, n = {columns[-1]: first}, chunk_size
+        indices, n = {columns[-1]: start}, chunk_size
 
-    a, flag_a, lda = matrix_of(a, letters_a, rows, summed, indices)
-    b, flag_b, ldb = matrix_of(b, letters_b, summed, columns, indices)
-    c, _, ldc = matrix_of(c, letters_c, rows, columns, indices)
-    row_major, flag_a, flag_b = constants(dtypes.int32, 101, flag_a, flag_b)
+    a, flag_a, lda = blas_matrix(a, letters_a, rows, summed, indices)
+    b, flag_b, ldb = blas_matrix(b, letters_b, summed, columns, indices)
+    c, _, ldc = blas_matrix(c, axes.c, rows, columns, indices)
+    flags = (UOp.const(flag, dtypes.int32) for flag in (ROW_MAJOR, flag_a, flag_b))
+    arguments = *flags, m, n, k, 1.0, a, lda, b, ldb, 0.0, c, ldc
+    name = f"{'sb' if is_bfloat16 else 's'}gemm_{axes.a}_{axes.b}_{axes.c}"
     integer = dtypes.int64 if is_bfloat16 else blas().integer
-    m, n, k, lda, ldb, ldc = constants(integer, m, n, k, lda, ldb, ldc)
-    alpha, beta = constants(dtypes.float32, 1.0, 0.0)
-    arguments = (row_major, flag_a, flag_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
-    name = f"{'sb' if is_bfloat16 else 's'}gemm_{axes.of_a}_{axes.of_b}_{axes.of_c}"
-    return native.calling(name, address, arguments, chunk, *ranges)
+    return native.call(name, address, arguments, chunk, *ranges, integer=integer)
 
 
-def constants(dtype: DType, *numbers: float | UOp) -> list[UOp]:
-    return [x.cast(dtype) if isinstance(x, UOp) else UOp.const(x, dtype) for x in numbers]
+def blas_matrix(
+    tensor: UOp, letters: str, rows: list[str], columns: list[str], indices: dict[str, UOp]
+) -> tuple[UOp, int, int]:
+    """A matrix in a tensor as BLAS takes it: the first element, at the indices of the other
+    letters; the flag, NO_TRANSPOSE or TRANSPOSE; and the stride between rows, or columns."""
+    strides = {x: math.prod(tensor.shape[i + 1 :]) for i, x in enumerate(letters)}
+    # the letters of a group lie side by side in memory, so that the last one stands for all
+    is_transposed = strides[columns[-1]] != 1
+    outer, inner = (columns, rows) if is_transposed else (rows, columns)
+    length = math.prod(tensor.shape[letters.index(x)] for x in inner)
+    stride = max(strides[outer[-1]], length)  # of a single row the stride may be anything
+    offsets = (index * strides[x] for x, index in indices.items() if x in strides)
+    start = sum(offsets, UOp.const(0, dtypes.weakint))
+    return tensor.flatten()[start], TRANSPOSE if is_transposed else NO_TRANSPOSE, stride
 
 
 def gemv(matrix: Tensor, x: Tensor) -> Tensor:
@@ -173,35 +154,31 @@ def gemv(matrix: Tensor, x: Tensor) -> Tensor:
     that is rounded to integers. Sums of integers have to fit into 32 bits.
     """
     y = Tensor.empty(x.shape[0], matrix.shape[0], device=x.device)
-    address = native.address_of("gemv", x.device)
-    sources = y.uop, matrix.contiguous().uop, x.contiguous().uop, address.uop
-    return Tensor(UOp.custom_kernel(*sources, fxn=gemv_kernel)[0])
+    tensors = y, matrix.contiguous(), x.contiguous(), native.address_of("gemv", x.device)
+    return Tensor.custom_kernel(*tensors, fxn=gemv_kernel)[0]
 
 
 def gemv_kernel(y: UOp, matrix: UOp, x: UOp, address: UOp) -> UOp:
+    """The cores divide the rows of the matrix."""
     (n, k), n_vectors = matrix.shape, x.shape[0]
-    chunk, first, size = chunk_of(n, 0, n * k * n_vectors)
-    is_integer = x.dtype == dtypes.int16
-    integers = n_vectors, first, first + size, n, k, matrix.dtype.itemsize, is_integer
-    integers = (UOp.const(0, dtypes.weakint) + integer for integer in integers)
-    pointers = (tensor.flatten()[0] for tensor in (y, matrix, x))
-    arguments = *pointers, *(integer.cast(dtypes.int32) for integer in integers)
-    return native.calling("gemv", address, arguments, chunk)
+    chunk, start, size = chunk_of(n, 0, n * k * n_vectors)
+    format = matrix.dtype.itemsize, x.dtype == dtypes.int16
+    arguments = y, matrix, x, n_vectors, start, start + size, n, k, *format
+    return native.call("gemv", address, arguments, chunk)
 
 
 def few_vectors() -> Context:
-    """A context for what needs no gradient, in which gemv multiplies as many vectors as it is
-    faster with than BLAS or gemm.c, which copy the matrix."""
-    n_vectors = 256 if "avx512bw" in processor() else 16
-    return Context(FEW_VECTORS=FEW_VECTORS.value or n_vectors)
+    """A context for products without gradients: gemv.c multiplies as many vectors as it does faster
+    than BLAS or gemm.c, which copy the matrix."""
+    return Context(FEW_VECTORS=FEW_VECTORS.value or (256 if "avx512bw" in processor() else 16))
 
 
-def at_most(size: sint) -> int:
+def max_size(size: sint) -> int:
     return size if isinstance(size, int) else size.vmax
 
 
-def in_kernel(size: sint) -> sint:
-    """The size as an expression of a kernel's parameters, which the Variables are there."""
+def kernel_size(size: sint) -> sint:
+    """The size as an expression of a kernel's parameters, which Variables are in a kernel."""
     if isinstance(size, int):
         return size
     size, values = size.unbind_all()
@@ -210,16 +187,22 @@ def in_kernel(size: sint) -> sint:
 
 def positions(n: sint) -> Tensor:
     """The integers (n,) from 0; `Tensor.arange` computes them as sums of ones where n varies."""
-    return Tensor.arange(at_most(n))[:n]
+    return Tensor.arange(max_size(n))[:n]
 
 
 def stored(x: Tensor) -> Tensor:
-    """x in memory; if a size varies, at the start of a buffer of the largest shape of x."""
-    shape = tuple(at_most(size) for size in x.shape)
-    if x.shape == shape:  # of what a kernel has stored in another shape tinygrad makes a copy
+    """x in a buffer; if a size varies, at the start of a buffer of the largest shape of x."""
+    shape = tuple(max_size(size) for size in x.shape)
+    if x.shape == shape:  # `contiguous` would copy what a kernel has stored in another shape
         return x if x.uop.has_buffer_identity(after_ok=True) else x.contiguous()
     if x.uop.op is Ops.SHRINK and x.uop.src[0].shape == shape:
-        return Tensor(x.uop.src[0])  # a KV cache, which x is the filled part of
+        return Tensor(x.uop.src[0])  # a KV cache, filled up to x
     whole = Tensor.empty(*shape, device=x.device, dtype=x.dtype)
     filled = whole.shrink(tuple((0, size) for size in x.shape))
     return Tensor(whole.uop.after(filled.uop.store(x.uop)))
+
+
+def stored_gradient(grad: UOp) -> UOp:
+    """The gradient as a kernel can take it: in a buffer also behind a norm over one value, where
+    tinygrad folds it to a constant."""
+    return grad.contiguous() if grad.shape[-1] == 1 else grad

@@ -1,4 +1,4 @@
-"""Quantized matrices, of 8 or 16 bits a number: generation is as fast as memory is read."""
+"""Matrices quantized to 8 or 16 bits: the speed of generation is that of reading memory."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -10,45 +10,24 @@ from tinygrad.helpers import NUM_CPU_THREADS
 
 from backend.arrays import as_numpy, from_numpy
 from backend.cpu.native import blas
-from backend.lookup import look_up
+from backend.functional import embedding
 from backend.matmul import einsum, gemv
 
-# the greatest value of a quantized matrix: of float16, the greatest integer that 11 bits hold
-QMAX = {"int8": 127, "float16": 2047}
+QMAX = {"int8": 127, "float16": 2047}  # the largest value; float16 holds integers of 11 bits
 
 
 @dataclass
 class QuantizedMatrix:
-    """A matrix `values * scales` (n, k), which `einsum` and `look_up` take in place of a tensor.
+    """A matrix `values * scales` (n, k), which `einsum` and `embedding` take in place of a tensor.
 
     values (n, k) are int8, or float16 up to 2047; scales (n, 1) are float32. On the CPU gemv.c
-    reads the values as they are. The vectors that it multiplies by int8, or several by float16, are
-    quantized to int16, as far as sums of 32 bits allow.
+    reads the values as stored, and multiplies vectors quantized to int16, as far as sums of 32 bits
+    allow; a single vector by float16 stays float32.
     """
 
     values: Tensor
     scales: Tensor
     kind: str
-
-    @staticmethod
-    def of(matrix: Tensor, kind: str) -> "QuantizedMatrix":
-        """Quantizes a realised matrix (n, k) to "int8" or "float16"."""
-        matrix = as_numpy(matrix)
-        values, scales = np.empty(matrix.shape, kind), np.empty((len(matrix), 1), np.float32)
-        n_rows = max(1, 2**18 // matrix.shape[1])  # at once: what a core's cache holds
-
-        def quantize_rows(start: int) -> None:
-            rows = matrix[start : start + n_rows].astype(np.float32, copy=False)
-            scale = np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30) / QMAX[kind]
-            if kind == "float16":  # a power of 2, with which float16 stays what it was
-                scale = np.exp2(np.ceil(np.log2(scale)))
-            rows = rows / scale
-            values[start : start + n_rows] = rows if kind == "float16" else np.rint(rows)
-            scales[start : start + n_rows] = scale
-
-        with ThreadPoolExecutor(NUM_CPU_THREADS.value) as threads:
-            list(threads.map(quantize_rows, range(0, len(matrix), n_rows)))
-        return QuantizedMatrix(from_numpy(values), from_numpy(scales), kind)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,18 +46,38 @@ class QuantizedMatrix:
         else:
             if flat.shape[0] > 1:
                 flat = flat.contiguous()  # read three times
-            # clang vectorises a maximum of integers; among floats there may be NaN
-            greatest = flat.abs().bitcast(dtypes.int32).max(-1, keepdim=True)  # (t, 1)
-            scales = greatest.bitcast(dtypes.float32).maximum(1e-30) / self.qmax_of_vectors()
+            # clang vectorises a maximum of integers, not of floats, which may be NaN
+            largest = flat.abs().bitcast(dtypes.int32).max(-1, keepdim=True)  # (t, 1)
+            scales = largest.bitcast(dtypes.float32).maximum(1e-30) / self.vector_qmax()
             y = gemv(self.values, (flat / scales).round().cast(dtypes.int16)) * scales
         return (y * self.scales.reshape(-1)).reshape(*x.shape[:-1], -1)
 
-    def qmax_of_vectors(self) -> int:
-        """The greatest integer that a vector may hold for no sum of gemv.c to overflow: each of its
-        sums of 32 bits takes every eighth product, or fewer."""
+    def vector_qmax(self) -> int:
+        """The largest integer of a vector with which no sum in gemv.c overflows: a sum of 32 bits
+        takes every eighth product, or fewer."""
         n_summed = math.ceil(self.shape[1] / 8)
         return min(32767, (2**31 - 1) // (QMAX[self.kind] * n_summed))
 
     def rows(self, ids: Tensor) -> Tensor:
-        """look_up(self, ids)"""
-        return look_up(self.values, ids) * look_up(self.scales, ids)
+        """embedding(ids, self)"""
+        return embedding(ids, self.values) * embedding(ids, self.scales)
+
+
+def quantize_matrix(matrix: Tensor, kind: str) -> QuantizedMatrix:
+    """Quantizes a realised matrix (n, k) to "int8" or "float16"."""
+    matrix = as_numpy(matrix)
+    values, scales = np.empty(matrix.shape, kind), np.empty((len(matrix), 1), np.float32)
+    n_rows = max(1, 2**18 // matrix.shape[1])  # at once, to fit into a core's cache
+
+    def quantize_rows(start: int) -> None:
+        rows = matrix[start : start + n_rows].astype(np.float32, copy=False)
+        scale = np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30) / QMAX[kind]
+        if kind == "float16":  # a power of 2, so that float16 weights stay exact
+            scale = np.exp2(np.ceil(np.log2(scale)))
+        rows = rows / scale
+        values[start : start + n_rows] = rows if kind == "float16" else np.rint(rows)
+        scales[start : start + n_rows] = scale
+
+    with ThreadPoolExecutor(NUM_CPU_THREADS.value) as threads:
+        list(threads.map(quantize_rows, range(0, len(matrix), n_rows)))
+    return QuantizedMatrix(from_numpy(values), from_numpy(scales), kind)

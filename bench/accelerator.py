@@ -1,9 +1,11 @@
 """The 83M model's training on an accelerator, beside PyTorch: python bench/accelerator.py.
 
-(Not cuda.py: PyTorch, started from this folder, would take that for NVIDIA's package cuda.)
+(Not cuda.py: PyTorch, started in this folder, would import it as NVIDIA's package cuda.)
 """
 
-from bench import Row, argument_parser, config, measure_all, show
+from rows import Row, config, ours, peer
+
+from bench import argument_parser, measure_all, show
 
 
 def main() -> None:
@@ -17,11 +19,11 @@ def main() -> None:
     add("--peak-bfloat16", type=float, default=990, help="TFLOPS in bfloat16, without sparsity")
     arguments = parser.parse_args()
 
-    size, n = config(context_length=128, d_model=768, n_layers=12, n_heads=12), 20
+    size, n = config(128, 768, 12, 12), 20
     if arguments.small:
         arguments.dev, arguments.torch_device, arguments.batch_size = "CPU", "cpu", 4
         arguments.beam = 0  # a search takes minutes
-        size, n = config(context_length=16, d_model=16, n_layers=1, n_heads=2), 2
+        size, n = config(16, 16, 1, 2), 2
 
     job = {"work": "train", "config": size, "batch_size": arguments.batch_size, "n": n}
     rows, peaks = [], {"float32": arguments.peak, "bfloat16": arguments.peak_bfloat16}
@@ -30,9 +32,9 @@ def main() -> None:
         theirs = mine | {"device": arguments.torch_device}
         for name, beam in {"plain": 0, "BEAM": arguments.beam}.items():
             contestants = {
-                "gpt-tiny": ("ours.py", mine, {"DEV": arguments.dev, "BEAM": str(beam)}),
-                "PyTorch eager": ("peers.py", theirs, {}),
-                "torch.compile": ("peers.py", theirs | {"compile": True}, {}),
+                "gpt-tiny": ours(mine, DEV=arguments.dev, BEAM=str(beam)),
+                "PyTorch eager": peer(theirs),
+                "torch.compile": peer(theirs | {"compile": True}),
             }
             amount = n * arguments.batch_size * size["context_length"]
             title = f"training, 83M, {dtype}, {name}, tokens/s"
@@ -40,21 +42,18 @@ def main() -> None:
     n_turns = 1 if arguments.small else arguments.turns
     results = measure_all(rows, n_turns, arguments.peer_python)
 
-    # A token's forward and backward pass (Chowdhery et al., 2022, PaLM, appendix B).
+    # Operations of a token's forward and backward pass (Chowdhery et al., 2022, PaLM, appendix B).
     width, n_layers = size["d_model"], size["n_layers"]
     flops = 6 * 12 * n_layers * width**2 + 12 * n_layers * width * size["context_length"]
+    shares = {}
     for line in results["lines"]:
         peak = peaks[line["row"].split("-")[0]]
-        for who in (line["ours"], line["peer"]):
-            who["share_of_peak"] = who["figure"] and who["figure"] * flops / peak / 1e12
+        for side in (line["ours"], line["peer"]):
+            side["share_of_peak"] = side["figure"] and side["figure"] * flops / peak / 1e12
+            if side["figure"]:
+                shares[f"{line['row']}, {side['name']}: {side['share_of_peak']:.1%}"] = True
     show(results, arguments.json)
     if not arguments.json:
-        shares = {
-            f"{line['row']}, {who['name']}: {who['share_of_peak']:.1%}": None
-            for line in results["lines"]
-            for who in (line["ours"], line["peer"])
-            if who["figure"]
-        }
         print("Share of the chip's peak:", *shares, sep="\n")
 
 

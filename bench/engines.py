@@ -1,7 +1,7 @@
-"""The worker for llama.cpp and CTranslate2, which only run models; bench.py starts it.
+"""The worker for the inference engines llama.cpp and CTranslate2; bench.py starts it.
 
-Both get the same GPT-2 with made-up weights, each as a file of its own format. Another process
-writes it, for a peak of memory in this one is to be the engine's.
+Both read the same made-up GPT-2 from a file in their own format. Another process writes the file,
+so that this process's peak of memory is the engine's.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from worker import n_cores, serve
 
 
 def made_up_weights(config: dict) -> dict[str, np.ndarray]:
-    """By GGUF's names; a matrix is (out, in)."""
+    """GGUF's name -> array; a matrix is (out, in)."""
     d_model, d_hidden = config["d_model"], config["d_hidden"]
     parts = {
         "attn_norm": (d_model,),
@@ -45,7 +45,7 @@ def made_up_weights(config: dict) -> dict[str, np.ndarray]:
 
 
 def write_llama(folder: str, config: dict, dtype: str) -> None:
-    """A GGUF file. As in the files that there are, vectors and positions stay in float32."""
+    """Writes a GGUF file, with vectors and positions in float32, as llama.cpp's own converter."""
     import gguf
 
     writer = gguf.GGUFWriter(Path(folder, "model.gguf"), "gpt2")
@@ -60,10 +60,9 @@ def write_llama(folder: str, config: dict, dtype: str) -> None:
     kinds = gguf.GGMLQuantizationType
     kind = {"float32": kinds.F32, "float16": kinds.F16, "int8": kinds.Q8_0}[dtype]
     for name, values in made_up_weights(config).items():
-        is_plain = values.ndim == 1 or name.startswith("position")
-        kind_of_this = kinds.F32 if is_plain else kind
-        values = gguf.quants.quantize(values, kind_of_this)
-        writer.add_tensor(name, values, raw_dtype=kind_of_this)
+        is_float32 = values.ndim == 1 or name.startswith("position")
+        stored = kinds.F32 if is_float32 else kind
+        writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,4 +1,4 @@
-"""The worker for exported models, programs and pages in Chromium; bench.py starts it."""
+"""The worker for exported programs, and for pages in Chromium; bench.py starts it."""
 
 import functools
 import http.server
@@ -21,8 +21,8 @@ from tokenizers import CharTokenizer
 
 
 def prepare(kind: str, n: int, model: str = "", config: dict | None = None, stored: str = ""):
-    """`kind` is a program, as a whole process, its tokens alone, or those of a page; the model is
-    that of a folder or, in the precision `stored`, made up."""
+    """`kind`: "program" is a whole process, "tokens" a program after its start, "page" a page. The
+    model is a folder's or, with a config, made up in the type `stored`."""
     folder = tempfile.TemporaryDirectory()
     if config:
         config, model = GPTConfig(**config), f"{folder.name}/model"
@@ -43,17 +43,17 @@ def prepare(kind: str, n: int, model: str = "", config: dict | None = None, stor
         start = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             if kind == "tokens":
-                process.stdout.read(2)  # the prompt, a line break, and the first one
+                process.stdout.read(2)  # the prompt, a line break, and the first token
                 start = time.perf_counter()
             process.stdout.read()
         return time.perf_counter() - start
 
-    work.folder = folder  # as long as there is the work
+    work.folder = folder  # kept as long as the work
     return work, {}
 
 
 def open_page(output: Path, n: int):
-    """The page, ready to write n tokens; of a large model from a server, for it is a folder."""
+    """The page, ready to write n tokens; a large model's folder comes from a server."""
     from playwright.sync_api import sync_playwright
 
     address = output.as_uri()
@@ -68,7 +68,7 @@ def open_page(output: Path, n: int):
     page = chromium.launch(executable_path=path, args=["--no-sandbox"]).new_page()
     page.goto(address)
     page.get_by_text("Ready").wait_for(timeout=600_000)
-    page.get_by_label("Tokens").fill(str(n))
+    page.get_by_label("Tokens", exact=True).fill(str(n))
     page.get_by_label("Temperature").fill("0")
     return page
 

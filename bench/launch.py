@@ -1,7 +1,7 @@
 """The worker that times whole processes, from their start; bench.py starts it.
 
-A train.py is timed to the end of its first batch, which `launch.py train.py ...` announces: it is
-train.py as it stands, but for a tqdm that ends the process when the second batch is about to come.
+`launch.py train.py ...` runs train.py to the end of its first batch, and prints a line then: a tqdm
+of its own ends the process before the second batch.
 """
 
 import os
@@ -20,21 +20,19 @@ DONE = "first batch done"
 
 
 def prepare(command: list[str], until: str = "", caches: str = "warm"):
-    """Time goes until a line of the command's output holds `until`, or without it to the end.
+    """Times a command of this Python until a line of its output holds `until`, or to its end.
 
-    With `caches` "empty" each launch finds them so; else the first one, here, fills them.
+    With `caches` "empty" each launch has empty caches; else a launch before the first turn fills
+    them.
     """
-    folder = tempfile.TemporaryDirectory()  # to run in: train.py finds no corpus of someone's there
+    folder = tempfile.TemporaryDirectory()  # to run in, without a corpus of a user's
 
     def launch(cache: str) -> float:
         environment = os.environ | {"XDG_CACHE_HOME": cache, "CACHEDB": f"{cache}/tinygrad.db"}
-        pipes = {
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.STDOUT,
-        }
-        start = time.perf_counter()
-        with subprocess.Popen(command, cwd=folder.name, env=environment, **pipes) as process:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+        streams["stderr"] = subprocess.STDOUT
+        words, start = [sys.executable, *command], time.perf_counter()
+        with subprocess.Popen(words, cwd=folder.name, env=environment, **streams) as process:
             line = b""
             for line in process.stdout:
                 if until and until.encode() in line:
@@ -42,7 +40,7 @@ def prepare(command: list[str], until: str = "", caches: str = "warm"):
             if not until:
                 process.wait()
             seconds = time.perf_counter() - start
-            process.stdout.read()  # what follows is not timed
+            process.stdout.read()  # to the end, which is not timed
         if process.returncode or until.encode() not in line:
             raise RuntimeError(line.decode(errors="replace"))
         return seconds

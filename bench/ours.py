@@ -26,20 +26,19 @@ WORLD.take_device()
 
 
 def train(config: GPTConfig, n: int, **settings):
-    """train.py's batches on made-up ids."""
+    """Batches of train.py on made-up ids."""
     config = changed(TrainingConfig(model=config, files=Files(no_save=True)), settings)
     rng = np.random.default_rng(0)
     ids = rng.integers(config.model.vocab_size, size=500_000).astype(np.uint16)
     corpus = Corpus("made up", CharTokenizer(), 0, ids)
     trainer = Trainer(config, corpus, Checkpoint(config), None, WORLD)
-    learned = trainer.model, trainer.optimizer, trainer.losses
-    train_batch = capture_training(config, *learned, WORLD)
+    train_batch = capture_training(config, trainer.model, trainer.optimizer, trainer.losses, WORLD)
     plan = make_plan(config, corpus, trainer.optimizer, 0, rng, WORLD)
 
     def work() -> None:
         for number in range(n):
             train_batch(*plan, batch=number % config.batches_per_step)
-        copy_out(trainer.losses)  # waits for the last one
+        copy_out(trainer.losses)  # waits for the last batch
 
     return work
 
@@ -52,7 +51,7 @@ def generate(
     weights: str | None = None,
     stored: str = "float32",
 ):
-    """`weights` is what they are rounded to, `stored` what they are before."""
+    """Greedy tokens; the weights are `stored` in a type, and rounded to another with `weights`."""
     arrays = initial_weights(config, 0)
     arrays = {name: values.astype(stored, copy=False) for name, values in arrays.items()}
     model = GPT(config, arrays)
@@ -71,7 +70,7 @@ def generate(
 def prepare(work: str, config: dict, workers: int = 1, **job):
     versions = {name: version(name) for name in ("tinygrad", "numpy")}
     work = {"train": train, "generate": generate}[work](GPTConfig(**config), **job)
-    work()  # captures it
+    work()  # captures its jits
 
     def work_of_all() -> None:
         for rank in range(1, workers):
@@ -82,7 +81,7 @@ def prepare(work: str, config: dict, workers: int = 1, **job):
 
 
 def follow() -> None:
-    """Does what rank 0 does, and waits for that without taking a core."""
+    """Works whenever rank 0 does, and waits without taking a core."""
     work, _ = prepare(**json.loads(sys.argv[1]) | {"workers": 1})
     while True:
         while not WORLD.ranks.iprobe():
@@ -93,7 +92,7 @@ def follow() -> None:
 
 
 def memory() -> int:
-    """Of the process on a CPU, of the device elsewhere; a captured step keeps all that it needs."""
+    """Bytes of the process on a CPU, or of the device, where a jit keeps its buffers."""
     return peak_memory() if Device.DEFAULT.startswith("CPU") else GlobalCounters.mem_used
 
 

@@ -1,7 +1,6 @@
 """The worker for PyTorch and Hugging Face; bench.py starts it.
 
-It never has the project's folder on its path, whose tokenizers.py would hide the package of that
-name from transformers.
+The project's folder is never on its path: tokenizers.py there would hide Hugging Face's package.
 """
 
 import math
@@ -35,7 +34,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """gpt-tiny's model as one writes it in PyTorch."""
+    """gpt-tiny's model in idiomatic PyTorch."""
 
     def __init__(self, context_length, vocab_size, n_layers, n_heads, d_model, d_hidden, dropout):
         super().__init__()
@@ -92,7 +91,7 @@ def forward(config, n):
 
 
 def hugging_face(config):
-    """Hugging Face's GPT-2 of the same size."""
+    """Hugging Face's GPT-2 of these sizes."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {
@@ -107,7 +106,7 @@ def hugging_face(config):
 
 
 def generate(config, n, n_prompt):
-    """With its cache."""
+    """Greedy tokens, with Hugging Face's cache."""
     model = hugging_face(config).eval()
     ids = torch.zeros((1, n_prompt), dtype=torch.long)
     options = {"max_new_tokens": n, "do_sample": False, "use_cache": True, "pad_token_id": 0}
@@ -147,7 +146,7 @@ def prepare(work, config, **job):
 
 
 def memory():
-    """Of the process on a CPU, of the device elsewhere."""
+    """Bytes of the process on a CPU, of the device elsewhere."""
     on_device = torch.cuda.is_initialized() and torch.cuda.max_memory_allocated()
     return on_device or peak_memory()
 

@@ -1,7 +1,4 @@
-"""The worker that reads memory and does no more: as fast as that, a model's weights could be read.
-
-bench.py starts it.
-"""
+"""The worker that only reads memory, as fast as weights could be read; bench.py starts it."""
 
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -11,13 +8,13 @@ from worker import n_cores, serve
 
 
 def prepare(n_bytes: int, n: int):
-    """Reads as much memory n times, by all cores."""
+    """Reads n_bytes n times, on all cores."""
     parts = np.array_split(np.ones(n_bytes // 8, np.uint64), n_cores())
     pool = ThreadPoolExecutor(len(parts))
 
     def work() -> None:
         for _ in range(n):
-            list(pool.map(np.bitwise_or.reduce, parts))  # the cheapest of numpy's that reads all
+            list(pool.map(np.bitwise_or.reduce, parts))  # numpy's cheapest full read
 
     work()
     return work, {"numpy": version("numpy")}

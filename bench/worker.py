@@ -1,7 +1,7 @@
-"""A worker: a process that prepares a piece of work once and then does it each time it is asked.
+"""A worker: a process that prepares a piece of work, and does the work for each line of its input.
 
-It gets its job as JSON in its first argument and answers in lines of JSON: one when it is prepared,
-then one for each line that it reads.
+The first argument is the job in JSON. The worker answers in lines of JSON: the versions when it is
+prepared, then the seconds and the peak memory of each run.
 """
 
 import json
@@ -18,19 +18,19 @@ def peak_memory(who: int = resource.RUSAGE_SELF) -> int:
 
 
 def n_cores() -> int:
-    """That this process may run on."""
+    """The number of cores in this process's affinity mask."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def serve(prepare: Callable, memory: Callable[[], int] = peak_memory) -> None:
-    """`prepare(**job)` returns the work, a function, and the versions of the software in it.
+    """Serves the work that `prepare(**job)` returns, a function, with versions of its software.
 
-    The work is timed here, unless it returns how many seconds it took.
+    The function may return the seconds that count; else the whole call is timed.
     """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # for the prints of libraries
     work, versions = prepare(**json.loads(sys.argv[1]))
     print(json.dumps({"versions": versions}), file=answers, flush=True)
     for _ in sys.stdin:

@@ -197,8 +197,7 @@ class Encoder:
                 facts["n_ids_bytes"] = file.tell()
             tokenizer.save(new)
             (new / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-            for path in (*new.iterdir(), new):
-                files.sync(path)
+            files.sync(*new.iterdir(), new)
             if found := self.kept(folder, tokenizer):  # by a training that began at the same time
                 return found
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier state of the texts

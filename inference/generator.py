@@ -10,7 +10,7 @@ from backend.arrays import copy_in, copy_out, from_numpy, zeros
 from backend.errors import UserError
 from backend.jit_cache import CachedJit
 from backend.matmul import few_vectors
-from backend.quantized import QMAX, QuantizedMatrix
+from backend.quantized import QMAX, quantize_matrix
 from gpt_tiny import GPT, KeyValueCache, Linear
 
 
@@ -135,4 +135,4 @@ def quantize(model: GPT, kind: str) -> None:
         layers.append(model.token_embedding)
     with Context(LRU=0):  # frees the memory of replaced tensors
         for layer in layers:
-            layer.weight = QuantizedMatrix.of(layer.weight, kind)
+            layer.weight = quantize_matrix(layer.weight, kind)

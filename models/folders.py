@@ -30,8 +30,7 @@ def replacing(
     check_destination(folder, marks)
     with files.new_folder(folder) as new:
         yield new
-        for path in (*new.iterdir(), new):
-            files.sync(path)
+        files.sync(*new.iterdir(), new)
         put_in_place(new, folder, owned)
 
 
@@ -100,5 +99,4 @@ def put_in_place(new: Path, folder: Path, owned: Collection[str]) -> None:
             is_replaced = path.name in (*MODEL_FILES, *owned) or SHARD.fullmatch(path.name)
             if not is_replaced and not (folder / path.name).exists():
                 os.rename(path, folder / path.name)
-    files.sync(folder)
-    files.sync(folder.parent)
+    files.sync(folder, folder.parent)

@@ -1,4 +1,4 @@
-"""C to a program or a page, by the compiler that the package ziglang carries, for any platform."""
+"""Compiles the sources of an exported model, for any platform, with ziglang's compiler."""
 
 import base64
 import gzip
@@ -18,18 +18,19 @@ from tinygrad.helpers import NUM_CPU_THREADS
 from backend.cpu.compiler import FLAGS
 from backend.cpu.native import blas
 from backend.errors import UserError
+from backend.files import replacing_file, write_file
 
 ZIG = Path(ziglang.__file__).parent / "zig"
 RUNTIME = Path(__file__).parent
-PRODUCTS = RUNTIME.parent / "backend" / "cpu"  # where gemv.c is
-SHARED = [RUNTIME / name for name in ("generation.c", "tokenizer.c", "sampling.c")]
-OF_PROGRAMS = [RUNTIME / name for name in ("program.c", "system.c", "whole.c")]
+GEMV = RUNTIME.parent / "backend" / "cpu"  # the folder of gemv.c
+SHARED_FILES = [RUNTIME / name for name in ("generation.c", "tokenizer.c", "sampling.c")]
+PROGRAM_FILES = [RUNTIME / name for name in ("program.c", "system.c", "whole.c")]
 X86 = {"sse2": "x86_64", "avx2": "x86_64_v3", "avx512": "x86_64_v4+avx512vnni"}
-# Of a program on Linux whole.c comes first, in its file and when it runs.
+# whole.c comes first in a Linux program's file, and runs first.
 WHOLE_FIRST = ("-static", "-Wl,-e,start", "-Wl,-z,norelro", "-T", RUNTIME / "program.ld")
 ALIGNMENT = 64  # bytes: of the model in a program's file
-MOST_BYTES = (4 << 30) - (32 << 20)  # of a model in a program for Windows and macOS
-# Where a signature covers a program's file, so that nothing can follow it, the model is linked in.
+MAX_MODEL_BYTES = (4 << 30) - (32 << 20)  # in a program for Windows and macOS
+# macOS signs a program's whole file, so the model is linked in instead of appended.
 LINKED = """.section __MODEL,__model
 .globl _linked
 .p2align 6
@@ -39,7 +40,7 @@ _linked: .incbin "model.bin"
 
 @dataclass(frozen=True)
 class Target:
-    """A platform as zig names it, and zig's name of each kind of processor by that in system.c."""
+    """A platform by zig's name. `processors`: suffix of kernels in system.c -> zig's processor."""
 
     triple: str
     processors: dict[str, str]
@@ -60,68 +61,73 @@ WASM = ["-target", "wasm32-freestanding", "-msimd128", "-Wl,--no-entry", "-Wl,--
 WASM += ["-DKERNELS=kernels_any", "-DHALVES_ARE_SINGLE", "-Wl,-z,stack-size=1048576"]
 
 
-def zig(*words: str | Path, folder: Path | None = None) -> None:
-    run = subprocess.run([ZIG, *words], capture_output=True, text=True, cwd=folder)
+def zig(*arguments: str | Path, folder: Path | None = None) -> None:
+    run = subprocess.run([ZIG, *arguments], capture_output=True, text=True, cwd=folder)
     if run.returncode:
         raise UserError(f"zig can't compile this model: {run.stderr[:300]}")
 
 
-def compiled(sources: Path, output: Path, *arguments: str | Path) -> Path:
-    """Calls zig for C of ours and that in the folder `sources`."""
+def compile_c(sources: Path, output: Path, *arguments: str | Path) -> Path:
+    """Compiles or links C, which includes files of the folder `sources`; returns `output`."""
     integer = "int" if blas() is None or blas().integer.itemsize == 4 else "long long"
-    words = ["cc", *FLAGS.split(), "-fno-strict-aliasing", "-s", "-DABI="]
-    words += [f"-DBLAS_INTEGER={integer}", "-I", sources, "-I", RUNTIME, "-I", PRODUCTS]
-    zig(*words, *arguments, "-o", output)
+    options = ["cc", *FLAGS.split(), "-fno-strict-aliasing", "-s", "-DABI=static"]
+    options += [f"-DBLAS_INTEGER={integer}", "-I", sources, "-I", RUNTIME, "-I", GEMV]
+    zig(*options, *arguments, "-o", output)
     return output
 
 
-def program(target: Target, sources: Path, output: Path) -> None:
-    """The C in the folder `sources`, and `model.bin` there, as one file that runs on its own."""
+def write_program(target: Target, sources: Path, output: Path) -> None:
+    """Writes a program of the C and of `model.bin` in the folder `sources`, whole or not at all."""
     model = sources / "model.bin"
-    if (n_bytes := model.stat().st_size) > MOST_BYTES and "linux" not in target.triple:
+    if (n_bytes := model.stat().st_size) > MAX_MODEL_BYTES and "linux" not in target.triple:
         need = f"the program would need {n_bytes / 1e9:.1f} GB, and its system allows 4.3"
         raise UserError(f"{need}: try --weights int8")
 
-    def kernels(name: str) -> Path:
+    def compile_kernels(name: str) -> Path:
         flags = [f"-mcpu={target.processors[name]}", "-target", target.triple]
         flags += [f"-DKERNELS=kernels_{name}", f"-DHALVES_ARE_SINGLE={int(name == 'sse2')}"]
-        return compiled(sources, sources / f"{name}.o", "-c", *flags, RUNTIME / "steps.c")
+        return compile_c(sources, sources / f"{name}.o", "-c", *flags, RUNTIME / "steps.c")
 
     with ThreadPoolExecutor(NUM_CPU_THREADS.value) as threads:
-        objects = list(threads.map(kernels, target.processors))
-    files = ["-target", target.triple, *target.flags, *OF_PROGRAMS, *SHARED, *objects]
+        objects = list(threads.map(compile_kernels, target.processors))
+    files = ["-target", target.triple, *target.flags, *PROGRAM_FILES, *SHARED_FILES, *objects]
     if target.links_model:
         seal(model, 0)
-        compiled(sources, output, *files, linked(target, sources))
-    else:
-        code = compiled(sources, sources / "program", *files).read_bytes()
-        code += bytes(-len(code) % ALIGNMENT)
-        with output.open("wb") as file, model.open("rb") as weights:
-            file.write(code)
-            shutil.copyfileobj(weights, file, 1 << 24)
-        seal(output, len(code))
-    output.chmod(0o755)
+        files.append(model_object(target, sources))
+    program = compile_c(sources, sources / "program", *files)
+    with replacing_file(output) as new:
+        shutil.copyfile(program, new)
+        if not target.links_model:
+            append(model, new)
+        new.chmod(0o755)
 
 
-def linked(target: Target, sources: Path) -> Path:
-    """`model.bin` in the folder `sources` as an object. `zig cc` would keep it in its cache."""
+def model_object(target: Target, sources: Path) -> Path:
+    """An object file of `model.bin` in the folder `sources`; `zig cc` would cache a copy of it."""
     (sources / "model.s").write_text(LINKED, encoding="utf-8")
     triple = target.triple.replace("-", "-apple-")
     zig("clang", "-c", f"--target={triple}", "model.s", "-o", "model.o", folder=sources)
     return sources / "model.o"
 
 
-def seal(path: Path, place: int) -> None:
-    """Has a file end as whole.c expects: where the model is, 8 letters, and a sum of all before."""
+def append(model: Path, program: Path) -> None:
+    with program.open("ab") as file, model.open("rb") as weights:
+        file.write(bytes(-file.tell() % ALIGNMENT))
+        offset = file.tell()
+        shutil.copyfileobj(weights, file, 1 << 24)
+    seal(program, offset)
+
+
+def seal(path: Path, offset: int) -> None:
+    """Appends what whole.c checks: the model's offset, 8 letters, and the checksum of the file."""
     with path.open("ab") as file:
-        file.write(place.to_bytes(8, "little") + b"gpt-tiny")
-    sum_ = checksum(path)
-    with path.open("ab") as file:
-        file.write(sum_.to_bytes(8, "little"))
+        file.write(offset.to_bytes(8, "little") + b"gpt-tiny")
+        file.flush()
+        file.write(checksum(path).to_bytes(8, "little"))
 
 
 def checksum(path: Path) -> int:
-    """The sum of a file's numbers of 64 bits, each times an odd factor of its own, modulo 2^64."""
+    """The sum over i of (2 i + 1) times a file's i-th integer of 64 bits, modulo 2^64."""
     words, total = np.memmap(path, "<u8", "r"), 0
     for start in range(0, len(words), 1 << 20):
         part = words[start : start + (1 << 20)]
@@ -130,10 +136,20 @@ def checksum(path: Path) -> int:
     return total % (1 << 64)
 
 
-def page(title: str, sources: Path, address: str = "") -> str:
-    """The C in the folder `sources` as a page, with `model.bin` inside or else at an address."""
-    files = [RUNTIME / "page.c", RUNTIME / "steps.c", *SHARED]
-    code = compiled(sources, sources / "model.wasm", *WASM, *files).read_bytes()
+def write_page(title: str, sources: Path, index: Path, weights: Path | None = None) -> None:
+    """Writes a page of the C and of `model.bin` in the folder `sources`; with a path `weights`, in
+    the page's folder, the page fetches `model.bin` from there."""
+    text = page_text(title, sources, weights.name if weights else "")
+    if weights:
+        with replacing_file(weights) as new:
+            shutil.copyfile(sources / "model.bin", new)
+    write_file(index, text.encode())
+
+
+def page_text(title: str, sources: Path, address: str) -> str:
+    """The page in HTML, with `model.bin` in it or, unless it is empty, at the relative address."""
+    files = [RUNTIME / "page.c", RUNTIME / "steps.c", *SHARED_FILES]
+    code = compile_c(sources, sources / "model.wasm", *WASM, *files).read_bytes()
     weights = "" if address else packed((sources / "model.bin").read_bytes())
     template = (RUNTIME / "page.html").read_text(encoding="utf-8")
     script = (RUNTIME / "page.js").read_text(encoding="utf-8")
@@ -156,5 +172,5 @@ def packed(data: bytes) -> str:
 
 
 def hash_of(text: str) -> str:
-    """What a Content-Security-Policy names a text by."""
+    """The hash of a script or a style in a Content-Security-Policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

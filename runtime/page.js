@@ -1,10 +1,10 @@
-// Asks the worker for the text, piece by piece, and shows it.
+// Asks the worker for text, piece by piece, and shows it. Knows no model.
 "use strict";
 const form = document.forms[0];
-const { prompt, tokens, temperature, topK, topP, seed, write, goOn, copy, stop, text } =
+const { prompt, tokens, temperature, topK, topP, seed, noSpecial, write, goOn, copy, stop, text } =
   form.elements;
 const element = (id) => document.getElementById(id);
-const SIMD = "AGFzbQEAAAABBQFgAAF7AwIBAAoKAQgAQQD9D/1iCw=="; // a program with such an instruction
+const SIMD = "AGFzbQEAAAABBQFgAAF7AwIBAAoKAQgAQQD9D/1iCw=="; // a program with a SIMD instruction
 let worker, hasEnd, isStopped;
 
 const ask = (message) => new Promise((resolve, reject) => {
@@ -27,9 +27,10 @@ async function load() {
   if (dataset.address && location.protocol === "file:")
     throw Error("A page on disk cannot read its model: run `python -m http.server` in the folder");
   worker = new Worker(URL.createObjectURL(new Blob([element("worker").textContent])));
-  const address = new URL(dataset.address, location).href; // the worker is at another place
+  const address = new URL(dataset.address, location).href; // the worker has another base address
   const program = element("program").textContent;
   ({ hasEnd } = await ask({ task: "load", program, weights, address }));
+  noSpecial.parentElement.hidden = !hasEnd;
   if (hasEnd) prompt.placeholder = "How the text begins, or nothing. Ctrl+Enter writes on.";
   element("weights").remove();
   show("Ready");
@@ -40,7 +41,7 @@ async function setPrompt() {
   text.firstChild.textContent = prompt.value || (hasEnd ? "" : "\n");
   const { percent, unknown } = await ask({ task: "start", prompt: text.textContent,
     seed: seed.value, temperature: temperature.valueAsNumber, topK: topK.valueAsNumber || 0,
-    topP: topP.value ? topP.valueAsNumber : Infinity });
+    topP: topP.value ? topP.valueAsNumber : Infinity, takesSpecials: !noSpecial.checked });
   const share = percent < 0.05 ? "Less than 0.1 %" : `${percent.toFixed(1)} %`;
   const lack = `${share} of the prompt is not in the model's vocabulary: `;
   element("warning").textContent = percent ? lack + unknown.map(visible).join(" ") : "";
@@ -77,7 +78,7 @@ function show(status, { isWriting = false, canGoOn = false } = {}) {
   goOn.disabled = !canGoOn;
   copy.disabled = isWriting || !text.firstChild;
   stop.hidden = !isWriting;
-  if (isFocused) (isWriting ? stop : canGoOn ? goOn : write).focus(); // not on a button that is off
+  if (isFocused) (isWriting ? stop : canGoOn ? goOn : write).focus(); // never on a disabled button
 }
 
 copy.onclick = async () => {

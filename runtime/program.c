@@ -1,4 +1,4 @@
-// A model as a program, with the flags of run.py. whole.c finds the model.
+// The command line of an exported program, with the flags and errors of run.py. Knows no kernels.
 #include <getopt.h>
 #include <math.h>
 #include <stdint.h>
@@ -39,9 +39,9 @@ static double parse_number(const char *option, int is_count) {
 static void check_utf8(const char *what, Text text) {
   unsigned code_point;
   for (long at = 0, length; at < text.n; at += length)
-    if ((length = character(text.text + at, text.n - at, &code_point)) <= 0)
+    if ((length = character(text.bytes + at, text.n - at, &code_point)) <= 0)
       fail(1, "%s is not UTF-8: invalid byte 0x%02x at offset %ld; convert it to UTF-8", what,
-           text.text[at], at);
+           text.bytes[at], at);
 }
 
 static void parse_options(int argc, char **argv) {
@@ -64,8 +64,8 @@ static void parse_options(int argc, char **argv) {
     if (letter == 'K') sampling.top_k = parse_number(option, 1);
     if (letter == 'P') sampling.top_p = parse_number(option, 0);
     if (letter == 'r') stride = parse_number(option, 1);
-    if (letter == 'S' && (!*stop || strlen(stop) > LONGEST_STOP))
-      fail(2, "--stop is empty or too long: give 1 to %d bytes", LONGEST_STOP);
+    if (letter == 'S' && (!*stop || strlen(stop) > MAX_STOP))
+      fail(2, "--stop is empty or too long: give 1 to %d bytes", MAX_STOP);
     if (letter == 'S') check_utf8("--stop", (Text){(byte *)stop, strlen(stop)});
     if (letter == ':') fail(2, "argument %s: expected one argument", argv[at]);
     if (letter == '?') fail(2, "unrecognized arguments: %s; see %s --help", argv[at], name);
@@ -75,26 +75,26 @@ static void parse_options(int argc, char **argv) {
     fail(1, "a stride of %d is beyond the context of %d", stride, CONTEXT_LENGTH);
 }
 
-// Standard input up to a line's end, which is left out, or to its own, where `text` is NULL; a byte
-// order mark at its start is left out as well.
+// Standard input up to the end of a line or, with `is_line` 0, of the input, without the line's end
+// and a byte order mark; NULL at the end of the input.
 static Text read_input(int is_line) {
   static byte *text;
   static long size;
   static int letter, has_begun;
-  long n = 0, mark = 0;
+  long n = 0, n_mark = 0;
   for (int previous = letter; (letter = getchar()) != EOF; previous = letter) {
-    if (letter == '\n' && previous == '\r') continue;  // a line's end on Windows
+    if (letter == '\n' && previous == '\r') continue;  // Windows' line break
     if (is_line && (letter == '\n' || letter == '\r')) break;
-    if (n == size) text = resized(text, size = 2 * n + 1000);
+    if (n == size) text = resize(text, size = 2 * n + 1000);
     text[n++] = letter == '\r' ? '\n' : letter;
   }
-  if (!has_begun++ && n >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) mark = 3;
-  n -= mark;
-  return (Text){letter == EOF && !n ? NULL : n ? text + mark : (byte *)"", n};
+  if (!has_begun++ && n >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) n_mark = 3;
+  n -= n_mark;
+  return (Text){letter == EOF && !n ? NULL : n ? text + n_mark : (byte *)"", n};
 }
 
-static void show(Text text) {
-  fwrite(text.text, 1, text.n, stdout);
+static void print(Text text) {
+  fwrite(text.bytes, 1, text.n, stdout);
   if (fflush(stdout)) exit(1);
 }
 
@@ -108,8 +108,8 @@ static void warn_of_unknown(void) {
     unsigned code_point;
     fputc(' ', stderr);
     for (long at = 0, length; at < token.n; at += length) {
-      length = character(token.text + at, token.n - at, &code_point);
-      if (is_visible(code_point)) fwrite(token.text + at, 1, length, stderr);
+      length = character(token.bytes + at, token.n - at, &code_point);
+      if (is_visible(code_point)) fwrite(token.bytes + at, 1, length, stderr);
       else fprintf(stderr, "U+%04X", code_point);
     }
   }
@@ -120,19 +120,19 @@ static void continue_text(Text prompt) {
   static int *ids;
   if (!prompt.n && END < 0) fail(1, "the prompt is empty: give at least one character");
   check_utf8("the prompt", prompt);
-  ids = resized(ids, (5ll * prompt.n + 1) * sizeof(int));
+  ids = resize(ids, (5ll * prompt.n + 1) * sizeof(int));
   set_prompt(prompt, (Text){(byte *)stop, strlen(stop)}, ids);
   warn_of_unknown();
   const char *terminal = getenv("TERM"), *no_color = getenv("NO_COLOR");
   int is_plain = (terminal && !strcmp(terminal, "dumb")) || (no_color && *no_color);
   int is_bold = isatty(1) && !is_interactive && !is_plain;
   if (is_bold) fputs("\033[1m", stdout);
-  if (!is_interactive) show(prompt);
+  if (!is_interactive) print(prompt);
   if (is_bold) fputs("\033[0m", stdout);
-  for (int i = 0; i < n_new_tokens && !has_ended; i++) show(next_text(stride, &sampling));
-  show(last_text());
+  for (int i = 0; i < n_new_tokens && !has_ended; i++) print(next_text(stride, &sampling));
+  print(last_text());
   if (!is_finite) fail(1, "the model's logits are not finite: its weights are far too large");
-  show((Text){(byte *)"\n", 1});
+  print((Text){(byte *)"\n", 1});
 }
 
 int main(int argc, char **argv) {
@@ -140,7 +140,7 @@ int main(int argc, char **argv) {
   wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &argc);
   for (int i = 0; i < argc; i++) {
     int n = WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, NULL, 0, NULL, NULL);
-    argv[i] = resized(NULL, n);
+    argv[i] = resize(NULL, n);
     WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, argv[i], n, NULL, NULL);
   }
   _setmode(0, _O_BINARY);
@@ -157,7 +157,7 @@ int main(int argc, char **argv) {
     if (isatty(0)) fputs("> ", stderr);
     Text line = read_input(1);
     if (line.n) continue_text(line);
-    if (!line.text) break;
+    if (!line.bytes) break;
   }
   return 0;
 }

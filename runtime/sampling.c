@@ -1,5 +1,10 @@
+<<<<<<< HEAD
 // The choice of a token: numpy's default random numbers, PCG64 (O'Neill, 2014), and `sample` of
-// inference/sampling.py, with the same sums in the same order.
+// inference/generator.py, with the same sums in the same order.
+=======
+// Draws a token from logits as inference/generator.py does, the same sums in the same order, by
+// numpy's default generator, PCG64 (O'Neill, 2014). Knows no text.
+>>>>>>> w-export
 #include "runtime.h"
 
 double exp(double);
@@ -31,9 +36,9 @@ static unsigned mix(unsigned x, unsigned y) {
   return x ^ x >> 16;
 }
 
-// numpy's SeedSequence of a number, of which these are the digits. Returns whether they are some.
+// numpy's SeedSequence of a decimal number. Returns 0 for a text that is no number, or too long.
 int seed(const byte *digits, long n_digits) {
-  unsigned words[N_SEED_WORDS] = {};  // of the number, its lowest bits first
+  unsigned words[N_SEED_WORDS] = {};  // the number, its lowest 32 bits first
   int n = 1;
   for (long i = 0; i < n_digits || i == 0; i++) {
     unsigned long long carry = digits[i] - '0';
@@ -49,7 +54,7 @@ int seed(const byte *digits, long n_digits) {
   for (int i = 16; i < 4 * n; i++)
     pool[i % 4] = mix(pool[i % 4], hash(words[i / 4], &factor, 0x931E8875));
 
-  wide numbers[4] = {};  // of 64 bits
+  wide numbers[4] = {};  // 64 bits each
   factor = 0x8B51F9DD;
   for (int i = 0; i < 8; i++)
     numbers[i / 2] |= (wide)hash(pool[i % 4], &factor, 0x58F38DED) << 32 * (i % 2);
@@ -64,19 +69,19 @@ int seed(const byte *digits, long n_digits) {
 static struct {
   union {
     double value;
-    unsigned long long bits;  // as a number: the larger, the larger is the value
+    unsigned long long bits;  // in the order of the values, which are not negative
   };
   int id;
 } weights[VOCAB_SIZE], sorted[VOCAB_SIZE];
 
-// By one byte of the values after the other: the largest first, equal ones as they were.
+// A stable radix sort, by one byte of the values after the other, in descending order.
 static void sort(void) {
   for (int shift = 0; shift < 64; shift += 8) {
-    int counts[256] = {}, places[256] = {};
+    int counts[256] = {}, starts[256] = {};
     for (int i = 0; i < VOCAB_SIZE; i++) counts[weights[i].bits >> shift & 255]++;
-    for (int digit = 255; digit > 0; digit--) places[digit - 1] = places[digit] + counts[digit];
+    for (int digit = 255; digit > 0; digit--) starts[digit - 1] = starts[digit] + counts[digit];
     for (int i = 0; i < VOCAB_SIZE; i++)
-      sorted[places[weights[i].bits >> shift & 255]++] = weights[i];
+      sorted[starts[weights[i].bits >> shift & 255]++] = weights[i];
     for (int i = 0; i < VOCAB_SIZE; i++) weights[i] = sorted[i];
   }
 }
@@ -101,13 +106,14 @@ int sample(const float *logits, const Sampling *sampling) {
   }
   sort();
   int n = sampling->top_k && sampling->top_k < VOCAB_SIZE ? sampling->top_k : VOCAB_SIZE;
-  double total = sum(n), up_to = 0;
+  double total = sum(n), cumulative = 0;
   for (int i = 0; i < n; i++) {
-    up_to += weights[i].value;
-    if (i && up_to - weights[i].value >= sampling->top_p * total) n = i;
+    cumulative += weights[i].value;
+    if (i && cumulative - weights[i].value >= sampling->top_p * total) n = i;
   }
   double point = uniform() * sum(n);
-  int place = 0;
-  for (up_to = weights[0].value; up_to <= point && place < n - 1;) up_to += weights[++place].value;
-  return weights[place].id;
+  int i = 0;
+  for (cumulative = weights[0].value; cumulative <= point && i < n - 1;)
+    cumulative += weights[++i].value;
+  return weights[i].id;
 }

@@ -1,5 +1,5 @@
-// BLAS's product of matrices as the kernels call it: c (m, n) = a (m, k) b, all row by row, where b
-// is (k, n) or, if `flag_b` says 112, (n, k) transposed. It follows gemv.c, whose vectors it uses.
+// cblas_sgemm as kernels call it, row by row: c (m, n) = a (m, k) b, where b is (k, n) or, with
+// `flag_b` 112, an (n, k) transposed. Included after gemv.c, for its vectors. Knows no threads.
 #if __AVX2__ || __ARM_NEON
 enum { N_VECTORS = 2 };
 #else
@@ -35,12 +35,11 @@ static void sgemm(int order, int flag_a, int flag_b, BLAS_INTEGER m, BLAS_INTEGE
         for (int j = 0; j < WIDTH; j++)
           panel[l * WIDTH + j] =
               j < width ? b[(start + l) * row_stride + (column + j) * column_stride] : 0;
-      long row = 0;
-      for (; row + HEIGHT <= m; row += HEIGHT)
-        tile(c + row * ldc + column, ldc, a + row * lda + start, lda, panel, depth, width, HEIGHT,
-             !start);
-      for (; row < m; row++)
-        tile(c + row * ldc + column, ldc, a + row * lda + start, lda, panel, depth, width, 1,
-             !start);
+      float *c_at = c + column, *a_at = a + start;
+      long n_rows = m;
+      for (; n_rows >= HEIGHT; n_rows -= HEIGHT, a_at += HEIGHT * lda, c_at += HEIGHT * ldc)
+        tile(c_at, ldc, a_at, lda, panel, depth, width, HEIGHT, !start);
+      for (; n_rows; n_rows--, a_at += lda, c_at += ldc)
+        tile(c_at, ldc, a_at, lda, panel, depth, width, 1, !start);
     }
 }

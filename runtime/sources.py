@@ -1,4 +1,4 @@
-"""What is compiled for a model: the C of its step, and a file of its weights and tokens."""
+"""Sources of an exported model: C of its step, and a file of its weights and tokens."""
 
 import json
 import re
@@ -18,14 +18,18 @@ from tokenizers import SEPARATORS, TOKENIZERS, VOWELS, WHITE_SPACE, Tokenizer
 
 ALIGNMENT = 64  # bytes
 MIN_SHARED_BYTES = 4 << 20  # with fewer, waking a core costs more than it gives
-OTHER, VOWEL, SEPARATOR, LETTER, NUMBER, SPACE, UNSEEN = range(7)  # tokenizer.c's kinds
+OTHER, VOWEL, SEPARATOR, LETTER, NUMBER, SPACE, UNSEEN = range(7)  # as in tokenizer.c
 
 
-def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> "Kernels":
-    """Writes, of a step of inference's Decoder, kernels.c, with one.c and many.c, which call these
-    for one token and for many; model.h, sizes and help; and model.bin, the weights and tokens."""
+def write_sources(decoder, tokenizer: Tokenizer, help_text: str, folder: Path) -> "Kernels":
+    """Writes the files that are compiled for a Decoder of inference/generator.py and a tokenizer.
+
+    kernels.c holds the kernels of a step, one.c and many.c call them for one token and for a chunk,
+    model.h holds sizes, offsets and the help, model.bin the weights and the tokens.
+    """
     arrays = tables(tokenizer)
-    sizes = {
+    is_end, is_excluded = is_one_of(tokenizer.ends), is_one_of(tokenizer.excluded)
+    constants = {
         "CONTEXT_LENGTH": decoder.context_length,
         "CHUNK": decoder.chunk,
         "N_CHUNKS": N_CHUNKS,
@@ -36,28 +40,26 @@ def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> "Ke
         "N_TOKENS": len(tokenizer.tokens),
         "LONGEST_TOKEN": max(map(len, tokenizer.tokens)),
     }
-    steps = {"one": 1, "many": decoder.chunk}
-    calls = [rendered(decoder.step, decoder.ids[n], **decoder.ranges[n]) for n in steps.values()]
     kernels = Kernels(decoder.weights)
-    for name, calls_of_step in zip(steps, calls, strict=True):
-        (folder / f"{name}.c").write_text(kernels.calls(calls_of_step), encoding="utf-8")
-    (folder / "kernels.c").write_text(kernels.source(), encoding="utf-8")
-
     for name, array in arrays.items():
-        sizes |= {name: kernels.add(array), f"N_{name}": len(array)}
-    sizes |= {
-        "ID": kernels.place_of(decoder.ids[1]),
-        "IDS": kernels.place_of(decoder.ids[decoder.chunk]),
-        "LOGITS": kernels.place_of(decoder.logits),
+        constants |= {name: kernels.add(array), f"N_{name}": len(array)}
+
+    for file, n in {"one.c": 1, "many.c": decoder.chunk}.items():
+        calls = rendered(decoder.step, decoder.ids[n], **decoder.ranges[n])
+        (folder / file).write_text(kernels.calls(calls), encoding="utf-8")
+    (folder / "kernels.c").write_text(kernels.source(), encoding="utf-8")
+    constants |= {
+        "ID": kernels.offset_of(decoder.ids[1]),
+        "IDS": kernels.offset_of(decoder.ids[decoder.chunk]),
+        "LOGITS": kernels.offset_of(decoder.logits),
         "N_HALVES": kernels.n_halves,
         "MODEL_BYTES": kernels.n_file_bytes,
         "MEMORY_BYTES": kernels.n_memory_bytes,
         "IS_LARGE": int(kernels.n_file_bytes > MIN_SHARED_BYTES),
     }
-    lines = (f"  {name} = {size},\n" for name, size in sizes.items())
-    header = f"enum {{\n{''.join(lines)}}};\n#define HELP {json.dumps(help)}\n"
-    header += f"#define IS_END(id) ({is_one_of(tokenizer.ends)})\n"
-    header += f"#define IS_EXCLUDED(id) ({is_one_of(tokenizer.excluded)})\n"
+    lines = (f"  {name} = {value},\n" for name, value in constants.items())
+    header = f"enum {{\n{''.join(lines)}}};\n#define HELP {json.dumps(help_text)}\n"
+    header += f"#define IS_END(id) ({is_end})\n#define IS_EXCLUDED(id) ({is_excluded})\n"
     (folder / "model.h").write_text(header, encoding="utf-8")
     with (folder / "model.bin").open("wb") as file:
         kernels.write(file)
@@ -65,45 +67,46 @@ def write_sources(decoder, tokenizer: Tokenizer, help: str, folder: Path) -> "Ke
 
 
 class Kernels:
-    """The kernels of calls, and where each of their buffers is.
+    """The kernels of a step, and the offset of each of their buffers in model.bin or in memory.
 
-    The given weights are in a file, those in half precision first, so that places among these can
-    be counted in numbers; all else is in memory.
+    The weights are in the file, half precision first: a page has no halves, and finds the same
+    numbers in single precision by their indices. All other buffers are in memory.
     """
 
     def __init__(self, weights: Iterable[Tensor]):
-        self.file: list[np.ndarray] = []
+        self.arrays: list[np.ndarray] = []  # of the file
         self.n_file_bytes = self.n_halves = self.n_memory_bytes = 0
-        self.names: dict[str, str] = {}  # of functions, by their source
-        self.places: dict[Buffer, int] = {}  # in memory
-        self.arguments: dict[Buffer, str] = {}  # in C, of what is not in memory
+        self.names: dict[str, str] = {}  # source -> name of a function
+        self.offsets: dict[Buffer, int] = {}  # in memory, in bytes
+        self.arguments: dict[Buffer, str] = {}  # C of weights and addresses of functions
         for weight in sorted(weights, key=lambda weight: weight.dtype != dtypes.half):
-            place, is_half = self.add(as_numpy(weight)), weight.dtype == dtypes.half
-            argument = f"HALF({place // 2})" if is_half else f"WEIGHT({place})"
+            offset, is_half = self.add(as_numpy(weight)), weight.dtype == dtypes.half
+            argument = f"HALF({offset // 2})" if is_half else f"WEIGHT({offset})"
             self.arguments[weight.uop.base.buffer] = argument
-            self.n_halves = self.n_file_bytes // 2 if is_half else self.n_halves
+            if is_half:
+                self.n_halves = self.n_file_bytes // 2
 
     def add(self, array: np.ndarray) -> int:
-        """Puts an array at the end of the file; its place there, in bytes."""
-        place = self.n_file_bytes
-        self.file.append(array)
+        """Appends an array to the file; returns its offset there, in bytes."""
+        offset = self.n_file_bytes
+        self.arrays.append(array)
         self.n_file_bytes += round_up(array.nbytes)
-        return place
+        return offset
 
-    def place_of(self, tensor: Tensor) -> int:
-        """Where a tensor's buffer is in memory, in bytes."""
-        return self.places[tensor.uop.base.buffer]
+    def offset_of(self, tensor: Tensor) -> int:
+        """The offset of a tensor's buffer in memory, in bytes."""
+        return self.offsets[tensor.uop.base.buffer]
 
     def argument(self, buffer: Buffer, offset: int) -> str:
         if buffer in self.arguments:
             return self.arguments[buffer]
-        if buffer not in self.places:
-            self.places[buffer] = self.n_memory_bytes
+        if buffer not in self.offsets:
+            self.offsets[buffer] = self.n_memory_bytes
             self.n_memory_bytes += round_up(buffer.nbytes)
-        return f"MEMORY({self.places[buffer] + offset})"
+        return f"MEMORY({self.offsets[buffer] + offset})"
 
     def calls(self, calls: Iterable[Call]) -> str:
-        """These calls in C, of macros that steps.c defines."""
+        """The calls in C, by macros that steps.c defines."""
         lines = []
         for function, name in native.names.items():
             self.arguments[function.buffer] = f"FUNCTION({name})"
@@ -114,7 +117,7 @@ class Kernels:
         return "\n".join(lines)
 
     def source(self) -> str:
-        """The kernels in C. tinygrad's `long` has 64 bits, and C's has not everywhere."""
+        """The kernels in C. tinygrad's `long` has 64 bits, C's only 32 on Windows and in pages."""
         functions = (
             re.sub(r"\bvoid \w+\(", f"KERNEL {name}(", source, count=1)
             for source, name in self.names.items()
@@ -122,7 +125,7 @@ class Kernels:
         return re.sub(r"\blong\b", "long long", "".join(functions))
 
     def write(self, file) -> None:
-        for array in self.file:
+        for array in self.arrays:
             data = np.ascontiguousarray(array)
             file.write(data.data)
             file.write(bytes(round_up(data.nbytes) - data.nbytes))
@@ -133,23 +136,24 @@ def round_up(n_bytes: int) -> int:
 
 
 def is_one_of(ids: Sequence[int]) -> str:
-    """C for whether `id` is one of these, of which many may follow one another."""
+    """A condition in C: `id` is one of the ids. Consecutive ids are one comparison."""
     ids = np.sort(np.array(ids, int))
     runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1) if len(ids) else []
     return " || ".join(f"((id) >= {run[0]} && (id) <= {run[-1]})" for run in runs) or "0"
 
 
 def tables(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Arrays of uint32, and one of bytes, by the names that tokenizer.c has for their places.
+    """Arrays of uint32, and TOKEN_BYTES of uint8, by their names in tokenizer.c.
 
-    TOKEN_STARTS are the places in TOKEN_BYTES of the tokens, then of the spellings of the special
-    ones, the longest first, and the end; SPECIALS are the ids of these. SORTED_TOKENS are the ids
-    of the other tokens that a text can have, in the order of their bytes, and RANKS (n_tokens), of
-    byte pairs, which of two is joined first. From each of KIND_STARTS, a code point, to before the
-    next one characters are of the same one of KINDS.
+    TOKEN_STARTS: the offset in TOKEN_BYTES of each token, then of each special token's spelling,
+    the longest first, and the end.
+    SPECIALS: the ids of the special tokens, in that order.
+    SORTED_TOKENS: the ids of all other tokens that a text can have, sorted by their bytes.
+    RANKS (n_tokens): of byte pairs, the order in which they are merged.
+    KIND_STARTS, KINDS: the first code point and the kind of each run of characters of one kind.
     """
     tokens, specials = tokenizer.tokens, sorted(tokenizer.specials, key=len, reverse=True)
-    in_bytes = [*tokens, *(spelling.encode() for spelling in specials)]
+    spellings = [*tokens, *(special.encode() for special in specials)]
     known, ranks = [id for id, token in enumerate(tokens) if token], np.zeros(len(tokens))
     characters = list(map(chr, range(sys.maxunicode + 1)))
     kinds = np.full(len(characters), OTHER)
@@ -166,12 +170,12 @@ def tables(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     kinds[[ord(character) for character in WHITE_SPACE]] = SPACE
     starts = np.flatnonzero(np.diff(kinds, prepend=-1))
     numbers = {
-        "TOKEN_STARTS": np.cumsum([0, *map(len, in_bytes)]),
-        "SPECIALS": [tokenizer.specials[spelling] for spelling in specials],
+        "TOKEN_STARTS": np.cumsum([0, *map(len, spellings)]),
+        "SPECIALS": [tokenizer.specials[special] for special in specials],
         "SORTED_TOKENS": sorted(known, key=lambda id: tokens[id]),
         "RANKS": ranks,
         "KIND_STARTS": starts,
         "KINDS": kinds[starts],
     }
     arrays = {name: np.array(array, "<u4") for name, array in numbers.items()}
-    return {**arrays, "TOKEN_BYTES": np.frombuffer(b"".join(in_bytes), np.uint8)}
+    return {**arrays, "TOKEN_BYTES": np.frombuffer(b"".join(spellings), np.uint8)}

@@ -1,4 +1,4 @@
-// What a program asks of the system that it runs on: memory, cores, and the processor's kind.
+// The memory, the cores and the processor that an exported program runs on. Knows no tokens.
 #include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
@@ -21,7 +21,7 @@ void fail(int status, const char *format, ...) {
   exit(status);
 }
 
-void *resized(void *old, long long n_bytes) {
+void *resize(void *old, long long n_bytes) {
   void *new = realloc(old, n_bytes + 1);
   if (!new) fail(1, "out of memory");
   return new;
@@ -30,7 +30,7 @@ void *resized(void *old, long long n_bytes) {
 #if __x86_64__
 #include <cpuid.h>
 
-// Which vectors the processor and the system have: 1 for AVX2, 2 for AVX-512 with VNNI, as well.
+// The vectors of the processor and the system: 0 for SSE2, 1 for AVX2, 2 for AVX-512 with VNNI.
 static int vectors(void) {
   const unsigned avx = 3 << 27 | 1 << 29 | 1 << 12, avx2 = 1 << 3 | 1 << 5 | 1 << 8;
   const unsigned avx512 = 1 << 16 | 1 << 17 | 1 << 28 | 1 << 30 | 1u << 31, vnni = 1 << 11;
@@ -45,7 +45,7 @@ static int vectors(void) {
 
 static Kernels *kernels;
 
-// The kernels for this processor; VECTORS=0 or 1 has them do without the newest vectors.
+// Sets the kernels for this processor's vectors, or for fewer, as VECTORS=0 or 1 asks.
 void choose_kernels(void) {
   halves = model;
 #if __x86_64__
@@ -55,7 +55,7 @@ void choose_kernels(void) {
   int best = vectors(), most = limit ? atoi(limit) : best;
   kernels = kinds[best < most ? best : most < 0 ? 0 : most];
   if (kernels != kernels_sse2) return;
-  float *single = resized(NULL, 4ll * N_HALVES);
+  float *single = resize(NULL, 4ll * N_HALVES);
   for (long long i = 0; i < N_HALVES; i++) single[i] = widen(((const unsigned short *)model)[i]);
   halves = single;
 #else
@@ -66,12 +66,16 @@ void choose_kernels(void) {
 
 static int n_cores(void) {
   const char *limit = getenv("NUM_CPU_THREADS");
+  double most = limit ? atoi(limit) : N_CHUNKS, period;
+  FILE *quota = limit ? NULL : fopen("/sys/fs/cgroup/cpu.max", "r");  // of a container
+  if (quota && fscanf(quota, "%lf %lf", &most, &period) == 2) most /= period;
+  if (quota) fclose(quota);
 #if _WIN32
   int n = pthread_num_processors_np();
 #else
   int n = sysconf(_SC_NPROCESSORS_ONLN);
 #endif
-  if (limit && atoi(limit) < n) n = atoi(limit);
+  if (most < n) n = most;
   return n < 1 || !IS_LARGE ? 1 : n < N_CHUNKS ? n : N_CHUNKS;
 }
 
@@ -82,7 +86,7 @@ static void *run_core(void *core) {
   return NULL;
 }
 
-void decode(Step *step) {
+void run_step(Step *step) {
   static int n;
   pthread_t threads[N_CHUNKS];
   if (!n) n = n_cores();

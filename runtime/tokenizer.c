@@ -1,8 +1,9 @@
-// Text to tokens, as tokenizers.py has them: characters, pieces of words, or byte pairs.
+// Text to ids and back, as in tokenizers.py: characters, pieces of words, or byte pairs. Knows no
+// logits and no window.
 #include "runtime.h"
 
-// The length of the first character of a text in UTF-8; 0 if the text ends within it, and minus
-// the number of bytes that belong together where there is none.
+// The number of bytes of a text's first character in UTF-8; 0 if the text ends within it, and minus
+// the number of invalid bytes if it is none.
 int character(const byte *text, long n, unsigned *code_point) {
   byte first = text[0];
   *code_point = first;
@@ -20,27 +21,27 @@ int character(const byte *text, long n, unsigned *code_point) {
   return length;
 }
 
-static const unsigned *numbers(long long place) { return (const unsigned *)(model + place); }
+static const unsigned *table(long long offset) { return (const unsigned *)(model + offset); }
 
-// The UTF-8 of a token, or a part of a character's; behind all tokens, the special ones' spelling.
+// The bytes of a token, which may be a part of a character; from N_TOKENS on, a special's spelling.
 Text token(int id) {
-  const unsigned *start = numbers(TOKEN_STARTS) + id;
+  const unsigned *start = table(TOKEN_STARTS) + id;
   return (Text){model + TOKEN_BYTES + start[0], start[1] - start[0]};
 }
 
-// Whether a text comes before another one (-1), is it (0) or comes after it (1), byte by byte.
-static int compared(Text text, Text other) {
+// The order of two texts by their bytes: -1 if `text` is the first, 0 if they are equal, or else 1.
+int compare(Text text, Text other) {
   long i = 0;
-  while (i < text.n && i < other.n && text.text[i] == other.text[i]) i++;
-  if (i < text.n && i < other.n) return text.text[i] < other.text[i] ? -1 : 1;
+  while (i < text.n && i < other.n && text.bytes[i] == other.bytes[i]) i++;
+  if (i < text.n && i < other.n) return text.bytes[i] < other.bytes[i] ? -1 : 1;
   return text.n < other.n ? -1 : text.n > other.n;
 }
 
-// The id of these bytes, or -1: a search among all tokens in the order of their bytes.
+// The id of a token, or -1: a binary search.
 static int find(const byte *bytes, long n) {
   for (int low = 0, high = N_SORTED_TOKENS; low < high;) {
-    int middle = (low + high) / 2, id = numbers(SORTED_TOKENS)[middle];
-    int order = compared(token(id), (Text){bytes, n});
+    int middle = (low + high) / 2, id = table(SORTED_TOKENS)[middle];
+    int order = compare(token(id), (Text){bytes, n});
     if (!order) return id;
     order < 0 ? (low = middle + 1) : (high = middle);
   }
@@ -53,16 +54,16 @@ static int kind(unsigned code_point) {
   int low = 0, high = N_KINDS;
   while (high - low > 1) {
     int middle = (low + high) / 2;
-    numbers(KIND_STARTS)[middle] <= code_point ? (low = middle) : (high = middle);
+    table(KIND_STARTS)[middle] <= code_point ? (low = middle) : (high = middle);
   }
-  return numbers(KINDS)[low];
+  return table(KINDS)[low];
 }
 
-// Whether one sees it, as Python's str.isprintable has it, and not only room for it.
+// Printable, as Python's str.isprintable has it, and not white space.
 int is_visible(unsigned x) { return kind(x) != SPACE && kind(x) != UNSEEN; }
 
-// The first piece of a word: it ends before and after a separator, and before a vowel that comes
-// more than 3 bytes after its start.
+// The length of the first piece of a word, which ends before and after a separator, and before a
+// vowel more than 3 bytes after its start.
 static long first_piece(const byte *text, long n) {
   unsigned x;
   for (long at = 0, length;; at += length) {
@@ -73,8 +74,8 @@ static long first_piece(const byte *text, long n) {
   }
 }
 
-// How many bytes the text begins with characters of a kind.
-static long while_of(int wanted, const byte *text, long n) {
+// The number of bytes of the characters of one kind that a text begins with.
+static long run_length(int wanted, const byte *text, long n) {
   unsigned x;
   for (long at = 0, length;; at += length) {
     if (at == n) return n;
@@ -83,7 +84,8 @@ static long while_of(int wanted, const byte *text, long n) {
   }
 }
 
-// GPT-2's first contraction, word, number, run of other characters, or of white space.
+// The length of the first match of GPT-2's pattern: a contraction, a word, a number, a run of other
+// characters, or of white space.
 static long first_word(const byte *text, long n) {
   static const char *const endings[] = {"'s", "'t", "'d", "'m", "'ll", "'ve", "'re"};
   for (int i = 0; i < 7; i++) {
@@ -92,32 +94,32 @@ static long first_word(const byte *text, long n) {
     if (!endings[i][length]) return length;
   }
   long space = text[0] == ' ', length;
-  if ((length = while_of(LETTER, text + space, n - space))) return space + length;
-  if ((length = while_of(NUMBER, text + space, n - space))) return space + length;
-  if ((length = while_of(OTHER, text + space, n - space))) return space + length;
-  length = while_of(SPACE, text, n);
+  if ((length = run_length(LETTER, text + space, n - space))) return space + length;
+  if ((length = run_length(NUMBER, text + space, n - space))) return space + length;
+  if ((length = run_length(OTHER, text + space, n - space))) return space + length;
+  length = run_length(SPACE, text, n);
   if (length == n) return n;
-  long last = length - 1;  // the last space belongs to what follows, unless it is the only one
+  long last = length - 1;  // the last space belongs to the next word, unless it is the only one
   while ((text[last] & 0xC0) == 0x80) last--;
   return last ? last : length;
 }
 
 enum { NONE = 0x7FFFFFFF };
 
-// Brings into the tree which rank a part of a word would have if it were joined with the next one.
-static void rank(const byte *word, long n, const int *lengths, long at, int *tree, long width) {
-  long next = at + lengths[at], node = width + at;
-  int id = next < n ? find(word + at, lengths[at] + lengths[next]) : -1;
-  for (tree[node] = id < 0 ? NONE : (int)numbers(RANKS)[id]; node /= 2;)
+// Updates the tree with the rank of the pair of the part at `start` and the next part.
+static void rank(const byte *word, long n, const int *lengths, long start, int *tree, long width) {
+  long next = start + lengths[start], node = width + start;
+  int id = next < n ? find(word + start, lengths[start] + lengths[next]) : -1;
+  for (tree[node] = id < 0 ? NONE : (int)table(RANKS)[id]; node /= 2;)
     tree[node] = tree[2 * node] < tree[2 * node + 1] ? tree[2 * node] : tree[2 * node + 1];
 }
 
-// Joins, of all neighbours in a word, those of the lowest rank, the first ones, again and again.
-// `ids` has the length of a part at its first byte and at its last. The ranks are the leaves of a
-// tree, in which every other node has the lower one of its two: a word may be a whole paragraph.
+// Merges the pair of the lowest rank, of equal ones the first, until no pair is a token. `ids` has
+// the length of each part at its first and its last byte, at the end the ids. The ranks are the
+// leaves of a tree of minima, for a word may be a whole paragraph.
 static long byte_pairs(const byte *word, long n, int *ids, int *tree) {
   long n_parts = 0, width = 1;
-  if ((*ids = find(word, n)) >= 0) return 1;  // no other way to join its parts comes into question
+  if ((*ids = find(word, n)) >= 0) return 1;  // all merges would end there
   while (width < n) width *= 2;
   for (long i = 0; i < 2 * width; i++) tree[i] = NONE;
   for (long i = 0; i < n; i++) ids[i] = 1;
@@ -125,15 +127,15 @@ static long byte_pairs(const byte *word, long n, int *ids, int *tree) {
   while (tree[1] != NONE) {
     long node = 1;
     while (node < width) node = 2 * node + (tree[2 * node] > tree[1]);
-    long at = node - width, next = at + ids[at], end = next + ids[next];
+    long start = node - width, next = start + ids[start], end = next + ids[next];
     ids[next] = 0;  // no part begins here
     rank(word, n, ids, next, tree, width);
-    ids[at] = ids[end - 1] = end - at;
-    rank(word, n, ids, at, tree, width);
-    if (at) rank(word, n, ids, at - ids[at - 1], tree, width);
+    ids[start] = ids[end - 1] = end - start;
+    rank(word, n, ids, start, tree, width);
+    if (start) rank(word, n, ids, start - ids[start - 1], tree, width);
   }
-  for (long at = 0, length; at < n; at += length)
-    length = ids[at], ids[n_parts++] = find(word + at, length);
+  for (long start = 0, length; start < n; start += length)
+    length = ids[start], ids[n_parts++] = find(word + start, length);
   return n_parts;
 }
 
@@ -147,52 +149,52 @@ static Text first_token(const byte *text, long n) {
 
 struct Unknown unknown;
 
-// Counts a token that is unknown, in a table of how often there is each and where it is first;
-// keeps the most frequent, of those equally frequent the first by their bytes.
-static void count(Text text, Text token, int *table, long width) {
+// Counts an unknown token in a hash table of counts and offsets, and keeps the most frequent ones,
+// of equal counts the first by their bytes.
+static void count(Text text, Text token, int *counts, long width) {
   unsigned slot = 0;
-  for (long i = 0; i < token.n; i++) slot = (slot ^ token.text[i]) * 0x01000193;  // FNV-1a
+  for (long i = 0; i < token.n; i++) slot = (slot ^ token.bytes[i]) * 0x01000193;  // FNV-1a
   for (;; slot++) {
-    int *entry = table + 2 * (slot & (width - 1));
-    if (!entry[0]) entry[1] = token.text - text.text;
-    struct Count new = {first_token(text.text + entry[1], text.n - entry[1]), entry[0] + 1}, old;
-    if (compared(new.token, token)) continue;
+    int *entry = counts + 2 * (slot & (width - 1));
+    if (!entry[0]) entry[1] = token.bytes - text.bytes;
+    struct Count new = {first_token(text.bytes + entry[1], text.n - entry[1]), entry[0] + 1}, old;
+    if (compare(new.token, token)) continue;
     entry[0]++, token = new.token;
     for (int i = 0; i < N_COUNTS; i++) {
       old = unknown.counts[i];
-      if (old.n < new.n || (old.n == new.n && compared(new.token, old.token) < 0))
+      if (old.n < new.n || (old.n == new.n && compare(new.token, old.token) < 0))
         unknown.counts[i] = new, new = old;
-      if (old.token.text == token.text) break;  // where it was before
+      if (old.token.bytes == token.bytes) break;  // its previous entry
     }
     return;
   }
 }
 
-// The length of the special token that the text begins with, the longest one, and its id; or 0.
+// The length and the id of the longest special token that the text begins with; or 0.
 static long first_special(const byte *text, long n, int *id) {
   for (int i = 0; i < n_specials; i++) {
     Text spelling = token(N_TOKENS + i);
-    *id = numbers(SPECIALS)[i];
-    if (spelling.n <= n && !compared(spelling, (Text){text, spelling.n})) return spelling.n;
+    *id = table(SPECIALS)[i];
+    if (spelling.n <= n && !compare(spelling, (Text){text, spelling.n})) return spelling.n;
   }
   return 0;
 }
 
 int n_specials = N_SPECIALS;
 
-// The ids of a text in UTF-8, at most as many as its bytes. Behind as much room for these, `ids`
-// has four times as much, for a tree or a table.
+// Writes the ids of a text in UTF-8, at most one a byte; returns their number. `ids` has room for
+// five a byte: four are for a tree or a hash table.
 long encode(Text text, int *ids) {
-  long n_ids = 0, length, width = 1, next = 0;  // the place of the next special token
+  long n_ids = 0, length, width = 1, next = 0;  // the offset of the next special token
   int *scratch = ids + text.n, special;
   while (width < text.n) width *= 2;
   for (long i = 0; i < 4 * text.n; i++) scratch[i] = 0;
   unknown = (struct Unknown){};
   for (long at = 0; at < text.n; at += length) {
-    const byte *rest = text.text + at;
+    const byte *rest = text.bytes + at;
     if (at >= next)
       for (next = at; next < text.n; next++)
-        if ((length = first_special(text.text + next, text.n - next, &special))) break;
+        if ((length = first_special(text.bytes + next, text.n - next, &special))) break;
     if (at == next) {
       ids[n_ids++] = special;
     } else if (TOKENIZER == BYTE_PAIRS) {
@@ -203,11 +205,10 @@ long encode(Text text, int *ids) {
       int id = find(rest, length = token.n), is_known = id >= 0;
       ids[n_ids++] = is_known ? id : UNKNOWN;
       if (TOKENIZER == CHARACTERS && !is_known && *rest == '\r') continue;  // as if there were none
-      for (long i = 0; i < length; i++) {
-        unknown.n_characters += (rest[i] & 0xC0) != 0x80;
-        unknown.n += !is_known && (rest[i] & 0xC0) != 0x80;
-      }
-      if (!is_known) count(text, token, scratch, width);
+      long n_characters = 0;
+      for (long i = 0; i < length; i++) n_characters += (rest[i] & 0xC0) != 0x80;
+      unknown.n_characters += n_characters;
+      if (!is_known) unknown.n += n_characters, count(text, token, scratch, width);
     }
   }
   return n_ids;

@@ -1,4 +1,5 @@
-// Finds the model in a program that is whole, before all else: `seal` in build.py says how it ends.
+// Finds the model at the end of a program's file, before all else, and refuses a file that is not
+// whole, by the checksum that `seal` in build.py has written. Knows nothing of the model.
 #include <stdint.h>
 
 #include "runtime.h"
@@ -6,8 +7,8 @@
 const byte *model;
 
 #if __linux__
-// Nothing beyond the end of a truncated file can be read or run. So the program starts here, without
-// the C library, and program.ld has all that is here come first in the file.
+// In a truncated file other code and data may be missing. So the program starts here, without the C
+// library, and program.ld puts the code and constants of whole.c first.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -39,7 +40,7 @@ static long system_call(long number, long a, long b, long c, long d, long e) {
 }
 #endif
 
-static const byte *sealed(long long *size) {
+static const byte *map_file(long long *size) {
   long file = system_call(SYS_openat, AT_FDCWD, (long)"/proc/self/exe", O_RDONLY, 0, 0);
   *size = system_call(SYS_lseek, file, 0, SEEK_END, 0, 0);
   long mapped = system_call(SYS_mmap, 0, *size, PROT_READ, MAP_PRIVATE, file);
@@ -48,7 +49,7 @@ static const byte *sealed(long long *size) {
 #elif _WIN32
 #include <windows.h>
 
-static const byte *sealed(long long *size) {
+static const byte *map_file(long long *size) {
   static wchar_t path[32768];
   GetModuleFileNameW(NULL, path, 32768);
   HANDLE file = CreateFileW(path, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, 0, NULL);
@@ -61,7 +62,7 @@ static const byte *sealed(long long *size) {
 #else
 extern const byte linked[MODEL_BYTES + 24];
 
-static const byte *sealed(long long *size) { return *size = sizeof linked, linked; }
+static const byte *map_file(long long *size) { return *size = sizeof linked, linked; }
 #endif
 
 #if !__linux__
@@ -69,12 +70,12 @@ __attribute__((constructor))
 #endif
 void find_model(void) {
   long long size;
-  const byte *whole = sealed(&size);
-  if (!whole) fail(1, "this program can't read its own file");
-  const uint64_t *words = (const uint64_t *)whole, mark = 0x796e69742d747067;  // "gpt-tiny"
+  const byte *file = map_file(&size);
+  if (!file) fail(1, "this program can't read its own file");
+  const uint64_t *words = (const uint64_t *)file, mark = 0x796e69742d747067;  // "gpt-tiny"
   uint64_t sum = 0, n = size / 8;
   int is_sealed = size % 8 == 0 && n > 3 && words[n - 2] == mark;
   for (uint64_t i = 0; is_sealed && i < n - 1; i++) sum += words[i] * (2 * i + 1);
   if (!is_sealed || sum != words[n - 1]) fail(1, "this program is truncated or altered");
-  model = whole + words[n - 3];
+  model = file + words[n - 3];
 }

@@ -74,6 +74,8 @@ def cache_folder(tmp_path_factory) -> Path:
     folder.mkdir(exist_ok=True)
     os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(Path.home() / ".cache" / "zig"))
     os.environ["XDG_CACHE_HOME"] = str(folder)  # of the processes that the tests start
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # they would compile all modules anew
+        os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
     jit_cache.FOLDER = folder / "gpt-tiny"
     return folder
 

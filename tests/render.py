@@ -1,4 +1,5 @@
-"""Renders every kernel of a training and of a generation for a backend that need not be there.
+"""Renders every kernel of a training, and without options of a generation, for a backend that need
+not be there.
 
     python tests/render.py CUDA|METAL|AMD FOLDER [OPTION OF TRAIN.PY ...]
 
@@ -58,8 +59,11 @@ def render(backend: str, folder: Path, options: list[str]) -> None:
     renderer.target = replace(renderer.target, device=backend)
 
     model = str(folder / "model")
-    training = [*LARGEST, *options, "-o", model]
-    for main, arguments in ((train.main, training), (run.main, [model, "-n", "2"])):
+    commands = [(train.main, [*LARGEST, *options, "-o", model]), (run.main, [model, "-n", "2"])]
+    if options:  # which are of training: generation is as without them
+        train.print_example = lambda *_: None
+        commands.pop()
+    for main, arguments in commands:
         sys.argv = [f"{main.__module__}.py", *arguments]
         main()
     for number, program in enumerate(to_program_cache.values()):

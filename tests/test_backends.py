@@ -7,11 +7,12 @@ import re
 
 import numpy as np
 import pytest
-from conftest import DATA, greedy
-from tinygrad import Device, Tensor, TinyJit
+from conftest import DATA, at_once, greedy
+from tinygrad import Device, Tensor
 
 import train
 from inference.generator import Generator
+from inference.scoring import BATCH_TOKENS
 from training.config import TrainingConfig
 
 BACKEND = Device.DEFAULT
@@ -53,24 +54,22 @@ def test_greedy_text_with_the_cache_and_past_the_window(reference):
 def test_every_token_of_the_greedy_texts_is_the_likeliest(reference):
     """As good as generating them token by token, and quicker: many windows at once."""
     model, tokenizer, prompts = reference
-    context_length, batch = model.config.context_length, 100
-    windows, lengths, tokens = [], [], []
+    context_length = model.config.context_length
+    batch = BATCH_TOKENS // context_length  # as in test_scoring.py: the kernels are the same
+    next_tokens = {}  # by window: where texts repeat themselves, one serves for many
     for prompt in prompts:
-        n_prompt = len(prompt["prompt"])
-        ids = tokenizer.encode(prompt["greedy"])
+        n_prompt, ids = len(prompt["prompt"]), tokenizer.encode(prompt["greedy"]).tolist()
+        assert len(ids) == n_prompt + 200
         for position in range(n_prompt, len(ids)):
-            window = ids[max(0, position - context_length) : position]
-            windows.append(np.pad(window, (0, context_length - len(window))))
-            lengths.append(len(window))
-            tokens.append(ids[position])
-    assert len(windows) == 200 * len(prompts)
+            window = tuple(ids[max(0, position - context_length) : position])
+            assert next_tokens.setdefault(window, ids[position]) == ids[position]
 
-    logits = TinyJit(lambda ids: model(ids).realize())
-    logits.cnt = 1  # its first call captures
-    likeliest = []
-    for first in range(0, len(windows), batch):
-        part = np.array(windows[first : first + batch], np.int32)
-        last = np.array(lengths[first : first + batch]) - 1
-        of_last = logits(Tensor(part).realize()).numpy()[np.arange(batch), last]
-        likeliest += of_last[:, : tokenizer.unknown].argmax(-1).tolist()
-    assert likeliest == tokens
+    lengths = np.array([len(window) for window in next_tokens])
+    windows = np.zeros((len(lengths) + -len(lengths) % batch, context_length), np.int32)
+    for row, window in zip(windows, next_tokens, strict=False):
+        row[: len(window)] = window
+    compute = at_once(lambda ids: model(ids).realize())
+    parts = np.split(windows, len(windows) // batch)
+    logits = np.concatenate([np.array(compute(Tensor(part).realize()).numpy()) for part in parts])
+    of_last = logits[np.arange(len(lengths)), lengths - 1, : tokenizer.unknown]
+    assert of_last.argmax(-1).tolist() == list(next_tokens.values())

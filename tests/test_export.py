@@ -365,7 +365,7 @@ def test_a_large_page_is_a_folder_of_its_name(call, tmp_path, monkeypatch, name,
 
     monkeypatch.setattr(export, "MAX_PAGE_BYTES", 1000)
     monkeypatch.setattr(export, "write_sources", write_sources)
-    monkeypatch.setattr(export.build, "page", lambda *sources, address: address)
+    monkeypatch.setattr(build, "page_text", lambda title, sources, address: address)
     for _ in range(2):  # the second takes the place of the first
         result = call(export.main, REFERENCE, "--page", "-o", tmp_path / name)
         assert result.status == 0 and f"{written} is a folder" in result.out
@@ -385,7 +385,7 @@ def test_a_large_page_beside_a_folder_of_someone_elses_is_refused_before_the_wor
 
 
 def test_a_program_that_its_system_would_not_load_is_refused(call, folder, monkeypatch):
-    monkeypatch.setattr(build, "MOST_BYTES", 100_000)
+    monkeypatch.setattr(build, "MAX_MODEL_BYTES", 100_000)
     before = sorted(folder.iterdir())
     words = [REFERENCE, "--target", "aarch64-macos"]
     assert_error(call(export.main, *words), 1, ["GB", "--weights int8"])
@@ -409,7 +409,7 @@ def test_without_a_target_a_program_is_for_this_machine(monkeypatch, system, mac
 
 
 def test_compiling_takes_no_more_cores_than_it_may(monkeypatch, tmp_path):
-    def compiled(_, output: Path, *words) -> Path:
+    def compile_c(_, output: Path, *arguments) -> Path:
         output.write_bytes(b"")
         return output
 
@@ -417,11 +417,11 @@ def test_compiling_takes_no_more_cores_than_it_may(monkeypatch, tmp_path):
         assert n == 1
         return ThreadPoolExecutor(n)
 
-    monkeypatch.setattr(build, "compiled", compiled)
+    monkeypatch.setattr(build, "compile_c", compile_c)
     monkeypatch.setattr(build, "ThreadPoolExecutor", threads)
     (tmp_path / "model.bin").write_bytes(bytes(64))
     with Context(NUM_CPU_THREADS=1):
-        build.program(build.TARGETS["x86_64-linux"], tmp_path, tmp_path / "story")
+        build.write_program(build.TARGETS["x86_64-linux"], tmp_path, tmp_path / "story")
 
 
 def test_a_page_beyond_a_browsers_memory_is_refused(call, folder, monkeypatch):
@@ -460,7 +460,7 @@ def test_the_model_that_is_linked_is_never_another_file_of_its_name(monkeypatch,
     Path("sources").mkdir()
     Path("sources/model.bin").write_bytes(b"the model")
     target, sources = build.TARGETS["aarch64-macos"], tmp_path / "sources"
-    assert b"the model" in build.linked(target, sources).read_bytes()
+    assert b"the model" in build.model_object(target, sources).read_bytes()
 
 
 def load_commands(data: bytes) -> list[tuple[int, bytes]]:

@@ -58,7 +58,9 @@ def test_a_failed_save_leaves_the_earlier_model_and_nothing_else(
 
 def test_all_is_on_disk_before_the_model_gets_its_name(tmp_path, weights, monkeypatch):
     events, rename, sync = [], os.rename, files.sync
-    monkeypatch.setattr(files, "sync", lambda path: (events.append(path.name), sync(path)))
+    monkeypatch.setattr(
+        files, "sync", lambda *paths: (events.extend(path.name for path in paths), sync(*paths))
+    )
     monkeypatch.setattr(os, "rename", lambda *args: (events.append("rename"), rename(*args)))
     checkpoint.save(tmp_path / "model", CONFIG, weights)
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]

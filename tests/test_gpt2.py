@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GPT2
+from conftest import GPT2, at_once
 from mutate import mutated_json
 
 import run
@@ -21,10 +21,11 @@ from models import safetensors
 
 pytest.importorskip("tiktoken")
 
-from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad import Tensor, dtypes
 
 from gpt_tiny import shapes
 from inference.generator import Generator, sample
+from inference.scoring import BATCH_TOKENS
 from models import checkpoint, gpt2
 from training.checkpoint import from_model, settings_from_json, settings_to_json
 from training.checkpoint import load as load_training
@@ -41,12 +42,14 @@ def model_and_tokenizer():
 
 @pytest.fixture(scope="module")
 def all_logits(model_and_tokenizer):
-    """A function from ids to the logits after each of them, computed without the cache."""
-    model = TinyJit(model_and_tokenizer[0])
+    """A function from ids to the logits after each of them, computed without the cache, in a batch
+    as large as in test_scoring.py: the kernels are the same."""
+    model = at_once(model_and_tokenizer[0])
 
     def logits(ids: list[int]) -> np.ndarray:
-        window = np.array([ids + [0] * (CONTEXT_LENGTH - len(ids))], np.int32)
-        return model(Tensor(window).realize()).numpy()[0, : len(ids)]
+        windows = np.zeros((BATCH_TOKENS // CONTEXT_LENGTH, CONTEXT_LENGTH), np.int32)
+        windows[0, : len(ids)] = ids
+        return model(Tensor(windows).realize()).numpy()[0, : len(ids)]
 
     return logits
 

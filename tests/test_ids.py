@@ -493,7 +493,7 @@ def test_x_and_standard_input_leave_nothing(monkeypatch, tmp_path):
 
 
 def test_on_a_full_disk_ids_stay_in_memory_and_nothing_is_left(monkeypatch, capsys):
-    def fail(path):
+    def fail(*paths):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files, "sync", fail)

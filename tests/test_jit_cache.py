@@ -70,7 +70,7 @@ def product_and_gemv() -> tuple[np.ndarray, int, set[str]]:
 def test_a_kept_jit_finds_functions_in_c_wherever_they_are_now(folder):
     y, *others = product_and_gemv()
     assert others == [1, {"sgemm", "gemv"}]
-    native.address_buffer.cache_clear()  # as in another process
+    native.buffers.clear()  # as in another process
     native.names.clear()
     again, *others = product_and_gemv()
     assert others == [0, {"sgemm", "gemv"}]
@@ -78,26 +78,26 @@ def test_a_kept_jit_finds_functions_in_c_wherever_they_are_now(folder):
 
 
 def test_a_worker_takes_what_another_captured_meanwhile(folder, monkeypatch):
-    alone = jit_cache.alone
+    locked = jit_cache.locked
 
     @contextlib.contextmanager
-    def alone_after_another(path):
-        monkeypatch.setattr(jit_cache, "alone", alone)
+    def locked_after_another(path):
+        monkeypatch.setattr(jit_cache, "locked", locked)
         assert powers() == ([3, 9, 27], 1)
-        with alone(path):
+        with locked(path):
             yield
 
-    monkeypatch.setattr(jit_cache, "alone", alone_after_another)
+    monkeypatch.setattr(jit_cache, "locked", locked_after_another)
     assert powers() == ([3, 9, 27], 0)
 
 
 def test_one_captures_at_a_time(folder):
     def capture_another() -> None:
-        with jit_cache.alone(folder / "jit"):
+        with jit_cache.locked(folder / "jit"):
             pass
 
     other = threading.Thread(target=capture_another)
-    with jit_cache.alone(folder / "jit"):
+    with jit_cache.locked(folder / "jit"):
         other.start()
         other.join(0.1)
         assert other.is_alive()
@@ -109,16 +109,16 @@ def test_one_that_comes_when_another_ends_waits_for_who_has_waited_before(folder
     holds, may_end = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with jit_cache.alone(folder / "jit"):
+        with jit_cache.locked(folder / "jit"):
             holds.set()
             may_end.wait()
 
     def come() -> None:
-        with jit_cache.alone(folder / "jit"):
+        with jit_cache.locked(folder / "jit"):
             pass
 
     second, third = threading.Thread(target=hold), threading.Thread(target=come)
-    with jit_cache.alone(folder / "jit"):
+    with jit_cache.locked(folder / "jit"):
         second.start()
         second.join(0.1)
     assert holds.wait(60)
@@ -161,7 +161,7 @@ def test_the_jits_that_were_used_last_are_kept(folder, monkeypatch):
     jit_cache.drop_oldest(folder)
     assert set(folder.iterdir()) == {kept, folder / "older_2", folder / "older_3"}
     monkeypatch.setattr(jit_cache, "KEPT_BYTES", 100)
-    with jit_cache.alone(folder / "older_1"):
+    with jit_cache.locked(folder / "older_1"):
         jit_cache.drop_oldest(folder)
         assert set(folder.iterdir()) == {kept, folder / "older_1.lock"}
 

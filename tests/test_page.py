@@ -100,6 +100,7 @@ def test_a_seed_writes_what_it_writes_in_run_py(page):
 
 def test_an_empty_prompt_is_a_line_break(page):
     assert write(page, "", tokens=30) == text_of_run_py(REFERENCE, "-n", "30")
+    expect(page.get_by_label("special tokens")).to_be_hidden()  # it has none
 
 
 def test_going_on_gives_the_text_that_would_have_come_at_once(page):
@@ -112,7 +113,7 @@ def test_going_on_gives_the_text_that_would_have_come_at_once(page):
 def test_stop_is_there_while_it_writes_and_stops(page):
     stop = page.get_by_role("button", name="Stop")
     expect(stop).to_be_hidden()
-    page.get_by_label("Tokens").fill("1000000")
+    page.get_by_label("Tokens", exact=True).fill("1000000")
     page.get_by_role("button", name="Write").click()
     expect(page.get_by_label("Text", exact=True)).to_have_attribute("aria-busy", "true")
     expect(page.get_by_text("tokens per second")).to_be_visible()
@@ -176,7 +177,7 @@ def test_unknown_characters_are_told(page):
 
 
 def test_a_field_that_is_wrong_does_not_start(page):
-    page.get_by_label("Tokens").fill("0")
+    page.get_by_label("Tokens", exact=True).fill("0")
     page.get_by_role("button", name="Write").click()
     assert page.evaluate("document.querySelector(':invalid:not(form)').id") == "tokens"
     expect(status(page)).to_have_text("Ready")
@@ -214,6 +215,11 @@ def test_a_gpt2_writes_in_8_bits_also_from_its_end_of_text_alone(browser, tmp_pa
     ours = [write(page, each, tokens=70, temperature=0).removeprefix(each) for each in prompts]
     assert "\n".join(ours) == theirs
     assert write(page, "") == ours[-1]
+    page.get_by_label("special tokens").check()
+    words = ["-p", prompts[1], "--no-special", *words[1:]]
+    text = write(page, prompts[1])
+    assert text_of_run_py(GPT2, *words).startswith(text)  # whose last bytes are no character
+    assert text.removeprefix(prompts[1]) != ours[1]
     page.close()
 
 

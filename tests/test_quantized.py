@@ -8,11 +8,11 @@ from conftest import GPT2
 from tinygrad import Device, Tensor
 
 import run
-from backend import einsum, look_up
+from backend import einsum, embedding
 from backend.cpu import native
 from backend.cpu.compiler import load_c
 from backend.matmul import gemv
-from backend.quantized import QMAX, QuantizedMatrix
+from backend.quantized import QMAX, QuantizedMatrix, quantize_matrix
 from gpt_tiny import GPT, GPTConfig, initial_weights
 from inference.generator import Generator, quantize
 
@@ -20,7 +20,7 @@ on_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="tests the backend D
 
 
 def of(matrix: np.ndarray, kind: str) -> QuantizedMatrix:
-    return QuantizedMatrix.of(Tensor(matrix).realize(), kind)
+    return quantize_matrix(Tensor(matrix).realize(), kind)
 
 
 @on_cpu
@@ -102,7 +102,7 @@ def test_the_greatest_sums_do_not_overflow(kind):
 
 def test_rows_are_looked_up_in_a_quantized_table():
     table = np.random.default_rng(0).standard_normal((50, 12)).astype(np.float32)
-    rows = look_up(of(table, "int8"), Tensor([7, 0, 49])).numpy()
+    rows = embedding(Tensor([7, 0, 49]), of(table, "int8")).numpy()
     np.testing.assert_allclose(rows, table[[7, 0, 49]], atol=np.abs(table).max() / 127)
 
 

@@ -196,8 +196,8 @@ def test_stop_ends_the_text_before_the_stop_text(call):
 
 
 def test_samples_are_printed_one_after_the_other(call):
-    one = generate(call, "-p", "The function", "-n", "12")
-    three = generate(call, "-p", "The function", "-n", "12", "--n-samples", "3")
+    one = generate(call, "-p", "T", "-n", "12")
+    three = generate(call, "-p", "T", "-n", "12", "--n-samples", "3")
     assert three.out == one.out * 3
 
 

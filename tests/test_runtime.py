@@ -1,7 +1,8 @@
-"""The C of exported models beside the Python that it stands for: tokens and sampling."""
+"""The C of exported models beside the Python that it stands for: tokens, sampling, cores."""
 
 import ctypes
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,11 +48,12 @@ def both(request, tmp_path_factory):
     config = GPTConfig(4, tokenizer.vocab_size, n_layers=1, n_heads=1, d_model=4, d_hidden=4)
     write_sources(Decoder(GPT(config, initial_weights(config, 0))), tokenizer, "", folder)
     files = ["-shared", "-fPIC", "-DKERNELS=kernels_any", "-DHALVES_ARE_SINGLE", "-Wno-everything"]
-    files += [build.RUNTIME / name for name in ("page.c", "steps.c")] + build.SHARED
-    library = ctypes.CDLL(str(build.compiled(folder, folder / "model.so", *files)))
-    library.model_place.restype = ctypes.c_void_p
+    files += ["-nostdlib"]  # the little that it needs of one is in this process
+    files += [build.RUNTIME / name for name in ("page.c", "steps.c")] + build.SHARED_FILES
+    library = ctypes.CDLL(str(build.compile_c(folder, folder / "model.so", *files)))
+    library.model_address.restype = ctypes.c_void_p
     model = (folder / "model.bin").read_bytes()
-    ctypes.memmove(library.model_place(), model, len(model))
+    ctypes.memmove(library.model_address(), model, len(model))
     return tokenizer, library
 
 
@@ -131,3 +133,50 @@ def test_a_seed_draws_the_tokens_that_it_draws_in_python(
 def test_what_is_no_number_is_no_seed(both):
     _, library = both
     assert not any(library.seed(text, len(text)) for text in (b"-1", b"x", b"1.5", b"", b"9" * 999))
+
+
+SYSTEM = """
+#include <stdio.h>
+#include <unistd.h>
+#define fopen(path, mode) fopen(QUOTA, mode)
+#define sysconf(name) 8
+#include "system.c"
+const byte *model;
+void kernels_sse2(Step *step, int core) {}
+void kernels_avx2(Step *step, int core) {}
+void kernels_avx512(Step *step, int core) {}
+void kernels_any(Step *step, int core) {}
+int cores(void) { return n_cores(); }
+"""
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory) -> tuple[ctypes.CDLL, Path]:
+    """system.c on a machine of 8 cores, and the file with the quota of its control group."""
+    folder = tmp_path_factory.mktemp("machine")
+    sizes = "enum { N_CHUNKS = 24, IS_LARGE = 1, MEMORY_BYTES = 64, N_HALVES = 0 };"
+    (folder / "model.h").write_text(sizes)
+    (folder / "machine.c").write_text(SYSTEM)
+    quota = folder / "cpu.max"
+    options = ["-shared", "-fPIC", f'-DQUOTA="{quota.as_posix()}"', folder / "machine.c"]
+    return ctypes.CDLL(str(build.compile_c(folder, folder / "machine.so", *options))), quota
+
+
+@pytest.mark.parametrize(
+    ("quota", "limit", "n"),
+    [
+        ("", None, 8),
+        ("max 100000", None, 8),
+        ("350000 100000", None, 3),
+        ("50000 100000", None, 1),
+        ("350000 100000", "5", 5),
+        ("max 100000", "5", 5),
+    ],
+)
+def test_a_program_takes_the_cores_that_its_container_has(machine, monkeypatch, quota, limit, n):
+    library, file = machine
+    file.write_text(quota)
+    monkeypatch.delenv("NUM_CPU_THREADS", raising=False)
+    if limit:
+        monkeypatch.setenv("NUM_CPU_THREADS", limit)
+    assert library.cores() == n

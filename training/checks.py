@@ -4,8 +4,8 @@ import sys
 from importlib.metadata import version
 
 from backend import devices, machine
-from backend.attention import is_in_blocks
 from backend.errors import UserError
+from backend.functional import has_attention_kernel
 from backend.jit_cache import sources
 from data.ids import Corpus
 from training.config import TrainingConfig, flat
@@ -59,7 +59,7 @@ def memory_taken(config: TrainingConfig, n_tokens: int) -> tuple[int, int]:
     and those of all. The counts of floats are fitted to what trainings on a CPU took."""
     model = config.model
     scores = model.n_heads * model.context_length  # of a token in a block
-    if is_in_blocks(devices.in_use(), model.d_model // model.n_heads):
+    if has_attention_kernel(devices.in_use(), model.d_model // model.n_heads):
         scores = 0  # which are never in memory
     # of a small vocabulary there are one-hot rows, too, beside the logits and their gradient
     logits = model.vocab_size * (3 if model.vocab_size <= 1024 else 2)

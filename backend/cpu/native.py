@@ -1,7 +1,7 @@
-"""Functions in C that kernels call: gemv.c, gemm.c, attention.c, norm.c, and sgemm of numpy's BLAS.
+"""C functions that kernels call: gemv.c, gemm.c, attention.c, norm.c, and sgemm of numpy's BLAS.
 
-A kernel reads a function's address from a buffer: kernels are kept, and an address differs from run
-to run. `names` tells these buffers from others: a kept jit holds the name of the function instead.
+A kernel reads the function's address from a buffer, since captured kernels are kept on disk and
+addresses differ from process to process. `names` holds the function's name for each such buffer.
 """
 
 import ctypes
@@ -24,61 +24,67 @@ from backend.cpu.compiler import RENDER_ONLY, CPUProgram, load_c, processor
 FILES = {"gemv": "gemv.c", "sgemm": "gemm.c", "sbgemm": "gemm.c"}  # by function
 FILES |= {"attention": "attention.c", "attention_gradients": "attention.c"}
 FILES |= {"layer_norm": "norm.c", "layer_norm_gradients": "norm.c"}
-MACROS = {"sbgemm": {"BFLOAT16": 1}}
-# Linux's system call on x86-64 for leave to use a processor's large registers, and AMX's among them
+# Linux's system call on x86-64 for permission to use large registers, AMX's tiles among them
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
-# The flags of processors whose float32 gemm.c multiplies faster than numpy's BLAS, as was measured
-# (bench/README.md), and a flag that they lack; the others keep BLAS.
+# Processors whose float32 gemm.c multiplies faster than numpy's BLAS, as measured
+# (bench/README.md): the flags that they have, and one that they lack. The others keep BLAS.
 GEMM_IS_FASTER = {"AMD Zen 3": ({"sse4a", "vaes"}, "avx512f")}
-names: dict[UOp, str] = {}  # of functions, by the buffer with the address
+buffers: dict[tuple[str, int, str], Tensor] = {}  # with addresses, by function, address, device
+names: dict[UOp, str] = {}  # of the functions, by buffer
+
+
+def call(
+    name: str,
+    address: UOp,
+    arguments: Iterable[UOp | float],
+    *ranges: UOp,
+    integer: DType = dtypes.int32,
+) -> UOp:
+    """A kernel that calls the C function at the address once for each index of the ranges.
+
+    It passes a tensor as a pointer to the first element, a Python integer or an index expression
+    as `integer`, a Python float as a float, and any other scalar expression as it is.
+    """
+
+    def converted(x: UOp | float) -> UOp:
+        if isinstance(x, float):
+            return UOp.const(x, dtypes.float32)
+        if isinstance(x, int) or x.dtype == dtypes.weakint:
+            return UOp.const(x, integer)
+        return x.flatten()[0] if x.shape else x
+
+    function = address[0].load()
+    kernel = function.call(*map(converted, arguments), ret_dtype=dtypes.void).end(*ranges)
+    return kernel.sink(arg=KernelInfo(name=name, opts_to_apply=(), estimates=Estimates()))
 
 
 def address_of(name: str, device: str) -> Tensor:
-    """The address of the function `name` in a buffer (1,) of uint64."""
-    return address_buffer(name, address(name), device)
-
-
-@functools.cache
-def address_buffer(name: str, address: int, device: str) -> Tensor:
-    buffer = from_numpy(np.array([address], np.uint64), device)
-    names[buffer.uop.base] = name
-    return buffer
-
-
-def address(name: str) -> int | None:
-    """The address of "sgemm", BLAS's or ours, or of another function of ours, compiled when it is
-    first asked for; None with BLAS=0, or where the processor is no faster with "sbgemm"."""
-    if RENDER_ONLY:
-        return 0
-    if name == "sgemm" and (blas() is None or blas().sgemm):
-        return blas() and blas().sgemm
-    program = load(name)
-    return program and program.addr
+    """A buffer (1,) of uint64 with the address of a C function."""
+    address = blas().sgemm if name == "sgemm" else 0
+    if not (address or RENDER_ONLY):
+        address = load(name).addr
+    key = name, address, device
+    if key not in buffers:
+        buffers[key] = from_numpy(np.array([address], np.uint64), device)
+        names[buffers[key].uop.base] = name
+    return buffers[key]
 
 
 @functools.cache
 def load(name: str) -> CPUProgram | None:
-    macros = dict(MACROS.get(name, {}))
-    if name == "sbgemm" and may_use_tiles():
-        macros["TILES"] = 1
+    """A compiled C function; None for "sbgemm" on a processor without instructions for bfloat16."""
+    macros = {"BFLOAT16": 1, "TILES": int(may_use_tiles())} if name == "sbgemm" else {}
     try:
         return load_c(FILES[name], name, **macros)
     except ValueError as error:
-        if "no fast products of bfloat16" not in str(error):  # as gemm.c says
+        if "no fast products of bfloat16" not in str(error):  # an #error of gemm.c
             raise
         return None
 
 
-def calling(name: str, address: UOp, arguments: Iterable[UOp], *ranges: UOp) -> UOp:
-    """A kernel that calls the function at the address, once for each number of the ranges."""
-    call = address[0].load().call(*arguments, ret_dtype=dtypes.void)
-    info = KernelInfo(name=name, opts_to_apply=(), estimates=Estimates())
-    return call.end(*ranges).sink(arg=info)
-
-
 @functools.cache
 def may_use_tiles() -> bool:
-    """AMX's registers: a process asks Linux before it uses them, for its threads and forks, too."""
+    """Asks Linux for AMX's registers, once for all threads and forks of this process."""
     if "amx_bf16" not in processor():
         return False
     return not ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA)
@@ -86,27 +92,27 @@ def may_use_tiles() -> bool:
 
 @dataclass(frozen=True)
 class Blas:
-    sgemm: int  # the address of cblas_sgemm; 0 for gemm.c's
-    integer: DType  # of its sizes
+    sgemm: int  # the address of cblas_sgemm; 0: gemm.c
+    integer: DType  # of sizes
 
 
 @functools.cache
 def blas() -> Blas | None:
-    """The BLAS that numpy was built with (OpenBLAS, MKL or Accelerate), or gemm.c where that is
-    faster, or is all there is; None with BLAS=0."""
+    """The BLAS that numpy was built with (OpenBLAS, MKL or Accelerate), or gemm.c where gemm.c is
+    faster or numpy has none; None with BLAS=0."""
     if os.environ.get("BLAS") == "0":
         return None
     ours, flags = Blas(0, dtypes.int64), set(processor().split())
     if any(has <= flags and lacks not in flags for has, lacks in GEMM_IS_FASTER.values()):
         return ours
-    # Symbols are looked for in what this module was linked with, too, except by Windows.
+    # The loader finds symbols of a module's libraries through the module, except on Windows.
     module = np._core._multiarray_umath.__file__
     if sys.platform == "win32":
         module = next(Path(np.__file__).parents[1].glob("numpy.libs/*openblas*.dll"), module)
     library = ctypes.CDLL(str(module))
     for name in ("scipy_{}64_", "{}64_", "scipy_{}", "{}"):
         if sgemm := getattr(library, name.format("cblas_sgemm"), None):
-            # A kernel runs on all cores already, each of which calls BLAS for its chunk.
+            # every core runs the kernel already, and calls BLAS for a chunk
             for setter in (name.format("openblas_set_num_threads"), "MKL_Set_Num_Threads"):
                 if hasattr(library, setter):
                     getattr(library, setter)(1)
