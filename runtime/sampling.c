@@ -1,10 +1,5 @@
-<<<<<<< HEAD
-// The choice of a token: numpy's default random numbers, PCG64 (O'Neill, 2014), and `sample` of
-// inference/generator.py, with the same sums in the same order.
-=======
 // Draws a token from logits as inference/generator.py does, the same sums in the same order, by
 // numpy's default generator, PCG64 (O'Neill, 2014). Knows no text.
->>>>>>> w-export
 #include "runtime.h"
 
 double exp(double);
