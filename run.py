@@ -15,7 +15,7 @@ import numpy as np
 
 import tokenizers
 from backend import devices
-from backend.errors import UserError
+from backend.errors import UserError, not_utf8
 from backend.quantized import QMAX
 from command_line import add_text_options, bold, number
 from gpt_tiny import GPT
@@ -129,11 +129,11 @@ def prompts(prompt: str, is_interactive: bool) -> Iterator[str]:
 
 
 def decode_surrogates(text: str, name: str) -> str:
-    """Decodes the surrogates that stand for bytes in `text`; NotUTF8 if the bytes are not UTF-8."""
+    """Decodes the surrogates that stand for bytes in `text`; UserError if these are not UTF-8."""
     try:
         return text.encode("utf-8", "surrogateescape").decode()
     except UnicodeDecodeError as error:
-        raise tokenizers.NotUTF8(error.object[error.start], error.start, name) from None
+        raise not_utf8(error, name) from None
     except UnicodeEncodeError:  # an argument on Windows may hold one
         raise UserError(f"{name} holds half a surrogate pair, which is no character") from None
 
@@ -146,9 +146,7 @@ def score(model: GPT, tokenizer: tokenizers.Tokenizer, path: Path) -> None:
     from inference.scoring import Score, known_ids, losses
 
     texts = Texts([path], "--score")
-    texts.end = tokenizer.document_end.encode()
-    with texts.naming_errors():
-        ids, unknown = known_ids(tokenizer, texts)
+    ids, unknown = known_ids(tokenizer, texts.read(end=tokenizer.document_end))
     unknown.warn(texts.name, " and left out")
     total = Score(tokenizer)
     with tqdm(

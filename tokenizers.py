@@ -1,11 +1,11 @@
-"""Text to token ids and back: one id a character, one a piece of a word, or GPT-2's byte pairs.
+"""Text to token ids and back: characters, pieces of words cut before vowels, or GPT-2's byte pairs.
 
-The first two know a fixed set of tokens; everything else shares one more id, `unknown`, the last of
-the vocabulary. Their ids, order and rule are those of gpt-burn (github.com/felix-andreas/gpt-burn),
-whose models depend on them. Byte pairs know every text. Each can learn its tokens from a text.
+Characters and pieces of words are a fixed set of tokens; all other text shares one more id,
+`unknown`, the last of the vocabulary. Ids, order and rule are those of gpt-burn
+(github.com/felix-andreas/gpt-burn), whose models depend on them. Byte pairs encode every text. Each
+tokenizer can learn its tokens from a text.
 """
 
-import codecs
 import contextlib
 import hashlib
 import json
@@ -21,73 +21,59 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from backend.errors import UserError
 from backend.machine import n_threads
 
-CHARACTERS = "\n " + string.ascii_letters + string.punctuation + string.digits + "äüöÄÖÜß"
-VOWELS = "aeiouäöü"
-# Unicode's White_Space, as in Rust; `str.isspace` holds U+001C to U+001F as well.
-WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
-WHITE_SPACE += "".join(map(chr, range(0x2000, 0x200B)))
-SEPARATORS = frozenset(WHITE_SPACE + string.punctuation)
-CATCH_ALL = "<?>"  # what a file lists for `unknown`
-# Bytes read from a file at a time. With larger chunks numpy asks the system for fresh memory at
-# every step, which takes up to half of the time.
-CHUNK_SIZE = 1 << 16
-MAX_COUNTED = 1 << 16  # kinds of unknown tokens; beyond that the rarest are forgotten
-MAX_VOCABULARY_BYTES = 16 << 20  # GPT-2's has 1 MB
-
 
 class Tokenizer:
-    """What all tokenizers share: files, and the way back from ids to text.
+    """The interface of all tokenizers, and their way back from ids to text.
 
-    A subclass, which TOKENIZERS lists, sets `name` and `tokens`, and defines `train`, `encode` and
-    `boundary`; one whose file is not a list of its tokens, also `files`, `save` and `load`.
+    A subclass, listed in TOKENIZERS, sets `name` and `tokens`, and defines `train`, `encode` and
+    `boundary`; a subclass whose file is not a list of its tokens, also `files`, `load` and `save`.
     """
 
     name: str  # in a model's config
     files: tuple[str, ...] = ("tokenizer.json",)  # in a model's folder
-    default_vocab_size: int | None = None  # that it learns; None for as many as there are
-    names_learned = True  # whether ids kept of what it has learned have its name in their key
-    reason = ""  # why it learned these tokens, where that is to be said
-    tokens: list[bytes]  # the UTF-8 of each id; nothing for `unknown` and `end`
-    merges: list[tuple[str, str]] | None = None  # of byte pairs: which are joined, in order
-    end: int | None = None  # the id that ends a document, and begins a text without a prompt
-    ends: tuple[int, ...] = ()  # the ids that end what a model writes
-    specials: Mapping[str, int] = {}  # the tokens that a text names by their spelling
-    padding: tuple[int, ...] = ()  # the ids that stand for no text, beside `unknown`
+    default_vocab_size: int | None = None  # to learn; None for no bound
+    max_learned_bytes = sys.maxsize  # of the text to learn from
+    names_learned = True  # whether the key of kept ids of learned tokens contains `name`
+    reason = ""  # for the learned tokens, to be shown
+    tokens: list[bytes]  # UTF-8 by id; empty for `unknown` and `end`
+    merges: list[tuple[str, str]] | None = None  # pairs of byte pair encoding, by rank
+    end: int | None = None  # id that ends a document, and begins a text without a prompt
+    ends: tuple[int, ...] = ()  # ids that end generation
+    specials: Mapping[str, int] = {}  # ids of the tokens that a text holds by their spelling
+    padding: tuple[int, ...] = ()  # ids without text, beside `unknown`
     n_surplus = 0  # rows of the model beyond the tokens
 
     @classmethod
-    def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "Tokenizer":
-        """Learns at most `vocab_size` tokens from a file's first `size` bytes.
-
-        NotUTF8 if the file is not UTF-8.
-        """
+    def train(cls, chunks: Iterable[str], vocab_size: int | None) -> "Tokenizer":
+        """Learns at most `vocab_size` tokens from the chunks of a text."""
         raise NotImplementedError
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """The tokenizer of a model's folder; UserError for files that are missing or damaged."""
+        """Reads `files` of a model's folder; UserError if they are missing or damaged."""
         return cls.read(folder / "tokenizer.json")
 
     @classmethod
     def read(cls, path: Path) -> "Tokenizer":
-        """The tokenizer of a list of tokens, as `save` or gpt-burn writes it."""
+        """Reads a list of tokens, as `save` or gpt-burn writes it."""
         with reading(path):
             return cls(read_tokens(path))
 
     def save(self, folder: Path) -> None:
         """Writes `files` to a model's folder."""
-        write_tokens(folder / "tokenizer.json", self.tokens)
+        tokens = [*(token.decode() for token in self.tokens[:-1]), CATCH_ALL]
+        content = json.dumps({"tokens": tokens}, ensure_ascii=False, indent=1)
+        (folder / "tokenizer.json").write_text(content, encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:
-        """The model's: of all tokens, and of rows that no token has."""
+        """The model's: tokens and surplus rows."""
         return len(self.tokens) + self.n_surplus
 
     @property
@@ -96,7 +82,7 @@ class Tokenizer:
 
     @property
     def excluded(self) -> list[int]:
-        """The ids that are never drawn, for they stand for no text and end none."""
+        """The ids that are never drawn: they have no text and end none."""
         unknown = [] if self.unknown is None else [self.unknown]
         return [*unknown, *self.padding, *range(len(self.tokens), self.vocab_size)]
 
@@ -107,43 +93,29 @@ class Tokenizer:
 
     @property
     def document_end(self) -> str:
-        """The spelling of `end`, which a text has after each of several documents; or nothing."""
+        """The spelling of `end`, which separates documents in a text; or nothing."""
         return next((spelling for spelling, id in self.specials.items() if id == self.end), "")
 
     def digest(self, *facts: object) -> str:
-        """What tells it from tokenizers that give other ids."""
+        """SHA-256 of name, tokens and `facts`: equal for tokenizers that give equal ids."""
         return hashlib.sha256(repr((self.name, self.tokens, *facts)).encode()).hexdigest()
 
     def encode(self, text: str, unknown: "Unknown | None" = None) -> np.ndarray:
-        """The ids of a text; tokens that are unknown are counted in `unknown`."""
+        """The ids of a text: (n,) of `dtype`; counts unknown tokens in `unknown`."""
         raise NotImplementedError
 
-    def encode_known(self, text: str, unknown: "Unknown") -> np.ndarray:
-        """The ids of a text without the unknown ones, whose tokens are counted."""
-        ids = self.encode(text, unknown)
-        is_known = ids != self.unknown
-        return ids if is_known.all() else ids[is_known]
-
-    def encode_file(
-        self, file: BinaryIO, size: int, unknown: "Unknown | None" = None
-    ) -> Iterator[np.ndarray]:
-        """`encode_known` of a file's first `size` bytes, chunk by chunk.
-
-        NotUTF8 if the file is not UTF-8.
-        """
-        unknown = unknown or Unknown()
-        return (self.encode_known(text, unknown) for text in self.chunks(file, size))
-
-    @staticmethod
-    def boundary(text: str) -> int:
-        """The last place found where a token starts whatever follows the text; 0 if none is."""
-        raise NotImplementedError
+    def encode_chunks(self, chunks: Iterable[str], unknown: "Unknown") -> Iterator[np.ndarray]:
+        """Yields the ids of a text in chunks, without the unknown ones, which are counted."""
+        for text in self.whole_tokens(chunks):
+            ids = self.encode(text, unknown)
+            is_known = ids != self.unknown
+            yield ids if is_known.all() else ids[is_known]
 
     @classmethod
-    def chunks(cls, file: BinaryIO, size: int) -> Iterator[str]:
-        """The text of a file's first `size` bytes, in chunks that no token straddles."""
+    def whole_tokens(cls, chunks: Iterable[str]) -> Iterator[str]:
+        """Yields the text of the chunks, cut between tokens."""
         parts = []
-        for text in read_text(file, size):
+        for text in chunks:
             boundary = cls.boundary(text)
             if boundary:
                 yield "".join([*parts, text[:boundary]])
@@ -151,52 +123,29 @@ class Tokenizer:
             parts.append(text[boundary:])
         yield "".join(parts)
 
+    @staticmethod
+    def boundary(text: str) -> int:
+        """The last index at which a token starts whatever follows the text; 0 if none is found."""
+        raise NotImplementedError
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; unknown ones are skipped."""
         return b"".join(self.tokens[id] for id in ids).decode(errors="replace")
 
 
-def read_text(file: BinaryIO, size: int) -> Iterator[str]:
-    """The first `size` bytes of a file, in chunks; a character that `size` cuts is left out.
-
-    NotUTF8 for the first byte that is none.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
-    while True:
-        data = file.read(min(CHUNK_SIZE, size - position))
-        is_end_of_file = not data and (position < size or not file.read(1))
-        n_waiting = len(decoder.getstate()[0])  # bytes of a character whose end comes now
-        try:
-            text = decoder.decode(data, final=is_end_of_file)
-        except UnicodeDecodeError as error:
-            byte, offset = error.object[error.start], position - n_waiting + error.start
-            raise NotUTF8(byte, offset) from None
-        yield text
-        if not data:
-            return
-        position += len(data)
-
-
-class NotUTF8(UserError):
-    """A text that has another encoding, by its first byte that UTF-8 does not have there."""
-
-    def __init__(self, byte: int, offset: int, name="the text", remedy="convert it to UTF-8"):
-        where = f"invalid byte 0x{byte:02x} at offset {offset}"
-        super().__init__(f"{name} is not UTF-8: {where}; {remedy}")
-        self.byte, self.offset = byte, offset
+MAX_COUNTED = 1 << 16  # distinct unknown tokens; beyond, the rarest are forgotten
 
 
 @dataclass
 class Unknown:
-    """How many characters of a text a vocabulary lacks, of how many, and in which tokens."""
+    """Counts of the characters of a text, of the unknown ones, and of the unknown tokens."""
 
-    n: int = 0
+    n: int = 0  # unknown characters
     n_characters: int = 0
     counts: dict[str, int] = field(default_factory=Counter)
 
     def add(self, n_characters: int, counts: Mapping[str, int]) -> None:
-        """Counts a text of so many characters, and how often it has each token that is unknown."""
+        """Adds a text: its number of characters, and the counts of its unknown tokens."""
         self.n_characters += n_characters
         self.n += sum(len(token) * count for token, count in counts.items())
         self.counts.update(counts)
@@ -204,7 +153,7 @@ class Unknown:
             self.counts = Counter(dict(self.counts.most_common(MAX_COUNTED // 2)))
 
     def most_frequent(self) -> dict[str, int]:
-        """Five tokens, with their counts."""
+        """Counts of the five most frequent tokens."""
         return {token: self.counts[token] for token in most_frequent(self.counts, 5)}
 
     @property
@@ -212,37 +161,39 @@ class Unknown:
         percent = 100 * self.n / max(1, self.n_characters)
         return f"{percent:.1f} %" if percent >= 0.05 else "less than 0.1 %"
 
-    def warn(self, source: str, fate: str = "") -> None:
-        """Says on standard error what of `source` is unknown, if anything is."""
+    def warn(self, source: str, consequence: str = "") -> None:
+        """Prints on standard error the share of `source` that is unknown, if any."""
         if self.n:
             tokens = " ".join(map(visible, self.most_frequent()))
-            lack = f"{self.share} of {source} is not in the vocabulary{fate}: {tokens}"
+            lack = f"{self.share} of {source} is not in the vocabulary{consequence}: {tokens}"
             print(f"warning: {lack}", file=sys.stderr)
 
 
 def visible(text: str) -> str:
-    """The text, with U+0009 for a tab, and so for all that one would not see."""
+    """The text with U+0009 in place of a tab, and so on for all invisible characters."""
     return "".join(
-        each if each.isprintable() and not each.isspace() else f"U+{ord(each):04X}" for each in text
+        character if character.isprintable() and character != " " else f"U+{ord(character):04X}"
+        for character in text
     )
 
 
 def most_frequent(counts: Counter, n: int) -> list:
     """The `n` keys with the highest counts; of equal counts, the first in sorted order."""
-    if n < 0:
-        raise UserError("the vocabulary size must be 1 or more: unknown tokens take one id")
     return sorted(counts, key=lambda key: (-counts[key], key))[:n]
 
 
-class CharTokenizer(Tokenizer):
-    """One id for each character: gpt-burn's 103, most of what English and German texts are made of,
-    or a text's own, in sorted order.
+CHARACTERS = "\n " + string.ascii_letters + string.punctuation + string.digits + "äüöÄÖÜß"
 
-    The carriage return of Windows' line breaks is never one, and not counted as unknown.
+
+class CharTokenizer(Tokenizer):
+    """One id for each character: gpt-burn's 103, enough for most English and German texts, or a
+    text's own, in sorted order.
+
+    The carriage return of Windows' line breaks has no id, and is not counted as unknown.
     """
 
     name = "char"
-    N_OTHERS = 200  # gpt-burn's are enough where all but one character in so many are among them
+    MIN_PER_UNKNOWN = 200  # characters of a text for each one that gpt-burn's may lack
 
     def __init__(self, characters: Iterable[str] = CHARACTERS):
         characters = list(characters)
@@ -256,26 +207,25 @@ class CharTokenizer(Tokenizer):
         self.ids[points] = np.arange(len(points))
 
     @classmethod
-    def train(cls, file: BinaryIO, size: int, vocab_size: int | None) -> "CharTokenizer":
+    def train(cls, chunks: Iterable[str], vocab_size: int | None) -> "CharTokenizer":
         """gpt-burn's characters, where they are enough and no size is given, or else the text's
-        own: those that occur twice or more, the most frequent `vocab_size - 1` of them."""
+        own that occur twice or more, the most frequent `vocab_size - 1` of them."""
         if vocab_size == 1:
             raise UserError("the vocabulary size must be 2 or more: a line break takes one id, too")
         counts = np.zeros(sys.maxunicode + 1, np.int64)  # by code point
-        for text in cls.chunks(file, size):
+        for text in chunks:
             found = np.bincount(code_points(text))
             counts[: len(found)] += found
         counts[ord("\r")] = 0
         n_characters = int(counts.sum())
-        n_others = n_characters - counts[code_points(CHARACTERS)].sum()
-        others = Unknown(int(n_others), n_characters)
-        if vocab_size is None and n_others * cls.N_OTHERS <= n_characters:
+        n_unknown = n_characters - int(counts[code_points(CHARACTERS)].sum())
+        if vocab_size is None and n_unknown * cls.MIN_PER_UNKNOWN <= n_characters:
             return cls()
         counts[ord("\n")] = n_characters + 2  # always there: prompts begin with it
         found = np.flatnonzero(counts > 1)
         order = np.argsort(-counts[found], kind="stable")[: vocab_size and vocab_size - 1]
         tokenizer = cls(map(chr, np.sort(found[order])))
-        why = f"for gpt-burn's 103 leave out {others.share}"
+        why = f"for gpt-burn's 103 leave out {Unknown(n_unknown, n_characters).share}"
         why = "as --vocab-size asks" if vocab_size else why
         tokenizer.reason = f"the vocabulary is its own {len(order)} characters, {why}"
         return tokenizer
@@ -284,8 +234,8 @@ class CharTokenizer(Tokenizer):
         points = code_points(text)
         ids = self.ids.take(points, mode="clip")
         if unknown is not None:
-            others, counts = np.unique(points[ids == self.unknown], return_counts=True)
-            counts = dict(zip(map(chr, others.tolist()), counts.tolist(), strict=True))
+            lacking, counts = np.unique(points[ids == self.unknown], return_counts=True)
+            counts = dict(zip(map(chr, lacking.tolist()), counts.tolist(), strict=True))
             unknown.add(len(text) - counts.pop("\r", 0), counts)
         return ids
 
@@ -308,86 +258,101 @@ def code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
+VOWELS = "aeiouäöü"
+# Unicode's White_Space, as in Rust; `str.isspace` is also true of U+001C to U+001F.
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+WHITE_SPACE += "".join(map(chr, range(0x2000, 0x200B)))
+SEPARATORS = frozenset(WHITE_SPACE + string.punctuation)
+
+
 class SimpleVowelTokenizer(Tokenizer):
     """Words cut before vowels into something like syllables; white space and punctuation alone.
 
     Knows the `vocab_size - 1` most frequent of the given tokens (all, if they are fewer), with ids
-    in sorted order. Of equally frequent tokens it prefers the first in that order.
+    in sorted order. Of equally frequent tokens it prefers the first in that order. `tokens` may
+    also map tokens to their counts.
     """
 
     name = "vowel"
     default_vocab_size = 2000
-    names_learned = False  # as earlier versions have it, whose ids are kept
+    names_learned = False  # as in earlier versions, whose ids are kept
 
-    def __init__(self, tokens: Iterable[str], vocab_size: int = sys.maxsize):
+    def __init__(self, tokens: Iterable[str] | Mapping[str, int], vocab_size: int = sys.maxsize):
+        if vocab_size < 1:
+            raise UserError("the vocabulary size must be 1 or more: unknown tokens take one id")
         known = sorted(most_frequent(Counter(tokens), vocab_size - 1))
         if CATCH_ALL in known:  # no text has it: `<` is a token by itself
             raise UserError(f"{CATCH_ALL} stands for unknown tokens and cannot be one")
         self.tokens = [token.encode() for token in known] + [b""]
         self.ids = {token: id for id, token in enumerate(self.tokens[:-1])}
-        self._fill_slots()
+        # For numpy's binary search: short tokens by key, and a key above all, which no token has.
+        short = [token for token in self.ids if 0 < len(token) < 8]
+        keys = token_keys(b"".join(short), np.cumsum([0, *map(len, short)]))
+        keys = np.append(keys, ~np.uint64(0))
+        ids = np.array([*map(self.ids.get, short), self.unknown], self.dtype)
+        order = np.argsort(keys)
+        self.keys, self.key_ids = keys[order], ids[order]
 
     @staticmethod
     def tokenize(text: str) -> list[str]:
         """The tokens of a text; joined, they are the text.
 
-        One starts at each separator, after each separator, and at each vowel that stands more than
-        3 UTF-8 bytes after the start of the token before it.
+        A token starts at each separator, after each separator, and at each vowel more than 3 UTF-8
+        bytes after the start of the token before.
         """
-        data = text.encode("utf-8", "surrogatepass")
-        places = pairwise(token_offsets(text, data).tolist())
-        return [data[start:end].decode("utf-8", "surrogatepass") for start, end in places]
+        return list(map(as_text, VowelTokens(text).at(...)))
 
     @classmethod
-    def train(cls, file: BinaryIO, size: int, vocab_size: int) -> "SimpleVowelTokenizer":
-        counts: Counter[bytes] = Counter()
-        for text in cls.chunks(file, size):
-            data = text.encode()
-            offsets = token_offsets(text, data)
-            count_tokens(counts, data, offsets, np.arange(len(offsets) - 1))
-        return cls(token.decode() for token in most_frequent(counts, vocab_size - 1))
+    def train(cls, chunks: Iterable[str], vocab_size: int) -> "SimpleVowelTokenizer":
+        counts = Counter()
+        for text in cls.whole_tokens(chunks):
+            VowelTokens(text).count(counts)
+        return cls({as_text(token): count for token, count in counts.items()}, vocab_size)
 
     def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
-        data = text.encode("utf-8", "surrogatepass")
-        offsets = token_offsets(text, data)
-        keys = token_keys(data, offsets)
-        slots = self._slots(keys)
-        ids = self.slot_ids[slots]
-        others = np.flatnonzero(self.slot_keys[slots] != keys)
-        ids[others] = self.unknown
-        others = others[self.crowded[slots[others]]]
-        tokens = slices(data, offsets, others)
-        ids[others] = [self.ids.get(token, self.unknown) for token in tokens]
+        tokens = VowelTokens(text)
+        places = np.searchsorted(self.keys, tokens.keys)
+        ids = self.key_ids[places]
+        ids[self.keys[places] != tokens.keys] = self.unknown
+        long = tokens.at(tokens.is_long)
+        ids[tokens.is_long] = [self.ids.get(token, self.unknown) for token in long]
         if unknown is not None:
-            counts = count_tokens(Counter(), data, offsets, np.flatnonzero(ids == self.unknown))
-            tokens = (token.decode("utf-8", "surrogatepass") for token in counts)
-            unknown.add(len(text), dict(zip(tokens, counts.values(), strict=True)))
+            tokens.count(counts := Counter(), ids == self.unknown)
+            unknown.add(len(text), {as_text(token): count for token, count in counts.items()})
         return ids
-
-    def _fill_slots(self) -> None:
-        """A hash table for numpy: one token a slot; `ids` must be asked about a crowded slot's."""
-        short = [token for token in self.ids if 0 < len(token) < 8]
-        offsets = np.cumsum([0] + [len(token) for token in short])
-        keys = token_keys(b"".join(short), offsets)
-        self.slot_bits = len(short).bit_length() + 6  # so that few share one
-        slots = self._slots(keys)
-        self.slot_keys = np.zeros(1 << self.slot_bits, np.uint64)
-        self.slot_keys[slots] = keys
-        self.slot_ids = np.zeros(1 << self.slot_bits, self.dtype)
-        self.slot_ids[slots] = [self.ids[token] for token in short]
-        self.crowded = np.bincount(slots, minlength=1 << self.slot_bits) > 1
-        # Long tokens have the key 0, whose slot is the first; no token has the key 8.
-        self.slot_keys[0], self.crowded[0] = 8, True
-
-    def _slots(self, keys: np.ndarray) -> np.ndarray:
-        # Multiplicative hashing (Knuth, volume 3, 6.4), by 2^64 over the golden ratio.
-        hashes = keys * np.uint64(0x9E3779B97F4A7C15)
-        return (hashes >> np.uint64(64 - self.slot_bits)).astype(np.int64)
 
     @staticmethod
     def boundary(text: str) -> int:
         separators = (i for i in range(len(text) - 1, 0, -1) if text[i] in SEPARATORS)
         return next(separators, 0)
+
+
+class VowelTokens:
+    """The tokens of a text, as numpy finds them: `offsets` of their starts and of the end in
+    `data`, the text's UTF-8, (n + 1,); `keys`, (n,), and `is_long` where a token has none."""
+
+    def __init__(self, text: str):
+        self.data = text.encode("utf-8", "surrogatepass")
+        self.offsets = token_offsets(text, self.data)
+        self.keys = token_keys(self.data, self.offsets)
+        self.is_long = self.keys == 0
+
+    def at(self, index: object) -> list[bytes]:
+        """Some of the tokens, by any index of an array (n,)."""
+        starts, ends = self.offsets[:-1][index].tolist(), self.offsets[1:][index].tolist()
+        return [self.data[start:end] for start, end in zip(starts, ends, strict=True)]
+
+    def count(self, counts: Counter[bytes], mask: np.ndarray | bool = True) -> None:
+        """Adds the tokens under a mask (n,) to `counts`."""
+        counts.update(self.at(mask & self.is_long))
+        keys, repeats = np.unique(self.keys[mask & ~self.is_long], return_counts=True)
+        for key, repeat in zip(keys.tolist(), repeats.tolist(), strict=True):
+            packed = key.to_bytes(8, "little")
+            counts[packed[-packed[0] :]] += repeat
+
+
+def as_text(token: bytes) -> str:
+    return token.decode("utf-8", "surrogatepass")
 
 
 OTHER, VOWEL, SEPARATOR = range(3)
@@ -398,11 +363,8 @@ ASCII_KINDS = KINDS[:128].tobytes() + bytes(128)
 
 
 def token_offsets(text: str, data: bytes) -> np.ndarray:
-    """Where the tokens of `SimpleVowelTokenizer.tokenize` start in the text's UTF-8, and its end.
-
-    Numpy looks at all bytes at once.
-    """
-    # Flags a byte, and one for the end; 3 more before the first.
+    """The offsets in `data`, the text's UTF-8, of each token's start, and of the end."""
+    # A flag for each byte and for the end, after 3 more.
     kinds = np.frombuffer(bytearray(3) + data.translate(ASCII_KINDS) + b"\0", np.uint8)
     ends = kinds == SEPARATOR
     if not text.isascii():
@@ -413,14 +375,14 @@ def token_offsets(text: str, data: bytes) -> np.ndarray:
         last_bytes = first_bytes + 1 + (points > 0x7FF) + (points > 0xFFFF)
         ends[last_bytes] = kinds[first_bytes] == SEPARATOR
     vowels = kinds == VOWEL
-    certain = kinds == SEPARATOR  # a token starts here, whatever came before
+    certain = kinds == SEPARATOR  # tokens start here, whatever precedes
     certain[1:] |= ends[:-1]
     certain[[3, -1]] = True
 
-    # A vowel starts a token if none of the 3 bytes before it does, which in turn depends on those
-    # before. Supposing first that no vowel starts one, then that all do which then seem free to,
-    # and so on, gives lower and upper bounds in turn; where they still differ after a few rounds,
-    # bytes are looked at one by one.
+    # A vowel starts a token unless one of the 3 bytes before does, which in turn depends on earlier
+    # bytes. From the supposition that no vowel starts one, rounds over all bytes at once give upper
+    # and lower bounds in turn; bytes at which the bounds differ after 4 rounds, as in a long run of
+    # vowels, are settled one by one.
     starts = certain
     for _ in range(4):
         previous = starts
@@ -434,9 +396,9 @@ def token_offsets(text: str, data: bytes) -> np.ndarray:
 
 
 def token_keys(data: bytes, offsets: np.ndarray) -> np.ndarray:
-    """A number for each token: its length as the lowest byte, its bytes as the highest ones.
+    """A number for each token: uint64 with its length as the lowest byte, its bytes as the highest.
 
-    0 for those of more than 7 bytes, which do not fit.
+    0 for tokens of more than 7 bytes, which do not fit.
     """
     # The 8 bytes from each offset on, as one number.
     windows = np.ndarray(len(data) + 1, "<u8", data + bytes(8), strides=(1,))[offsets[:-1]]
@@ -445,34 +407,16 @@ def token_keys(data: bytes, offsets: np.ndarray) -> np.ndarray:
     return (windows << (64 - 8 * lengths)) + lengths  # numpy shifts by 64 to 0
 
 
-def slices(data: bytes, offsets: np.ndarray, indices: np.ndarray) -> Iterator[bytes]:
-    starts, ends = offsets[indices].tolist(), offsets[indices + 1].tolist()
-    return (data[start:end] for start, end in zip(starts, ends, strict=True))
-
-
-def count_tokens(
-    counts: Counter[bytes], data: bytes, offsets: np.ndarray, indices: np.ndarray
-) -> Counter[bytes]:
-    """Adds how often there is each of some tokens of a text."""
-    keys, repeats = np.unique(token_keys(data, offsets)[indices], return_counts=True)
-    for key, count in zip(keys.tolist(), repeats.tolist(), strict=True):
-        length, *_ = packed = key.to_bytes(8, "little")
-        counts[packed[8 - length :]] += count
-    del counts[b""]  # the key that long tokens share
-    counts.update(slices(data, offsets, indices[np.diff(offsets)[indices] > 7]))
-    return counts
-
-
-# The characters by which GPT-2's files write the bytes 0 to 255: those of Latin-1 that are visible
-# for themselves, the characters from U+0100 on for the others.
+# GPT-2's files write each byte as a character: visible ones of Latin-1 as themselves, the others as
+# the characters from U+0100 on.
 VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-OTHERS = map(chr, range(0x100, 0x200))
-BYTES = "".join(chr(byte) if byte in VISIBLE else next(OTHERS) for byte in range(256))
+INVISIBLE = map(chr, range(0x100, 0x200))
+BYTES = "".join(chr(byte) if byte in VISIBLE else next(INVISIBLE) for byte in range(256))
 BYTE_OF = {character: byte for byte, character in enumerate(BYTES)}
 
 
 def bytes_of(token: str) -> bytes:
-    """What a token of GPT-2's files stands for; UserError for another token."""
+    """The bytes of a token in GPT-2's files; UserError for another character."""
     try:
         return bytes(map(BYTE_OF.__getitem__, token))
     except KeyError as error:
@@ -482,16 +426,16 @@ def bytes_of(token: str) -> bytes:
 class BytePairTokenizer(Tokenizer):
     """GPT-2's byte pair encoding (Radford et al., 2019), by the package tiktoken.
 
-    `vocab` holds the ids of the tokens, `merges` the pairs of tokens that are joined, the first of
-    them first, both as Hugging Face writes them: a character for each byte. `added` holds the ids
-    of tokens that are found in a text by their spelling, of which `vocab` may have some. ValueError
-    if these do not fit together, and without tiktoken.
+    `vocab` maps tokens to ids, `merges` lists the pairs of tokens that are joined, by rank, both as
+    Hugging Face writes them: a character for each byte. `added` maps tokens that are found in a
+    text by their spelling to ids; `vocab` may hold some of them. UserError if these do not fit
+    together, and without tiktoken.
     """
 
     name, unknown = "bpe", None
     default_vocab_size = 4096
-    LEARNED_BYTES = 64 << 20  # of a text, at most
-    role_files = ("special_tokens_map.json", "tokenizer_config.json")  # which token pads, say
+    max_learned_bytes = 64 << 20
+    role_files = ("special_tokens_map.json", "tokenizer_config.json")  # the padding token, say
     files = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json", *role_files)
     roles: Mapping[str, dict] = {}  # the content of a folder's `role_files`
     end_of_text = "<|endoftext|>"
@@ -511,28 +455,32 @@ class BytePairTokenizer(Tokenizer):
         self.specials = {token: ids[token] for token in spelled if token in ids}
         self.end = ids.get(self.end_of_text)
         self.ends = () if self.end is None else (self.end,)
-        # Of neighbours in a text, tiktoken joins those of the lowest rank.
+        # tiktoken joins the neighbours of the lowest rank first.
         ranked = list(dict.fromkeys([*BYTES, *map("".join, merges)]))
         if missing := [token for token in ranked if vocab.get(token, self.end) == self.end]:
             raise UserError(f"it lacks the token {missing[0]!r:.60}")
-        others = [token for token in vocab if token not in spelled]
-        in_bytes = {token: bytes_of(token) for token in dict.fromkeys([*ranked, *others])}
+        unranked = [token for token in vocab if token not in spelled]
+        in_bytes = {token: bytes_of(token) for token in dict.fromkeys([*ranked, *unranked])}
         self.tokens = [b""] * len(ids)
         for token, id in ids.items():
             if id != self.end:  # the end of a document is no part of its text
                 self.tokens[id] = token.encode() if token in spelled else in_bytes[token]
         self.ids = np.array([vocab[token] for token in ranked], self.dtype)  # by rank
         ranks = {in_bytes[token]: rank for rank, token in enumerate(ranked)}
-        self.encoding = tiktoken().Encoding(
+        try:
+            import tiktoken
+        except ImportError:
+            raise UserError("byte pairs need the package tiktoken: pip install '.[bpe]'") from None
+        self.encoding = tiktoken.Encoding(
             self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
         )
 
     @classmethod
-    def train(cls, file: BinaryIO, size: int, vocab_size: int) -> "BytePairTokenizer":
-        """The 256 bytes, the pairs that the text has most often, and <|endoftext|>."""
+    def train(cls, chunks: Iterable[str], vocab_size: int) -> "BytePairTokenizer":
+        """Learns the 256 bytes, the most frequent pairs of the text, and <|endoftext|>."""
         if vocab_size <= len(BYTES):
             raise UserError("the vocabulary size must be 257 or more: bytes, and an end of text")
-        texts = cls.chunks(file, min(size, cls.LEARNED_BYTES))
+        texts = cls.whole_tokens(chunks)
         parts = [part for text in texts for part in text.split(cls.end_of_text)]
         merges = learned_merges(parts, cls.pattern, vocab_size - 1)
         tokens = dict.fromkeys([*BYTES, *map("".join, merges), cls.end_of_text])
@@ -541,18 +489,16 @@ class BytePairTokenizer(Tokenizer):
     def digest(self) -> str:
         return super().digest(self.merges, *[sorted(self.specials.items())] * bool(self.specials))
 
-    def encode_file(
-        self, file: BinaryIO, size: int, unknown: Unknown | None = None
-    ) -> Iterator[np.ndarray]:
-        """On all cores: tiktoken lets other threads run."""
+    def encode_chunks(self, chunks: Iterable[str], unknown: Unknown) -> Iterator[np.ndarray]:
+        """Encodes on all cores: tiktoken releases the interpreter's lock."""
         with ThreadPoolExecutor(n := n_threads()) as threads:
-            texts = self.with_whole_specials(self.chunks(file, size))
-            while some := list(islice(texts, 4 * n)):
-                yield from threads.map(self.encode, some)
+            texts = self.with_whole_specials(self.whole_tokens(chunks))
+            while batch := list(islice(texts, 4 * n)):
+                yield from threads.map(self.encode, batch)
 
     def with_whole_specials(self, texts: Iterable[str]) -> Iterator[str]:
-        """Pieces of a text, joined where the spelling of a special token may be cut."""
-        beginnings = tuple({each[:n] for each in self.specials for n in range(1, len(each))})
+        """Joins chunks of a text between which a special token's spelling may be cut."""
+        beginnings = tuple({token[:n] for token in self.specials for n in range(1, len(token))})
         joined = ""
         for text in texts:
             joined += text
@@ -562,8 +508,8 @@ class BytePairTokenizer(Tokenizer):
         yield joined
 
     def encode(self, text: str, unknown: Unknown | None = None) -> np.ndarray:
-        """The ids of a text, in which `specials` are tokens; where two begin, the longer one is
-        meant, as Hugging Face has it."""
+        """The ids of a text, in which `specials` are tokens; where two begin, the longer one, as at
+        Hugging Face."""
         text = text.encode(errors="replace").decode()  # half a surrogate pair becomes a "?"
         by_length = sorted(self.specials, key=len, reverse=True)
         pattern = f"({'|'.join(map(re.escape, by_length))})"
@@ -574,14 +520,12 @@ class BytePairTokenizer(Tokenizer):
 
     @classmethod
     def boundary(cls, text: str) -> int:
-        """Where white space begins, no token runs on; nor do letters before punctuation, which is
-        for a text that has no spaces."""
-        for i in range(len(text) - 1, 0, -1):
-            if text[i] in WHITE_SPACE and text[i - 1] not in WHITE_SPACE:
-                return i
-        places = range(len(text) - 1, 0, -1)
-        ends = (i for i in places if text[i] in cls.punctuation and text[i - 1].isalpha())
-        return next(ends, 0)
+        """No token continues where white space begins, nor where punctuation follows letters, for
+        texts without spaces."""
+        indices = range(len(text) - 1, 0, -1)
+        spaces = (i for i in indices if text[i] in WHITE_SPACE and text[i - 1] not in WHITE_SPACE)
+        ends = (i for i in indices if text[i] in cls.punctuation and text[i - 1].isalpha())
+        return next(spaces, 0) or next(ends, 0)
 
     def save(self, folder: Path) -> None:
         """Writes lists that Hugging Face's transformers reads, version 4 as well as 5."""
@@ -596,9 +540,9 @@ class BytePairTokenizer(Tokenizer):
     @classmethod
     def load(cls, folder: Path) -> "BytePairTokenizer":
         """Reads `files` of any folder, a model's or not: Hugging Face's `tokenizer.json`, or lists
-        as `save` writes them. UserError if it cannot, and if the tokenizer is of another kind."""
+        as `save` writes them. UserError if they are damaged or of another kind of tokenizer."""
         roles = read_objects(folder, cls.role_files)
-        settings = {name: value for each in roles.values() for name, value in each.items()}
+        settings = {name: value for file in roles.values() for name, value in file.items()}
         path, read = folder / "tokenizer.json", read_tokenizer_json
         if not path.is_file():
             path, read = folder / "vocab.json", read_vocab_json
@@ -610,25 +554,24 @@ class BytePairTokenizer(Tokenizer):
             tokenizer = cls(vocab, merges, added)
         tokenizer.roles = roles
         pad = tokenizer.specials.get(named.get("pad_token"))
-        tokenizer.take_roles(folder, [] if pad is None else [pad])
+        tokenizer.read_roles(folder, [] if pad is None else [pad])
         return tokenizer
 
-    def take_roles(self, folder: Path, pads: list[int]) -> None:
-        """Sets the ids that end what a folder's model writes, as transformers has them: those of
-        `generation_config.json`, where there is one, and else of `config.json`; and the ids that
-        pad: `pads` and those of both files, but for ids that have another use."""
+    def read_roles(self, folder: Path, pads: list[int]) -> None:
+        """Sets `ends`, as transformers does: from `generation_config.json`, or else `config.json`;
+        and `padding`: `pads` and the ids in both files, but for ids with another use."""
         ends, ids = self.ends, range(len(self.tokens))
         for name, config in read_objects(folder, ("config.json", "generation_config.json")).items():
             with reading(folder / name, "config"):
                 ends = ids_named(config, "eos_token_id", ends if name == "config.json" else ())
                 pads = [*pads, *ids_named(config, "pad_token_id", ())]
         self.ends = tuple(sorted(set(ends).intersection(ids)))
-        others = {self.end, *self.ends, *self.ids.tolist()}
-        self.padding = tuple(sorted(set(pads).intersection(ids) - others))
+        used = {self.end, *self.ends, *self.ids.tolist()}
+        self.padding = tuple(sorted(set(pads).intersection(ids) - used))
 
 
-# Run by itself, for Hugging Face's package has the name of this file. A script without spaces has
-# words as long as a sentence: they are cut, and tokens bounded, or rare ones would be whole ones.
+# Runs in another process, for this file hides Hugging Face's package of the same name. A script
+# without spaces has words as long as sentences: they are cut, lest whole sentences become tokens.
 LEARN = """
 import json, os, sys
 given = json.load(sys.stdin)
@@ -649,8 +592,8 @@ json.dump([pair.split(" ") if isinstance(pair, str) else pair for pair in merges
 
 
 def learned_merges(texts: list[str], pattern: str, vocab_size: int) -> list[tuple[str, str]]:
-    """The pairs to join, bytes and pairs together `vocab_size`, as Hugging Face's trainer has
-    them; UserError without its package."""
+    """The pairs to join by Hugging Face's trainer, `vocab_size` together with the bytes; UserError
+    without its package."""
     try:
         metadata.version("tokenizers")
     except metadata.PackageNotFoundError:
@@ -671,47 +614,36 @@ def learned_merges(texts: list[str], pattern: str, vocab_size: int) -> list[tupl
     return list(map(tuple, json.loads(process.stdout)))
 
 
-def tiktoken():
-    try:
-        import tiktoken
-    except ImportError:
-        raise UserError("byte pairs need the package tiktoken: pip install '.[bpe]'") from None
-    return tiktoken
-
-
-TOKENIZERS = {each.name: each for each in (CharTokenizer, SimpleVowelTokenizer, BytePairTokenizer)}
-FILES = [file for each in TOKENIZERS.values() for file in each.files]
+TOKENIZERS = {kind.name: kind for kind in (CharTokenizer, SimpleVowelTokenizer, BytePairTokenizer)}
+FILES = [file for kind in TOKENIZERS.values() for file in kind.files]
 DEFAULT = CharTokenizer.name  # of a config that names none, as gpt-burn's
-OF_FOLDERS = BytePairTokenizer  # that folders, also without a model, and names on the Hub stand for
+OF_FOLDERS = BytePairTokenizer  # of folders, also without a model, and of names on the Hub
 
 
 def load(name: str, folder: Path) -> Tokenizer:
-    """The tokenizer of a model's folder, by the name in its config; UserError if there is none."""
+    """The tokenizer of a model's folder, by the name in its config; UserError for another name."""
     if name not in TOKENIZERS:
-        *others, last = map(repr, TOKENIZERS)
-        raise UserError(f"unknown tokenizer {name!r}: there are {', '.join(others)} and {last}")
+        *names, last = map(repr, TOKENIZERS)
+        raise UserError(f"unknown tokenizer {name!r}: there are {', '.join(names)} and {last}")
     return TOKENIZERS[name].load(folder)
 
 
 @contextlib.contextmanager
-def reading(path: Path, kind: str = "vocabulary") -> Iterator[Path]:
-    """Makes one line, with the file's name, of what is wrong with it."""
+def reading(path: Path, kind: str = "vocabulary") -> Iterator[None]:
+    """Turns errors into a UserError of one line with the file's name."""
     try:
-        yield path
+        yield
     except OSError as error:
         raise UserError(f"cannot read the {kind} {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a {kind}: {error!s:.200}") from error
 
 
-def write_tokens(path: Path, tokens: list[bytes]) -> None:
-    listed = [token.decode() for token in tokens[:-1]] + [CATCH_ALL]
-    content = json.dumps({"tokens": listed}, ensure_ascii=False, indent=1)
-    path.write_text(content, encoding="utf-8")
+CATCH_ALL = "<?>"  # `unknown` in a list of tokens
 
 
 def read_tokens(path: Path) -> list[str]:
-    """The known tokens of a file, as `write_tokens` or gpt-burn writes it."""
+    """The known tokens of a file, as `Tokenizer.save` or gpt-burn writes it."""
     data = path.read_bytes()
     # bincode's first number has zero bytes, JSON none
     tokens = tokens_of_bincode(data) if b"\0" in data[:8] else tokens_of_json(data)
@@ -732,36 +664,40 @@ def tokens_of_json(data: bytes) -> list[str]:
 
 def tokens_of_bincode(data: bytes) -> list[str]:
     """A vocabulary as gpt-burn saves it: tokens to ids, then ids to tokens, in any order."""
-    rest = memoryview(data)
+    position = 0
 
-    def take(n_bytes: int) -> memoryview:
-        nonlocal rest
-        if n_bytes > len(rest):
+    def read_bytes(n: int) -> bytes:
+        nonlocal position
+        position += n
+        if position > len(data):
             raise UserError("it ends too early")
-        taken, rest = rest[:n_bytes], rest[n_bytes:]
-        return taken
+        return data[position - n : position]
 
     def read_number() -> int:
-        return int.from_bytes(take(8), "little")
+        return int.from_bytes(read_bytes(8), "little")
 
     def read_string() -> str:
-        return str(take(read_number()), "utf-8")
+        return read_bytes(read_number()).decode()
 
     ids = {read_string(): read_number() for _ in range(read_number())}
     tokens = {read_number(): read_string() for _ in range(read_number())}
-    if rest or ids != {token: id for id, token in tokens.items()}:
+    if position < len(data) or ids != {token: id for id, token in tokens.items()}:
         raise UserError("its two halves do not agree")
     if sorted(tokens) != list(range(len(tokens))):
         raise UserError("its ids are not 0, 1, 2, ...")
     return [tokens[id] for id in range(len(tokens))]
 
 
-# What decides the ids of a text, in the parts of GPT-2's tokenizer.json and in its config: the
-# values that each setting may have, first the one that it has where a file does not say.
+MAX_VOCABULARY_BYTES = 16 << 20  # GPT-2's has 1 MB
+# The settings that decide the ids of a text, in the parts of GPT-2's tokenizer.json and in its
+# config: the values that each may have, first the one that it has where a file does not say.
 SETTINGS = {
     "model": {
-        **{"type": ("BPE",), "dropout": (None, 0), "ignore_merges": (False,)},
-        **{"continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")},
+        "type": ("BPE",),
+        "dropout": (None, 0),
+        "ignore_merges": (False,),
+        "continuing_subword_prefix": (None, ""),
+        "end_of_word_suffix": (None, ""),
     },
     "normalizer": {"type": (None,)},
     "pre_tokenizer": {"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)},
@@ -773,50 +709,52 @@ BytePairs = tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]  # voca
 
 
 def read_tokenizer_json(path: Path) -> BytePairs:
-    """What a BytePairTokenizer is made of, in one file of Hugging Face's package tokenizers."""
+    """The arguments of BytePairTokenizer in one file of Hugging Face's package tokenizers."""
     content = read_objects(path.parent, [path.name], "vocabulary")[path.name]
     with reading(path):
-        for part in ("model", "normalizer", "pre_tokenizer", "post_processor"):
-            check_settings(part, content.get(part))
-        tokens, model = content.get("added_tokens") or [], content["model"]
-        for token in tokens if isinstance(tokens, list) else [tokens]:
-            check_settings("added token", token or {})
+        for name in ("model", "normalizer", "pre_tokenizer", "post_processor"):
+            part = content.get(name)
+            check_settings(name, {"type": None} if part is None else part)
+        model, tokens = content["model"], content.get("added_tokens") or []
+        tokens = tokens if isinstance(tokens, list) else [tokens]
+        for token in tokens:
+            check_settings("added token", token)
         added = ids_in({spelling(token): token.get("id") for token in tokens})
         return ids_in(model.get("vocab")), pairs_in(model.get("merges")), added
 
 
 def read_vocab_json(path: Path) -> BytePairs:
-    """What a BytePairTokenizer is made of, in a vocab.json and the lists beside it."""
-    with reading(path.with_name("merges.txt")) as merges_path:
-        lines = read_text_file(merges_path).split("\n")
+    """The arguments of BytePairTokenizer in a vocab.json and the lists beside it."""
+    merges_path, added_path = path.with_name("merges.txt"), path.with_name("added_tokens.json")
+    with reading(merges_path):
+        lines = read_text(merges_path).split("\n")
         merges = pairs_in([line for line in lines if line[:8] not in ("", "#version")])
-    with reading(path.with_name("added_tokens.json")) as added_path:
-        added = ids_in(json.loads(read_text_file(added_path))) if added_path.is_file() else {}
+    with reading(added_path):
+        added = ids_in(json.loads(read_text(added_path))) if added_path.is_file() else {}
     with reading(path):
-        return ids_in(json.loads(read_text_file(path))), merges, added
+        return ids_in(json.loads(read_text(path))), merges, added
 
 
 def read_objects(folder: Path, names: Iterable[str], kind: str = "config") -> dict[str, dict]:
-    """The JSON objects in these files of a folder, of those that there are."""
+    """The JSON objects in the files of these names that a folder has."""
     objects = {}
-    for name in names:
-        with reading(folder / name, kind) as path:
+    for path in map(folder.joinpath, names):
+        with reading(path, kind):
             if path.is_file():
-                objects[name] = json.loads(read_text_file(path))
-                if not isinstance(objects[name], dict):
+                objects[path.name] = json.loads(read_text(path))
+                if not isinstance(objects[path.name], dict):
                     raise UserError("it is not a JSON object")
     return objects
 
 
-def read_text_file(path: Path) -> str:
+def read_text(path: Path) -> str:
     if path.stat().st_size > MAX_VOCABULARY_BYTES:
         raise UserError("it is far too large")
     return path.read_text(encoding="utf-8-sig")
 
 
 def check_settings(name: str, part: object) -> None:
-    """UserError unless a part of a tokenizer has, in each of its SETTINGS, one of the values."""
-    part = {"type": None} if part is None else part
+    """UserError unless a part of a tokenizer has an allowed value for each of its SETTINGS."""
     if not isinstance(part, dict):
         raise UserError(f"its {name} is not a JSON object")
     for setting, values in SETTINGS[name].items():
@@ -825,7 +763,7 @@ def check_settings(name: str, part: object) -> None:
 
 
 def spelling(token: object) -> str:
-    """Of a token that is written as a text or as an object with a `content`."""
+    """The text of a token, written as a string or as an object with a `content`."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else ""
 
@@ -838,9 +776,9 @@ def ids_in(vocab: object) -> dict[str, int]:
 
 
 def pairs_in(merges: object) -> list[tuple[str, str]]:
-    """Of lists of two tokens, or of texts with a space between two."""
+    """Accepts [["a", "b"]] and ["a b"]."""
     pairs = merges if isinstance(merges, list) else [merges]
-    pairs = [each.split(" ") if isinstance(each, str) else each for each in pairs]
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in pairs]
     for pair in pairs:
         if not isinstance(pair, list) or list(map(type, pair)) != [str, str] or "" in pair:
             raise UserError("it is no list of pairs of tokens")
@@ -855,7 +793,7 @@ def ids_named(config: dict, name: str, default: Collection[int]) -> Collection[i
     return ids
 
 
-# What Hugging Face's package of this name has, for whom a program in this folder gets this file.
+# Names of Hugging Face's package of this name, for programs in this folder that import it.
 THEIRS = {
     *("AddedToken", "Encoding", "NormalizedString", "PreTokenizedString", "Regex", "Token"),
     *("decoders", "implementations", "models", "normalizers", "pre_tokenizers", "processors"),

@@ -1,7 +1,6 @@
-"""The ids of texts: encoded once, into a file that is mapped and kept for the next training."""
+"""The ids of texts: encoded once, into a file that is mapped, and kept for later trainings."""
 
 import contextlib
-import functools
 import hashlib
 import json
 import mmap
@@ -31,7 +30,7 @@ KEPT_BYTES = 4 << 30
 IDS, FACTS = "ids", "corpus.json"
 KEPT_NAME = re.compile(r".+-[0-9a-f]{16}")  # of a folder of ids in FOLDER
 A_DAY = 24 * 60 * 60  # in seconds
-N_AT_ONCE = 256  # windows to cut before what they touched of a file goes out of memory
+N_AT_ONCE = 256  # windows to cut before the mapped pages that they touched are released
 BAR_FORMAT = "{desc} {bar} {n_fmt}B/{total_fmt}B"
 
 
@@ -39,8 +38,8 @@ BAR_FORMAT = "{desc} {bar} {n_fmt}B/{total_fmt}B"
 class Corpus:
     """Texts as ids, nine tenths for training, the last one for validation.
 
-    They are mapped from the file `stored`, and in memory only as far as they are looked at: `ids`
-    is None where another training has dropped that file. Where none can be written, `stored` is the
+    The ids are mapped from the file `stored`, in memory only as far as they are read: `ids` is None
+    where another training has dropped that file. Where no file can be written, `stored` holds the
     ids. A file in a `temporary` folder goes with it: by `unlink`, or with this object.
     """
 
@@ -55,17 +54,17 @@ class Corpus:
         if isinstance(self.stored, Path):
             self.ids = None
             with contextlib.suppress(FileNotFoundError), self.stored.open("rb") as file:
-                if os.fstat(file.fileno()).st_size:  # nothing can't be mapped
+                if os.fstat(file.fileno()).st_size:  # an empty file can't be mapped
                     self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 self.ids = np.frombuffer(self.mapped or b"", self.tokenizer.dtype)
         self.n_training = 0 if self.ids is None else len(self.ids) * 9 // 10
 
     def __reduce__(self):
-        """For another process of this machine, which maps the file itself."""
+        """Pickles the path: another process of this machine maps the file itself."""
         return Corpus, (self.name, self.tokenizer, self.checksum, self.stored)
 
     def unlink(self) -> None:
-        """Removes a temporary file, which all who have it mapped still read."""
+        """Removes a temporary file; processes that have mapped it still read it."""
         if self.temporary:
             self.temporary.cleanup()
 
@@ -74,8 +73,8 @@ class Corpus:
         windows = np.lib.stride_tricks.sliding_window_view(self.ids, length)
         cut = np.empty((len(starts), length), np.int32)
         for first in range(0, len(starts), N_AT_ONCE):
-            some = slice(first, first + N_AT_ONCE)
-            cut[some] = windows[starts[some]]
+            batch = slice(first, first + N_AT_ONCE)
+            cut[batch] = windows[starts[batch]]
             if self.mapped and hasattr(mmap, "MADV_DONTNEED"):
                 self.mapped.madvise(mmap.MADV_DONTNEED)
         return cut
@@ -93,193 +92,174 @@ def read(
     """The ids of the first `n_bytes` bytes of texts; with None of gpt-burn's 999 MiB, and a line if
     there are more.
 
-    A tokenizer may be given as its class, to learn `vocab_size` tokens, or with None its default. A
-    line says what of the texts is not in the vocabulary. With `keep` the ids lie in a folder of
-    FOLDER, where the next training on these texts finds them, else in a temporary one, and in
-    memory where neither can be written. `bar` is options of tqdm. Unless `special`, the tokenizer's
-    special tokens are not looked for, nor put between documents, and go. UserError for texts that
-    can't be read.
+    A tokenizer given as its class learns `vocab_size` tokens, or with None its default. A line says
+    what of the texts is not in the vocabulary. With `keep` the ids lie in a folder of FOLDER, where
+    the next training on these texts finds them, else in a temporary folder, and in memory where
+    neither can be written. `bar` is options of tqdm. Unless `special`, the tokenizer has no special
+    tokens, to be found in texts or put between documents. UserError for texts that can't be read.
     """
-    vocab_size = vocab_size or tokenizer.default_vocab_size
-    return Encoder(Texts(paths), n_bytes, tokenizer, vocab_size, bar, special).corpus(keep)
+    limit = DEFAULT_MEGA_BYTES << 20 if n_bytes is None else n_bytes
+    texts, vocab_size = Texts(paths), vocab_size or tokenizer.default_vocab_size
+    corpus, facts = Encoder(texts, limit, special, bar).corpus(tokenizer, vocab_size, keep)
+    if facts["is_cut"] and n_bytes is None:
+        used = f"only the first {DEFAULT_MEGA_BYTES} MiB are used"
+        print(f"{texts.name}: {used}; --n-mega-bytes takes more", file=sys.stderr)
+    if facts["reason"]:
+        print(f"{texts.name}: {facts['reason']}", file=sys.stderr)
+    Unknown(**facts["unknown"]).warn(texts.name, " and left out")
+    return corpus
 
 
 @dataclass
 class Encoder:
-    """Texts that are to be ids, and how."""
+    """Finds kept ids of texts, or encodes the texts; the facts of ids are the content of FACTS."""
 
     texts: Texts
-    n_bytes: int | None
-    tokenizer: Tokenizer | type[Tokenizer]
-    vocab_size: int | None
-    bar: dict[str, object]
+    limit: int  # bytes
     special: bool
+    bar: dict[str, object]
 
-    @functools.cached_property
-    def limit(self) -> int:
-        """Bytes."""
-        return DEFAULT_MEGA_BYTES << 20 if self.n_bytes is None else self.n_bytes
-
-    def corpus(self, keep: bool) -> Corpus:
+    def corpus(
+        self, tokenizer: Tokenizer | type[Tokenizer], vocab_size: int | None, keep: bool
+    ) -> tuple[Corpus, dict]:
         """The ids that an earlier training has kept, or else new ones."""
-        is_given = isinstance(self.tokenizer, Tokenizer)
-        if is_given:
-            self.prepare(self.tokenizer)
-        name = [self.tokenizer.name] if self.tokenizer.names_learned else []
-        learned = self.folder([self.vocab_size, *name])
-        if corpus := self.kept(learned):
-            return corpus
+        is_given = isinstance(tokenizer, Tokenizer)
+        name = [tokenizer.name] if tokenizer.names_learned else []
+        folder_of_learned = self.folder([vocab_size, *name])
+        if found := self.kept(folder_of_learned, tokenizer):
+            return found
         if not is_given:
-            with self.reading("counting tokens"):
-                self.tokenizer = self.tokenizer.train(self.texts, self.limit, self.vocab_size)
-            self.prepare(self.tokenizer)
-        given = self.folder(self.tokenizer.digest())
-        if corpus := self.kept(given):
-            return corpus
-        return self.encoded(given if is_given else learned, keep)
-
-    def prepare(self, tokenizer: Tokenizer) -> Tokenizer:
-        """The tokenizer, with special tokens only if the texts have them."""
+            n_bytes = min(self.limit, tokenizer.max_learned_bytes)
+            with self.reading("counting tokens", n_bytes) as chunks:
+                tokenizer = tokenizer.train(chunks, vocab_size)
         if not self.special:
             tokenizer.specials = {}
-        return tokenizer
+        folder_of_given = self.folder(tokenizer.digest())
+        if found := self.kept(folder_of_given, tokenizer):
+            return found
+        return self.encoded(tokenizer, folder_of_given if is_given else folder_of_learned, keep)
 
     def folder(self, setting: object) -> Path:
-        """Where ids are kept, by the texts and by `setting`: how a tokenizer has learned from them,
-        or the digest of one that was given."""
+        """The folder of kept ids, by the texts and by `setting`: a tokenizer's way of learning from
+        them, or the digest of a given tokenizer."""
         key = json.dumps([self.texts.names, self.limit, setting]).encode()
         name = re.sub(r"[^\w.-]", "_", Path(self.texts.names[0]).name)
         return FOLDER / f"{name}-{hashlib.sha256(key).hexdigest()[:16]}"
 
-    def encoded(self, folder: Path, keep: bool) -> Corpus:
-        """The ids in this folder, in a temporary one or in memory."""
-        temporary = None
-        is_kept = keep and self.texts.is_repeatable
+    def kept(
+        self, folder: Path, tokenizer: Tokenizer | type[Tokenizer]
+    ) -> tuple[Corpus, dict] | None:
+        """The ids that `written` left in the folder, if they are of these very texts."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            is_complete = facts["n_ids_bytes"] == (folder / IDS).stat().st_size
+            if facts["texts"] != self.texts.facts or not is_complete:
+                return None
+            if isinstance(tokenizer, type):
+                tokenizer = tokenizer.load(folder)
+            if not self.special:
+                tokenizer.specials = {}
+            corpus = Corpus(self.texts.name, tokenizer, facts["checksum"], folder / IDS)
+            if facts["tokenizer"] != tokenizer.digest() or corpus.ids is None:
+                return None
+            if not {"is_cut", "reason", "unknown"} <= facts.keys():  # as of an earlier version
+                facts |= self.encode(tokenizer, lambda ids: None)
+                files.write_file(folder / FACTS, json.dumps(facts, indent=1).encode())
+            with contextlib.suppress(OSError):  # another user's folder
+                os.utime(folder)  # `drop_oldest` goes by that
+            return corpus, facts
+        return None
+
+    def encoded(self, tokenizer: Tokenizer, folder: Path, keep: bool) -> tuple[Corpus, dict]:
+        """New ids, in this folder, in a temporary one or in memory."""
+        temporary, is_kept = None, keep and self.texts.is_repeatable
         try:
-            if not is_kept and os.name == "nt":  # where no file that is mapped can be removed
-                return self.in_memory()
             if not is_kept:
+                if os.name == "nt":  # where no mapped file can be removed
+                    return self.in_memory(tokenizer)
                 temporary = tempfile.TemporaryDirectory()
                 folder = Path(temporary.name) / folder.name
-            corpus = self.written(folder)
-            corpus.temporary = temporary
-            if is_kept:
-                drop_oldest()
-            return corpus
+            corpus, facts = self.written(tokenizer, folder)
         except OSError as error:
             reason = f"{error.strerror or error}: ids stay in memory"
             print(f"warning: {folder}: {reason}", file=sys.stderr)
-            return self.in_memory()
+            return self.in_memory(tokenizer)
+        corpus.temporary = temporary
+        if is_kept:
+            drop_oldest()
+        return corpus, facts
 
-    def kept(self, folder: Path) -> Corpus | None:
-        """What `written` left there of these very texts, if anything."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-            is_complete = kept["n_ids_bytes"] == (folder / IDS).stat().st_size
-            if kept["texts"] != self.texts.facts or not is_complete:
-                return None
-            tokenizer = self.tokenizer
-            if isinstance(tokenizer, type):
-                tokenizer = self.prepare(tokenizer.load(folder))
-            corpus = Corpus(self.texts.name, tokenizer, kept["checksum"], folder / IDS)
-            if kept["tokenizer"] != tokenizer.digest() or corpus.ids is None:
-                return None
-            if "unknown" not in kept:  # as earlier versions kept them
-                self.tokenizer = tokenizer
-                kept |= self.encode(lambda ids: None)
-                files.write_file(folder / FACTS, json.dumps(kept, indent=1).encode())
-            self.say(kept)
-            with contextlib.suppress(OSError):  # of someone else, say
-                os.utime(folder)  # those that are used stay
-            return corpus
-        return None
-
-    def written(self, folder: Path) -> Corpus:
+    def written(self, tokenizer: Tokenizer, folder: Path) -> tuple[Corpus, dict]:
         """The ids in a new folder, written whole or not at all."""
         with files.new_folder(folder) as new:
             with (new / IDS).open("wb") as file:
-                facts = self.encode(file.write)
+                facts = self.encode(tokenizer, file.write)
                 facts["n_ids_bytes"] = file.tell()
-            self.tokenizer.save(new)
+            tokenizer.save(new)
             (new / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
             files.sync(*new.iterdir(), new)
-            if corpus := self.kept(folder):  # of another training, which began at the same time
-                return corpus
-            shutil.rmtree(folder, ignore_errors=True)  # of a text as it was before
+            if found := self.kept(folder, tokenizer):  # by a training that began at the same time
+                return found
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier state of the texts
             os.rename(new, folder)
-        self.say(facts)
-        return Corpus(self.texts.name, self.tokenizer, facts["checksum"], folder / IDS)
+        return Corpus(self.texts.name, tokenizer, facts["checksum"], folder / IDS), facts
 
-    def in_memory(self) -> Corpus:
+    def in_memory(self, tokenizer: Tokenizer) -> tuple[Corpus, dict]:
         ids, limit = bytearray(), machine.memory() // 2
 
         def append(data: bytes) -> None:
             if len(ids) > limit:
                 raise UserError(f"{self.texts.name} fits neither on the disk nor in memory")
-            ids.extend(data)  # grows in place: a list of arrays would be copied to be joined
+            ids.extend(data)  # grows in place: joining a list of arrays would copy them
 
-        facts = self.encode(append)
-        self.say(facts)
-        stored = np.frombuffer(ids, self.tokenizer.dtype)
-        return Corpus(self.texts.name, self.tokenizer, facts["checksum"], stored)
+        facts = self.encode(tokenizer, append)
+        stored = np.frombuffer(ids, tokenizer.dtype)
+        return Corpus(self.texts.name, tokenizer, facts["checksum"], stored), facts
 
-    def encode(self, write: Callable[[bytes], object]) -> dict[str, object]:
-        """Passes the ids on, chunk by chunk; what is to be known of them."""
+    def encode(self, tokenizer: Tokenizer, write: Callable[[bytes], object]) -> dict[str, object]:
+        """Writes the ids, chunk by chunk; returns their facts."""
         checksum, unknown = 0, Unknown()
-        self.texts.end = self.tokenizer.document_end.encode()
-        with self.reading("encoding"):
-            for ids in self.tokenizer.encode_file(self.texts, self.limit, unknown):
+        with self.reading("encoding", self.limit, tokenizer.document_end) as chunks:
+            for ids in tokenizer.encode_chunks(chunks, unknown):
                 write(data := ids.tobytes())
                 checksum = zlib.crc32(data, checksum)
         return {
             "texts": self.texts.facts,
-            "tokenizer": self.tokenizer.digest(),
+            "tokenizer": tokenizer.digest(),
             "checksum": checksum,
-            "is_cut": self.texts.n_read > self.limit,
-            "reason": self.tokenizer.reason,
+            "is_cut": self.texts.is_cut,
+            "reason": tokenizer.reason,
             "unknown": asdict(unknown) | {"counts": unknown.most_frequent()},
         }
 
-    def say(self, facts: dict[str, object]) -> None:
-        """On standard error: what is used of the texts, as which tokens, and what is left out."""
-        name = self.texts.name
-        if facts["is_cut"] and self.n_bytes is None:
-            used = f"only the first {DEFAULT_MEGA_BYTES} MiB are used"
-            print(f"{name}: {used}; --n-mega-bytes takes more", file=sys.stderr)
-        if facts["reason"]:
-            print(f"{name}: {facts['reason']}", file=sys.stderr)
-        Unknown(**facts["unknown"]).warn(name, " and left out")
-
     @contextlib.contextmanager
-    def reading(self, what: str) -> Iterator[None]:
-        """The texts from their start, with a bar on a terminal; errors name the text."""
+    def reading(self, description: str, n_bytes: int, end: str = "") -> Iterator[Iterator[str]]:
+        """Chunks of the texts, with a bar on a terminal."""
         with tqdm(
-            total=min(self.texts.n_stored, self.limit),
-            desc=what,
+            total=min(self.texts.n_stored, n_bytes),
+            desc=description,
             unit_scale=True,
             unit_divisor=1024,
             bar_format=BAR_FORMAT,
             **self.bar,
         ) as bar:
-            self.texts.rewind(bar)
-            with self.texts.naming_errors():
-                yield
+            yield self.texts.read(n_bytes, end, bar)
 
 
 def drop_oldest() -> None:
-    """Leaves the ids that were used last, KEPT_BYTES of them, and all that is not ours."""
+    """Removes kept ids but the last used, KEPT_BYTES of them; leaves all other folders."""
     complete = (facts.parent for facts in FOLDER.glob(f"*/{FACTS}"))
     ours = [folder for folder in complete if KEPT_NAME.fullmatch(folder.name)]
     files.drop_oldest(ours, KEPT_BYTES, remove)
     for unfinished in FOLDER.glob(".gpt-tiny-*"):
         with contextlib.suppress(OSError):
-            if time.time() - (unfinished / IDS).stat().st_mtime > A_DAY:  # its training was killed
+            if time.time() - (unfinished / IDS).stat().st_mtime > A_DAY:  # of a killed training
                 remove(unfinished)
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder of ids, not other files in it. Who has the ids mapped still reads them; on
-    Windows, which removes no file that is mapped, OSError before anything is removed."""
+    """Removes a folder of ids, not other files in it. Processes that have mapped the ids still read
+    them; on Windows, which removes no mapped file, OSError before anything is removed."""
     for name in (IDS, *tokenizers.FILES, FACTS):
         (folder / name).unlink(missing_ok=True)
-    folder.rmdir()  # fails where there is anything else in it
+    folder.rmdir()  # fails where other files are left

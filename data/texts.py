@@ -21,13 +21,12 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from backend.errors import UserError
-from tokenizers import NotUTF8
+from backend.errors import UserError, not_utf8
 
-CORPUS = Path(".data/corpus.txt")  # unless another is named
-# by suffix, Python's own module, and the program
-COMPRESSED = {".gz": ("gzip", "gzip"), ".bz2": ("bz2", "bzip2"), ".xz": ("lzma", "xz")}
+CORPUS = Path(".data/corpus.txt")  # the default
 STANDARD_INPUT = Path("-")
+# by suffix, Python's module and the program
+COMPRESSED = {".gz": ("gzip", "gzip"), ".bz2": ("bz2", "bzip2"), ".xz": ("lzma", "xz")}
 WHAT_IS_A_TEXT = (
     "a text is a file in UTF-8, or .jsonl, also compressed with the ending .gz, .bz2 or .xz, a "
     "folder of such .txt and .jsonl, or - for standard input"
@@ -39,7 +38,7 @@ BYTE_ORDER_MARKS = {  # UTF-32's before UTF-16's, with which it begins
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-WITHOUT_MARK = {  # by the first bytes, of which in these encodings a Latin letter has one alone
+WITHOUT_MARK = {  # by the first bytes: a Latin letter has one byte that is not 0
     rb"([^\0]\0){8}": "UTF-16LE",
     rb"(\0[^\0]){8}": "UTF-16BE",
     rb"([^\0]\0\0\0){4}": "UTF-32LE",
@@ -57,44 +56,107 @@ OTHER_KINDS = {  # by the first bytes
     rb"7z\xbc\xaf": "a 7z archive",
     rb"Rar!\x1a\x07": "a rar archive",
 }
-N_NAMED = 3  # of what is left out
-CHUNK = 1 << 16
-N_PARTS = 16  # of a file, whose checksum tells it from others of its size and time
+N_NAMED = 3  # files left out of a folder
+# bytes read at a time; with more, numpy's arrays are fresh memory from the system at each step,
+# which takes up to half of the time of encoding
+CHUNK_SIZE = 1 << 16
+N_PARTS = 16  # of a file, in its checksum
+
+
+class Texts:
+    """Texts, one after the other, that can be read again and again.
+
+    A path is a file, plain or compressed as its suffix says; a folder, for all `.txt` and `.jsonl`
+    below it, also compressed, that are not hidden, in sorted order; a pipe; or `-`, standard input.
+    UserError for other paths. A line says which files of a folder are left out, and that texts are
+    joined.
+    """
+
+    is_cut = False  # whether the last `read` has left bytes after its limit
+
+    def __init__(self, paths: Sequence[Path], flag: str = "--text-corpus"):
+        """`flag` names the texts in errors."""
+        self.texts = [text for path in paths for text in texts_of(path, flag)]
+        self.is_repeatable = not any(text.is_stream for text in self.texts)
+        self.facts = [text.facts() for text in self.texts]  # as they are now
+        self.n_stored = sum(size for _, size, *_ in self.facts)  # bytes
+        self.names = [text.name for text in self.texts]
+        more = f" and {len(self.names) - 1} more" if self.names[1:] else ""
+        self.name = self.names[0] + more
+        for text in self.texts:
+            text.check()
+        if more:
+            print(f"{self.name} are joined into one text", file=sys.stderr)
+
+    def read(
+        self, n_bytes: int = sys.maxsize, end: str = "", bar: tqdm | None = None
+    ) -> Iterator[str]:
+        """Yields the first `n_bytes` bytes of UTF-8 as text, in chunks; drops a character that the
+        limit cuts.
+
+        Documents are the `text` of each line of a `.jsonl`, and each of several other texts. `end`
+        follows each document; without `end`, a line break follows documents of a `.jsonl`. `bar`
+        shows the stored bytes that are read. UserError for a text that is damaged or not UTF-8.
+        """
+        for text in self.texts:
+            decoder, position = codecs.getincrementaldecoder("utf-8")(), len(text.mark)
+            with uncompressed(text) as (file, stored):
+                chunks, n_shown = in_utf8(file, text), 0
+                if text.is_jsonl:
+                    chunks = documents(chunks, text, end or "\n")
+                elif self.texts[1:]:
+                    chunks = chain(chunks, [end.encode()])
+                for chunk in chain(filter(None, chunks), [b""]):
+                    if bar is not None:
+                        bar.update(stored.tell() - n_shown)
+                        n_shown = stored.tell()
+                    self.is_cut = len(chunk) > n_bytes
+                    data = chunk[:n_bytes]
+                    n_waiting = len(decoder.getstate()[0])  # bytes of a character cut by a chunk
+                    try:
+                        yield decoder.decode(data, final=not chunk)
+                    except UnicodeDecodeError as error:
+                        offset = position - n_waiting
+                        raise not_utf8(error, text.name, text.conversion(), offset) from None
+                    if self.is_cut:
+                        return
+                    position, n_bytes = position + len(data), n_bytes - len(data)
 
 
 @dataclass(frozen=True)
 class Text:
     name: str
-    open: Callable[[], BinaryIO]  # its bytes, as they are stored
-    is_stream: bool = False  # which can't be read again by another training
+    open: Callable[[], BinaryIO]  # the bytes as they are stored
+    is_stream: bool = False  # another training can't read it again
 
     @property
     def is_jsonl(self) -> bool:
-        return content_of(Path(self.name)).suffix.lower() == ".jsonl"
+        return content_path(Path(self.name)).suffix.lower() == ".jsonl"
 
     @functools.cached_property
     def beginning(self) -> bytes:
-        """Its first bytes, by which its kind is known."""
+        """The first bytes, which tell the kind."""
         with uncompressed(self) as (file, _):
             return file.read(512)
 
     @property
     def mark(self) -> bytes:
-        """The byte order mark that it begins with, if any."""
+        """The byte order mark at the beginning, if any."""
         return next(filter(self.beginning.startswith, BYTE_ORDER_MARKS), b"")
 
     def facts(self) -> list:
-        """Name, size, time and a checksum of parts, which tell a text from another unread; and what
-        earlier versions did not look at."""
+        """Name, size, time and a checksum of parts, by which kept ids are found; and the kind, if
+        earlier versions read it as plain UTF-8."""
         with self.open() as file:
             size, checksum = file.seek(0, io.SEEK_END), 0
-            for start in (*range(0, size, max(CHUNK, size // N_PARTS)), max(0, size - CHUNK)):
+            step = max(CHUNK_SIZE, size // N_PARTS)
+            for start in (*range(0, size, step), max(0, size - CHUNK_SIZE)):
                 file.seek(start)
-                checksum = zlib.crc32(file.read(CHUNK), checksum)
+                checksum = zlib.crc32(file.read(CHUNK_SIZE), checksum)
             is_file = isinstance(file, io.BufferedReader)
             time = os.fstat(file.fileno()).st_mtime_ns if is_file else 0
-        read_as = [*["jsonl"] * self.is_jsonl, *[self.mark.hex()] * bool(self.mark)]
-        return [os.path.abspath(self.name), size, time, checksum, *read_as]
+        kind = [*["jsonl"] * self.is_jsonl, *[self.mark.hex()] * bool(self.mark)]
+        return [os.path.abspath(self.name), size, time, checksum, *kind]
 
     def check(self) -> None:
         """UserError for a file of another kind, also a compressed one."""
@@ -107,9 +169,9 @@ class Text:
                 raise UserError(f"{self.name} is {encoding} without a byte order mark; {convert}")
 
     def conversion(self, encoding: str = "WINDOWS-1252") -> str:
-        """How to convert it to UTF-8, as the command that would if that is its encoding."""
+        """The command that converts the text from this encoding to UTF-8."""
         command = f"iconv -f {encoding} -t UTF-8"
-        path, content = Path(self.name), content_of(Path(self.name))
+        path, content = Path(self.name), content_path(Path(self.name))
         if path.is_file():
             target = content.with_name(f"{content.stem}-utf8{content.suffix}")
             source, target = shlex.quote(str(path)), shlex.quote(str(target))
@@ -121,76 +183,9 @@ class Text:
         return f"convert it, here from {encoding}: {command}"
 
 
-class Texts:
-    """Texts, one after the other, as one file that can be read again from its start.
-
-    A path is a file, plain or compressed as its suffix says; a folder, for all `.txt` and `.jsonl`
-    below it, also compressed, that are not hidden, in sorted order; a pipe; or `-`, standard input.
-    UserError for other paths. A line says what of a folder is left out, and that texts are joined.
-
-    What is read is UTF-8 without byte order marks. A line of a `.jsonl` is a document, of which its
-    `text` is read; so is each of several other texts. `end` follows each document; where it is
-    empty, a line break follows that of a `.jsonl`, and nothing another.
-    """
-
-    end = b""
-
-    def __init__(self, paths: Sequence[Path], flag: str = "--text-corpus"):
-        """`flag` is how a user names them."""
-        self.texts = [text for path in paths for text in texts_of(path, flag)]
-        self.is_repeatable = not any(text.is_stream for text in self.texts)
-        self.facts = [text.facts() for text in self.texts]  # as they are now
-        self.n_stored = sum(size for _, size, *_ in self.facts)  # bytes
-        self.names = [text.name for text in self.texts]
-        others = f" and {len(self.names) - 1} more" if self.names[1:] else ""
-        self.name = self.names[0] + others
-        for text in self.texts:
-            text.check()
-        if others:
-            print(f"{self.name} are joined into one text", file=sys.stderr)
-        self.rewind()
-
-    def rewind(self, bar: tqdm | None = None) -> None:
-        """Goes to the start; `bar` shows the bytes read from then on, as they are stored."""
-        self.bar, self.starts, self.n_read = bar, [], 0  # starts: of the first byte that is stored
-        self.chunks, self.chunk = self._chunks(), b""
-
-    def read(self, size: int) -> bytes:
-        """Up to `size` bytes, none only at the end of the last text."""
-        if size and not self.chunk:
-            self.chunk = next(self.chunks, b"")
-        data, self.chunk = self.chunk[:size], self.chunk[size:]
-        self.n_read += len(data)
-        return data
-
-    def _chunks(self) -> Iterator[bytes]:
-        n_bytes = 0
-        for text in self.texts:
-            self.starts.append((n_bytes - len(text.mark), text))
-            before = 0
-            with uncompressed(text) as (file, stored):
-                chunks = in_utf8(file, text)
-                if text.is_jsonl:
-                    chunks = documents(chunks, text, self.end or b"\n")
-                elif self.texts[1:]:
-                    chunks = chain(chunks, [self.end])
-                for chunk in filter(None, chunks):
-                    if self.bar is not None:
-                        self.bar.update(stored.tell() - before)
-                        before = stored.tell()
-                    n_bytes += len(chunk)
-                    yield chunk
-
-    @contextmanager
-    def naming_errors(self) -> Iterator[None]:
-        """Has NotUTF8 name the text that is not, and the offset in it."""
-        try:
-            yield
-        except NotUTF8 as error:
-            starts = reversed(self.starts)
-            start, text = next(start for start in starts if start[0] <= error.offset)
-            place = error.byte, error.offset - start
-            raise NotUTF8(*place, text.name, text.conversion()) from None
+def content_path(path: Path) -> Path:
+    """The path without the suffix of a compressed file."""
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
 
 
 def texts_of(path: Path, flag: str) -> list[Text]:
@@ -204,40 +199,35 @@ def texts_of(path: Path, flag: str) -> list[Text]:
     if path.is_fifo():
         with path.open("rb") as stream:
             return [Text(str(path), spooled(stream), is_stream=True)]
-    if path.is_dir():
-        return [file_text(file) for file in files_below(path, flag)]
-    if not path.is_file():
+    if not path.is_dir() and not path.is_file():
         raise UserError(f"there is no {path}: name a text with {flag}")
-    return [file_text(path)]
+    files = files_below(path, flag) if path.is_dir() else [path]
+    return [Text(str(file), functools.partial(file.open, "rb")) for file in files]
 
 
 def files_below(folder: Path, flag: str) -> list[Path]:
     """All `.txt` and `.jsonl` below a folder, also compressed, that are not hidden, in sorted
-    order; says what else there is."""
-    errors, found, others = [], [], []
-    for place, folders, names in os.walk(folder, onerror=errors.append):
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        for file in (Path(place, name) for name in (*names, *links)):  # no link is walked into
+    order; a line says which files are left out."""
+    errors, found, ignored = [], [], []
+    for parent, folders, names in os.walk(folder, onerror=errors.append):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for file in (Path(parent, name) for name in (*names, *links)):  # os.walk enters no link
             is_hidden = any(part[0] == "." for part in file.relative_to(folder).parts)
-            is_text = content_of(file).suffix.lower() in (".txt", ".jsonl")
+            is_text = content_path(file).suffix.lower() in (".txt", ".jsonl")
             if is_text and not is_hidden and os.path.isfile(file):
                 found.append(file)
             elif is_text or not is_hidden:
-                others.append(str(file))
+                ignored.append(str(file))
     closed = [f"{error.filename} ({error.strerror})" for error in errors]
     if not found:
         beside = f", and no way into {', '.join(closed)}" if closed else ""
         reason = f"there is no .txt or .jsonl in {folder}{beside}"
         raise UserError(f"{reason}: name a text with {flag}; {WHAT_IS_A_TEXT}")
-    if left_out := closed + sorted(others)[:N_NAMED]:
-        more = f" and {len(others) - N_NAMED} more" if others[N_NAMED:] else ""
+    if left_out := closed + sorted(ignored)[:N_NAMED]:
+        more = f" and {len(ignored) - N_NAMED} more" if ignored[N_NAMED:] else ""
         rule = "a folder stands for its .txt and .jsonl, also compressed, that are not hidden"
         print(f"warning: left out: {', '.join(left_out)}{more}; {rule}", file=sys.stderr)
     return sorted(found)
-
-
-def file_text(path: Path) -> Text:
-    return Text(str(path), lambda: path.open("rb"))
 
 
 def python_help() -> BinaryIO:
@@ -247,27 +237,22 @@ def python_help() -> BinaryIO:
 
 
 def spooled(stream: BinaryIO) -> Callable[[], BinaryIO]:
-    """Copies a stream to a file without a name, which can be read again and again."""
-    whole = tempfile.TemporaryFile()  # noqa: SIM115 - as long as there is the function
-    shutil.copyfileobj(stream, whole)
-    whole.flush()
+    """Copies a stream to an unnamed file; returns a function that opens the copy."""
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the function
+    shutil.copyfileobj(stream, copy)
+    copy.flush()
 
-    def opened() -> BinaryIO:
-        file = open(whole.fileno(), "rb", closefd=False)  # noqa: SIM115 - for who opens it
-        file.seek(0)  # where the one before has left it
+    def open_copy() -> BinaryIO:
+        file = open(copy.fileno(), "rb", closefd=False)  # noqa: SIM115 - closed by the caller
+        file.seek(0)  # all share one position
         return file
 
-    return opened
-
-
-def content_of(path: Path) -> Path:
-    """A name without the suffix of a compressed file."""
-    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return open_copy
 
 
 @contextmanager
 def uncompressed(text: Text) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file to read, and the file as it is stored; UserError for a damaged one."""
+    """Opens the file to read, and the file as it is stored; UserError for a damaged one."""
     module, _ = COMPRESSED.get(Path(text.name).suffix.lower(), (None, None))
     with text.open() as stored:
         if module is None:
@@ -283,11 +268,11 @@ def uncompressed(text: Text) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def in_utf8(file: BinaryIO, text: Text) -> Iterator[bytes]:
-    """What a file holds after its byte order mark, in UTF-8 if that says which encoding it has."""
+    """Yields a file's content after the byte order mark, converted to UTF-8 if the mark says so."""
     encoding = BYTE_ORDER_MARKS.get(text.mark, "utf-8")
     position = len(file.read(len(text.mark)))
-    chunks = iter(lambda: file.read(CHUNK), b"")
-    if encoding == "utf-8":  # which the tokenizer looks through
+    chunks = iter(lambda: file.read(CHUNK_SIZE), b"")
+    if encoding == "utf-8":
         yield from chunks
         return
     decoder = codecs.getincrementaldecoder(encoding)()
@@ -304,9 +289,9 @@ def in_utf8(file: BinaryIO, text: Text) -> Iterator[bytes]:
         position += len(chunk)
 
 
-def documents(chunks: Iterable[bytes], text: Text, end: bytes) -> Iterator[bytes]:
-    """The `text` of each line, an object of JSON, with `end` after it, in chunks; half a surrogate
-    pair becomes a "?". UserError for another line."""
+def documents(chunks: Iterable[bytes], text: Text, end: str) -> Iterator[bytes]:
+    """Yields the `text` of each line, a JSON object, and `end`, in chunks; half a surrogate pair
+    becomes a "?". UserError for another line."""
     ready, decode = bytearray(), json.JSONDecoder().raw_decode  # json.loads takes twice as long
     for number, line in enumerate(lines(chunks), 1):
         if not (line := line.strip()):
@@ -315,25 +300,24 @@ def documents(chunks: Iterable[bytes], text: Text, end: bytes) -> Iterator[bytes
             document, length = decode(line := line.decode())
             if length < len(line):
                 raise ValueError("there is more")
-            ready += document["text"].encode(errors="replace") + end
+            ready += (document["text"] + end).encode(errors="replace")
         except UnicodeDecodeError as error:
-            place, name = (error.object[error.start], error.start), f"line {number} of {text.name}"
-            raise UserError(str(NotUTF8(*place, name, text.conversion()))) from None
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise not_utf8(error, f"line {number} of {text.name}", text.conversion()) from None
+        except (ValueError, TypeError, KeyError, RecursionError):
             reason = f"no JSON object with a string named text: {line[:60]}"
             raise UserError(f"line {number} of {text.name} is {reason}") from None
-        while len(ready) >= CHUNK:
-            yield bytes(ready[:CHUNK])
-            del ready[:CHUNK]
+        while len(ready) >= CHUNK_SIZE:
+            yield bytes(ready[:CHUNK_SIZE])
+            del ready[:CHUNK_SIZE]
     yield bytes(ready)
 
 
 def lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    begun = []
+    parts = []
     for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        begun.append(first)
-        for line in others:
-            yield b"".join(begun)
-            begun = [line]
-    yield b"".join(begun)
+        first, *following = chunk.split(b"\n")
+        parts.append(first)
+        for line in following:
+            yield b"".join(parts)
+            parts = [line]
+    yield b"".join(parts)

@@ -1,9 +1,7 @@
 """Scores a model on a text in bits per byte, which compare models with different tokenizers."""
 
 import math
-import sys
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from tinygrad import Tensor, Variable
@@ -18,13 +16,10 @@ BATCH_TOKENS = 2048  # tokens in a batch of windows
 BATCH_LOGITS = 1 << 24  # logits of a batch, 64 MB; one window may have more
 
 
-def known_ids(tokenizer: Tokenizer, file: BinaryIO) -> tuple[np.ndarray, Unknown]:
-    """Ids (n,) of a text without unknown ones, and counts of unknown tokens.
-
-    NotUTF8 if the file is not UTF-8.
-    """
+def known_ids(tokenizer: Tokenizer, chunks: Iterable[str]) -> tuple[np.ndarray, Unknown]:
+    """Ids (n,) of a text in chunks without unknown ones, and counts of unknown tokens."""
     ids, unknown = bytearray(), Unknown()  # a bytearray grows in place
-    for known in tokenizer.encode_file(file, sys.maxsize, unknown):
+    for known in tokenizer.encode_chunks(chunks, unknown):
         ids += known.tobytes()
     return np.frombuffer(ids, tokenizer.dtype), unknown
 

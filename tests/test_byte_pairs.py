@@ -1,7 +1,6 @@
 """GPT-2's byte pairs, beside the plain rule."""
 
 import codecs
-import io
 import json
 import sys
 from itertools import pairwise
@@ -12,7 +11,7 @@ from conftest import GPT2
 from hypothesis import given
 from hypothesis import strategies as st
 from mutate import mutated_bytes
-from texts import CHARACTERS, SAVED, TEXTS, encode_file, few_examples, mixed_text
+from texts import CHARACTERS, SAVED, TEXTS, chunks, encode_chunks, few_examples, mixed_text
 
 import tokenizers
 
@@ -60,25 +59,22 @@ def with_specials():
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 64, 1 << 20])
-def test_chunks_of_a_file_are_encoded_into_byte_pairs_as_the_whole(
-    monkeypatch, chunk_size, with_specials
-):
-    monkeypatch.setattr(tokenizers, "CHUNK_SIZE", chunk_size)
+def test_chunks_are_encoded_into_byte_pairs_as_the_whole(chunk_size, with_specials):
     texts = [*TEXTS, CHARACTERS * 2, "it's  the\n\n end \x1c 's\u3000\u3000x\n"]
     texts += [
         " <a> b <|endoftext|> b <a <a>\n  <|endof text|>  \n<",
         "b <a> b <a>我们去。'll!" * 9,
     ]
     for text in texts:
-        assert encode_file(with_specials, text.encode()) == with_specials.encode(text).tolist()
+        ids = with_specials.encode(text).tolist()
+        assert encode_chunks(with_specials, text, chunk_size) == ids
 
 
-def test_a_text_without_spaces_is_cut_where_letters_end(monkeypatch, byte_pairs):
-    monkeypatch.setattr(tokenizers, "CHUNK_SIZE", 64)
+def test_a_text_without_spaces_is_cut_where_letters_end(byte_pairs):
     text = "我们去。" * 100 + "他们也去<|endoftext|>" * 100
-    chunks = list(byte_pairs.chunks(io.BytesIO(text.encode()), 1 << 30))
-    assert "".join(chunks) == text
-    assert max(map(len, chunks)) < 64
+    pieces = list(byte_pairs.whole_tokens(chunks(text, 32)))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) < 64
 
 
 def test_special_tokens_are_found_as_by_hugging_face(with_specials):

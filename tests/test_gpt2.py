@@ -302,6 +302,8 @@ BOS = {"type": "TemplateProcessing", "special_tokens": {"<s>": {"id": "<s>", "id
         ("added_tokens", [{"content": "<m>", "id": 514}], "its ids are not 0, 1, 2"),
         ("added_tokens", [{"content": "", "id": 512}], "no map of tokens to ids"),
         ("added_tokens", 5, "added token is not a JSON object"),
+        ("added_tokens", [None], "added token is not a JSON object"),
+        ("added_tokens", {"content": "<m>"}, "no map of tokens to ids"),
     ],
 )
 def test_a_tokenizer_of_another_kind_is_refused_with_its_name(tmp_path, part, value, reason):

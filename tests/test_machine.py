@@ -1,7 +1,6 @@
 """A number of cores, a share of them, and a place for the cache, as machines and containers have
 them."""
 
-import io
 import os
 import subprocess
 import sys
@@ -77,7 +76,7 @@ def test_texts_are_encoded_on_as_many_threads_as_the_user_or_the_share_allows(
     pools = []
     monkeypatch.setattr(tokenizers, "ThreadPoolExecutor", lambda n: pools.append(n) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        next(tokenizers.BytePairTokenizer.load(GPT2).encode_file(io.BytesIO(b"a"), 1))
+        next(tokenizers.BytePairTokenizer.load(GPT2).encode_chunks(["a"], tokenizers.Unknown()))
     assert pools == [expected]
 
 

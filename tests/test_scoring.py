@@ -48,7 +48,7 @@ def text_file(folder):
 
 
 def scored(model: GPT, tokenizer, text: str) -> Score:
-    ids, _ = known_ids(tokenizer, io.BytesIO(text.encode()))
+    ids, _ = known_ids(tokenizer, [text])
     score = Score(tokenizer)
     for counted, nats in losses(model, ids):
         score.add(counted, nats)
@@ -176,7 +176,7 @@ def test_bytes_and_characters_are_those_of_the_known_tokens(name):
         "bpe": lambda: checkpoint.load(GPT2)[1],
     }[name]()
     text = TEXT * 100  # more than a chunk
-    ids, unknown = known_ids(tokenizer, io.BytesIO(text.encode()))
+    ids, unknown = known_ids(tokenizer, [text])
     assert ids.dtype == tokenizer.dtype
     assert (unknown.n > 0) == (name != "bpe")
     assert len(ids) + sum(unknown.counts.values()) == len(tokenizer.encode(text))

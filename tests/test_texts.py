@@ -16,7 +16,6 @@ from conftest import not_on_windows
 from backend.errors import UserError
 from data import texts
 from data.texts import Texts
-from tokenizers import NotUTF8
 
 DOCUMENTS = ["Fell the lamp.", "", "日本 🔥\r\n\u2028", 'a "quoted" word \\', "x" * 200_000, "\n"]
 END = "<|endoftext|>"
@@ -29,16 +28,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def read(*names: str, end: str = "", size: int = 5000) -> str:
-    """What is read of texts, so many bytes at a time."""
-    texts = Texts(list(map(Path, names)))
-    texts.end = end.encode()
-    with texts.naming_errors():
-        data = b"".join(iter(lambda: texts.read(size), b""))
-        try:
-            return data.decode()
-        except UnicodeDecodeError as error:  # as a tokenizer says it
-            raise NotUTF8(data[error.start], error.start) from None
+def read(*names: str, **options) -> str:
+    return "".join(Texts(list(map(Path, names))).read(**options))
 
 
 def jsonl(documents: list[str], **options) -> bytes:
@@ -47,8 +38,9 @@ def jsonl(documents: list[str], **options) -> bytes:
 
 
 @pytest.mark.parametrize(("end", "after"), [("", "\n"), (END, END)])
-@pytest.mark.parametrize("size", [1000, 1 << 20])
-def test_each_line_of_a_jsonl_is_a_document(end, after, size):
+@pytest.mark.parametrize("chunk_size", [1000, 1 << 20])
+def test_each_line_of_a_jsonl_is_a_document(end, after, chunk_size, monkeypatch):
+    monkeypatch.setattr(texts, "CHUNK_SIZE", chunk_size)
     expected = "".join(text + after for text in DOCUMENTS)
     Path("a.jsonl").write_bytes(jsonl(DOCUMENTS))
     blank_lines = b"\xef\xbb\xbf\r\n" + jsonl(DOCUMENTS).replace(b"\n", b"\r\n\r\n ") + b"\r\n\r\n"
@@ -58,7 +50,7 @@ def test_each_line_of_a_jsonl_is_a_document(end, after, size):
     Path("e.jsonl.xz").write_bytes(lzma.compress(jsonl(DOCUMENTS)))
     Path("f.jsonl").write_bytes(jsonl(DOCUMENTS).decode().encode("utf-16"))
     for name in ("a.jsonl", "b.JSONL", "c.jsonl.gz", "d.jsonl.bz2", "e.jsonl.xz", "f.jsonl"):
-        assert read(name, end=end, size=size) == expected, name
+        assert read(name, end=end) == expected, name
 
 
 def test_each_of_several_files_is_a_document_and_a_single_one_is_none():
@@ -115,7 +107,7 @@ def test_another_line_of_a_jsonl_is_refused_with_its_number(line, message):
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
 def test_a_byte_order_mark_is_dropped_and_says_which_encoding_it_is(encoding, chunk, monkeypatch):
-    monkeypatch.setattr(texts, "CHUNK", chunk)
+    monkeypatch.setattr(texts, "CHUNK_SIZE", chunk)
     text = TEXT[:90] if chunk < 9 else TEXT
     data = f"\ufeff{text}".encode(encoding)
     Path("texts").mkdir()
@@ -126,6 +118,48 @@ def test_a_byte_order_mark_is_dropped_and_says_which_encoding_it_is(encoding, ch
     assert read("texts", "c.gz", "-") == 4 * text
     Path("nothing.txt").write_bytes("\ufeff".encode(encoding))
     assert read("nothing.txt") == ""
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 1 << 20])
+def test_the_first_bytes_alone_are_read_without_a_character_that_they_cut(chunk_size, monkeypatch):
+    monkeypatch.setattr(texts, "CHUNK_SIZE", chunk_size)
+    data = "aä日🔥ß. b".encode()
+    Path("a.txt").write_bytes(data + b"\xff")
+    Path("b.txt").write_bytes(data[:4])
+    for size in range(len(data) + 1):
+        a, b = Texts([Path("a.txt")]), Texts([Path("b.txt"), Path("a.txt")])
+        assert "".join(a.read(size)) == data[:size].decode(errors="ignore")
+        if size < 4:
+            assert "".join(b.read(size)) == data[:size].decode(errors="ignore")
+        assert a.is_cut
+    whole = Texts([Path("b.txt")])
+    with pytest.raises(UserError, match="offset 3"):
+        list(whole.read(4))
+    assert not whole.is_cut
+
+
+@pytest.mark.parametrize("chunk_size", [1, 10, 1 << 20])
+@pytest.mark.parametrize(
+    ("data", "offset", "byte"),
+    [
+        (b"\xff", 0, 0xFF),
+        (b"twenty five good bytes..." + b"\xff" + b"more", 25, 0xFF),
+        ("nine bytes: äöü 日本".encode() + b"\xe3\x80z", 25, 0xE3),
+        (b"a lone \x80 continuation", 7, 0x80),
+        (b"half a pair \xed\xa0\x80", 12, 0xED),
+        ("a truncated end: 🔥".encode()[:-1], 17, 0xF0),
+    ],
+)
+def test_what_is_not_utf8_is_refused_with_its_offset(monkeypatch, chunk_size, data, offset, byte):
+    monkeypatch.setattr(texts, "CHUNK_SIZE", chunk_size)
+    Path("a.txt").write_bytes(b"The")
+    Path("b.txt").write_bytes(data)
+    message = rf"^b\.txt is not UTF-8: invalid byte 0x{byte:02x} at offset {offset};"
+    for size in (len(data), len(data) + 1):
+        with pytest.raises(UserError, match=message):
+            read("b.txt", n_bytes=size)
+        with pytest.raises(UserError, match=message):
+            read("a.txt", "b.txt", n_bytes=3 + size)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,15 @@
 """Texts for tokenizers: those that gpt-burn's were recorded with, and arbitrary ones."""
 
-import io
 import json
 from importlib import metadata
 
+import numpy as np
 import pytest
 from conftest import DATA
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from tokenizers import SEPARATORS, VOWELS
+from tokenizers import SEPARATORS, VOWELS, Unknown
 
 REFERENCE = json.loads((DATA / "tokenizers" / "texts.json").read_text(encoding="utf-8"))
 SAVED = json.loads((DATA / "tokenizers" / "vowel.json").read_text(encoding="utf-8"))
@@ -20,8 +20,14 @@ mixed_text = st.text(st.sampled_from(CHARACTERS), max_size=80)
 few_examples = settings(max_examples=150, deadline=None)
 
 
-def encode_file(tokenizer, data: bytes, size: int = 1 << 30) -> list[int]:
-    return [id for ids in tokenizer.encode_file(io.BytesIO(data), size) for id in ids.tolist()]
+def chunks(text: str, size: int) -> list[str]:
+    return [text[start : start + size] for start in range(0, len(text), size)]
+
+
+def encode_chunks(tokenizer, text: str, size: int) -> list[int]:
+    arrays = list(tokenizer.encode_chunks(chunks(text, size), Unknown()))
+    assert {ids.dtype for ids in arrays} == {tokenizer.dtype}
+    return np.concatenate(arrays).tolist()
 
 
 def needs_a_learner() -> None:
