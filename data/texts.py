@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import BinaryIO
 
@@ -98,8 +98,13 @@ class Texts:
         follows each document; without `end`, a line break follows documents of a `.jsonl`. `bar`
         shows the stored bytes that are read. UserError for a text that is damaged or not UTF-8.
         """
-        for text in self.texts:
-            decoder, position = codecs.getincrementaldecoder("utf-8")(), len(text.mark)
+        is_split = False
+        for text, following in zip_longest(self.texts, self.texts[1:]):
+            position = len(text.mark)
+            if not is_split:
+                decoder = codecs.getincrementaldecoder("utf-8")()
+            # a character may begin in one file and end in the next, as `split` leaves them
+            is_split = not end and following and re.match(rb"[\x80-\xbf]", following.beginning)
             with uncompressed(text) as (file, stored):
                 chunks, n_shown = in_utf8(file, text), 0
                 if text.is_jsonl:
@@ -114,7 +119,7 @@ class Texts:
                     data = chunk[:n_bytes]
                     n_waiting = len(decoder.getstate()[0])  # bytes of a character cut by a chunk
                     try:
-                        yield decoder.decode(data, final=not chunk)
+                        yield decoder.decode(data, final=not chunk and not is_split)
                     except UnicodeDecodeError as error:
                         offset = position - n_waiting
                         raise not_utf8(error, text.name, text.conversion(), offset) from None

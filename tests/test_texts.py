@@ -53,6 +53,16 @@ def test_each_line_of_a_jsonl_is_a_document(end, after, chunk_size, monkeypatch)
         assert read(name, end=end) == expected, name
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 1000])
+def test_files_that_are_split_within_a_character_are_joined(size):
+    data = TEXT[:40].encode()
+    parts = [data[start : start + size] for start in range(0, len(data), size)]
+    names = [f"{number:02}" for number in range(len(parts))]
+    for name, part in zip(names, parts, strict=True):
+        Path(name).write_bytes(part)
+    assert read(*names) == TEXT[:40]
+
+
 def test_each_of_several_files_is_a_document_and_a_single_one_is_none():
     Path("texts").mkdir()
     for name in ("a.txt", "c.TXT"):
