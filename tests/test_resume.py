@@ -168,8 +168,7 @@ def test_a_finished_training_of_an_earlier_version_goes_on_for_longer(tmp_path, 
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
 
 
-def test_samples_along_the_way_change_no_digit(tmp_path, train_here):
-    plain = train_here(*TINY, "-n", "4", "-o", "plain")
+def test_samples_along_the_way_change_no_digit(tmp_path, train_here, whole):
     out = train_here(*TINY, "-n", "2", "-o", "model", "--sample-every", "1")
     rest = train_here("--resume", ".data/checkpoints", "-n", "4", "--sample-every", "2")
     line = re.compile(r"^(?:start|step|store) .*\n", re.M)
@@ -177,9 +176,9 @@ def test_samples_along_the_way_change_no_digit(tmp_path, train_here):
     assert nothing == "" and len({first, second, fourth}) == 3
     for sample in (first, second, fourth):  # of 16 characters, 100 more
         assert sample.startswith('The "assert" sta') and len(sample) == 117
-    assert step_lines(rest) == step_lines(plain)[2:]
-    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "model")]
-    assert models[0] == models[1]
+    lines, model = whole()
+    assert step_lines(rest) == lines[2:]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
 
 
 @pytest.mark.parametrize("has_settings", [True, False])
@@ -243,16 +242,16 @@ def test_what_concerns_files_alone_may_change_when_a_training_goes_on(tmp_path, 
 def test_a_training_of_any_length_goes_on_for_longer_also_from_another_directory(
     tmp_path, train_here
 ):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (tmp_path / "text.txt").write_text("The context of the context of the containers. " * 50)
-    train_here(*TINY, "-n", "2", "-t", "text.txt", "-o", "model")
-    train_apart(elsewhere, "--resume", "../.data/checkpoints", "-n", "3")
-    train_apart(elsewhere, "--resume", ".data/checkpoints", "-n", "4")
-    rows = (tmp_path / "model" / "metrics.csv").read_text().splitlines()[1:]
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "text.txt").write_text("The context of the context of the containers. " * 50)
+    train_apart(first, *TINY, "-n", "2", "-t", "text.txt", "-o", "model")
+    train_here("--resume", "first/.data/checkpoints", "-n", "3")
+    train_here("--resume", ".data/checkpoints", "-n", "4")
+    rows = (first / "model" / "metrics.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == ["1", "2", "3", "4"]
-    assert os.listdir(elsewhere) == [".data"]
-    assert checkpoint.read_config(tmp_path / "model")["n_steps"] == 4
+    assert sorted(os.listdir(tmp_path)) == [".data", "first"]
+    assert checkpoint.read_config(first / "model")["n_steps"] == 4
 
 
 def test_a_training_that_goes_on_in_an_older_ones_folder_brings_its_best_and_its_rows(
