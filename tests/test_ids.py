@@ -28,7 +28,7 @@ from backend.errors import UserError
 from data import ids
 from data.ids import Corpus
 from data.texts import CORPUS
-from models import find_tokenizer
+from models.checkpoint import find_tokenizer
 from tokenizers import (
     TOKENIZERS,
     BytePairTokenizer,
