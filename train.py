@@ -176,7 +176,8 @@ def read_corpus(
     for _ in range(9):  # another training may drop the ids before all ranks have mapped them
         corpus = world.broadcast_on_machine(read)
         if not world.max(corpus.ids is None):
-            corpus.unlink()
+            if corpus.temporary:  # a mapped file is read on when it is deleted
+                corpus.temporary.cleanup()
             return corpus
     raise UserError(f"other trainings drop all ids in {ids.FOLDER}: start this one anew")
 

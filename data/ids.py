@@ -40,7 +40,7 @@ class Corpus:
 
     `ids` is mapped from the file `stored`, in memory only as far as it is read, and None where
     another training has dropped the file. Where no file can be written, `stored` holds the ids.
-    `unlink`, or the end of this object, deletes a `temporary` folder.
+    A `temporary` folder is deleted at the end of this object, if not before.
     """
 
     name: str
@@ -62,11 +62,6 @@ class Corpus:
     def __reduce__(self):
         """Pickles the path: another process of this machine maps the file itself."""
         return Corpus, (self.name, self.tokenizer, self.checksum, self.stored)
-
-    def unlink(self) -> None:
-        """Removes a temporary file; processes that have mapped it still read it."""
-        if self.temporary:
-            self.temporary.cleanup()
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """starts (n,) -> the `length` ids from each start on: int32 (n, length)"""
