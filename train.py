@@ -183,12 +183,12 @@ def read_corpus(
 
 
 def print_start(config: TrainingConfig) -> None:
-    device = devices.in_use()
+    device, settings = devices.in_use(), json.dumps(config.to_json(), indent=2)
     is_on_cpu = device.startswith("CPU")
     if config.dtype == "bfloat16" and is_on_cpu and not (native.blas() and native.load("sbgemm")):
         print(ROUNDED_ONLY, file=sys.stderr)
     print(bold("start training"), f"- parameters: {config.model.n_parameters}, device: {device}")
-    print(json.dumps(config.to_json(), indent=2), flush=True)
+    print(settings, flush=True)
 
 
 def finish(trainer: Trainer, signal_number: int) -> int:
