@@ -23,7 +23,7 @@ from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt2, gpt_burn, hub, safetensors
 from models.folders import INDEX, MODEL_FILES, WEIGHT_FILES, replacing
 from models.safetensors import LazyArrays
-from tokenizers import OF_FOLDERS, TOKENIZERS, Tokenizer
+from tokenizers import TOKENIZERS, BytePairTokenizer, Tokenizer
 
 
 def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
@@ -36,13 +36,13 @@ def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
 
 
 def read(folder: Path | str) -> tuple[GPTConfig, Tokenizer, Mapping[str, np.ndarray]]:
-    """As `load`, with the config and the weights in place of the model; see `read_weights`."""
+    """Config, tokenizer and weights of a model, see `load` and `read_weights`."""
     folder = find(Path(folder))
     config = read_config(folder)
     model = GPTConfig(**config["model"])
     parameter_shapes, vocab_size = shapes(model), model.vocab_size
     tokenizer = tokenizers.load(config.get("tokenizer", tokenizers.DEFAULT), folder)
-    if isinstance(tokenizer, OF_FOLDERS):  # the model may have more rows than tokens
+    if isinstance(tokenizer, BytePairTokenizer):  # the model may have more rows than tokens
         tokenizer.n_surplus = max(0, vocab_size - tokenizer.vocab_size)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
@@ -61,7 +61,7 @@ def find(folder: Path) -> Path:
     config = parse_config(repository.fetch("config.json"))  # other models fail before the weights
     kind = TOKENIZERS.get(config.get("tokenizer"), TOKENIZERS[tokenizers.DEFAULT])
     optional = ["generation_config.json"]
-    if kind is OF_FOLDERS:
+    if kind is BytePairTokenizer:
         fetch_byte_pairs(repository)
     else:  # gpt-burn's characters are in no file
         optional += kind.files
@@ -74,7 +74,7 @@ def find(folder: Path) -> Path:
 
 def fetch_byte_pairs(repository: hub.Repository) -> Path:
     """Downloads the files of a byte pair tokenizer; returns their folder."""
-    optional = ("added_tokens.json", *OF_FOLDERS.role_files)
+    optional = ("added_tokens.json", *BytePairTokenizer.role_files)
     path = repository.fetch("vocab.json", "tokenizer.json", optional=optional)
     if path.name == "vocab.json":
         repository.fetch("merges.txt")
@@ -95,7 +95,7 @@ def find_tokenizer(name: str) -> Tokenizer:
             "model of the Hugging Face Hub with vocab.json and merges.txt, or tokenizer.json "
             f"({reason})"
         )
-    return OF_FOLDERS.load(folder)
+    return BytePairTokenizer.load(folder)
 
 
 def read_config(folder: Path) -> dict:
