@@ -13,7 +13,7 @@ import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.device import BufferSpec
 from tinygrad.dtype import _to_np_dtype
-from tinygrad.helpers import NUM_CPU_THREADS
+from tinygrad.helpers import NUM_CPU_THREADS, round_up
 from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
 
 from backend.cpu.compiler import ops_cpu
@@ -61,7 +61,7 @@ class CPUAllocator(ops_cpu.CPUAllocator):
     def _alloc(self, size: int, options: BufferSpec) -> HCQBuffer:
         if options.external_ptr is not None or size < MIN_HUGE_BYTES or sys.platform != "linux":
             return super()._alloc(size, options)
-        n_aligned = -(-size // 64) * 64
+        n_aligned = round_up(size, 64)
         if n_aligned > len(self.left):
             n_bytes = max(n_aligned, 16 * HUGE_PAGE) + HUGE_PAGE
             memory = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -195,4 +195,4 @@ class FlatBuffer:
 
 
 def padded_size(shape: tuple[int, ...]) -> int:
-    return -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+    return round_up(math.prod(shape), ALIGNMENT)
