@@ -56,7 +56,7 @@ class CPUAllocator(ops_cpu.CPUAllocator):
     """Allocates large buffers in pages of 2 MB, up to twice as fast to read as tinygrad's pages of
     4 kB: a processor prefetches up to the end of a page."""
 
-    left = np.empty(0, np.uint8)  # of the last mapping, which is freed with its last buffer
+    left = np.empty(0, np.uint8)  # unused bytes of the last mapping; its last buffer frees it
 
     def _alloc(self, size: int, options: BufferSpec) -> HCQBuffer:
         if options.external_ptr is not None or size < MIN_HUGE_BYTES or sys.platform != "linux":
@@ -115,9 +115,9 @@ def copy_out(tensor: Tensor) -> np.ndarray:
 class FlatBuffer:
     """Float32 tensors by name, side by side in memory in the order of `shapes`, initially 0.
 
-    `views` holds each tensor, `whole` all of them: on the CPU one tensor (n,) over the memory of
-    the views, elsewhere the views, since not every backend has views of a buffer. tinygrad does
-    not know that views and whole share memory: realise a write to one before reading the other.
+    `views` are the tensors by name, `whole` lists one tensor (n,) over all views on the CPU, or the
+    views elsewhere, since not every backend has views of a buffer. tinygrad does not know that
+    views and whole share memory: realise a write to one before reading the other.
     """
 
     def __init__(self, shapes: Shapes):
@@ -169,7 +169,7 @@ class FlatBuffer:
             copy_in(view, arrays[name].astype(np.float32, copy=False))
 
     def apply_in_place(self, function: Callable[[np.ndarray], object]) -> None:
-        """Calls the function with all numbers as one array (n,), which it changes in place."""
+        """Calls the function with one array (n,) of all numbers, which are changed in place."""
         if self.memory is not None:
             function(self.memory)
             return

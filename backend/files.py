@@ -155,7 +155,7 @@ def lock(file: IO, wait: bool) -> bool:
 
 
 def is_at(path: Path, file: IO) -> bool:
-    """Whether the path is still that of the open file."""
+    """Whether the path still leads to the open file."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     return False

@@ -13,10 +13,10 @@ from tinygrad.uop.ops import Ops, sint
 
 from backend.cpu import native
 from backend.cpu.compiler import processor
-from backend.cpu.native import blas
+from backend.cpu.native import blas, max_size, stored, stored_gradient
 from backend.cpu.threads import chunk_of, evenness
 
-PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")  # that operands are rounded to
+PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")  # of the rounded operands
 FEW_VECTORS = ContextVar("FEW_VECTORS", 0)  # most vectors for gemv.c, which has no gradient
 ROW_MAJOR, NO_TRANSPOSE, TRANSPOSE = 101, 111, 112  # cblas_sgemm's
 
@@ -168,17 +168,13 @@ def gemv_kernel(y: UOp, matrix: UOp, x: UOp, address: UOp) -> UOp:
 
 
 def few_vectors() -> Context:
-    """A context for products without gradients: gemv.c multiplies as many vectors as it does faster
-    than BLAS or gemm.c, which copy the matrix."""
+    """A context without gradients, where gemv.c multiplies a few vectors: as many as are faster
+    than with BLAS or gemm.c, which copy the matrix."""
     return Context(FEW_VECTORS=FEW_VECTORS.value or (256 if "avx512bw" in processor() else 16))
 
 
-def max_size(size: sint) -> int:
-    return size if isinstance(size, int) else size.vmax
-
-
 def kernel_size(size: sint) -> sint:
-    """The size as an expression of a kernel's parameters, which Variables are in a kernel."""
+    """The size with a kernel's parameters in place of Variables."""
     if isinstance(size, int):
         return size
     size, values = size.unbind_all()
@@ -188,21 +184,3 @@ def kernel_size(size: sint) -> sint:
 def positions(n: sint) -> Tensor:
     """The integers (n,) from 0; `Tensor.arange` computes them as sums of ones where n varies."""
     return Tensor.arange(max_size(n))[:n]
-
-
-def stored(x: Tensor) -> Tensor:
-    """x in a buffer; if a size varies, at the start of a buffer of the largest shape of x."""
-    shape = tuple(max_size(size) for size in x.shape)
-    if x.shape == shape:  # `contiguous` would copy what a kernel has stored in another shape
-        return x if x.uop.has_buffer_identity(after_ok=True) else x.contiguous()
-    if x.uop.op is Ops.SHRINK and x.uop.src[0].shape == shape:
-        return Tensor(x.uop.src[0])  # a KV cache, filled up to x
-    whole = Tensor.empty(*shape, device=x.device, dtype=x.dtype)
-    filled = whole.shrink(tuple((0, size) for size in x.shape))
-    return Tensor(whole.uop.after(filled.uop.store(x.uop)))
-
-
-def stored_gradient(grad: UOp) -> UOp:
-    """The gradient as a kernel can take it: in a buffer also behind a norm over one value, where
-    tinygrad folds it to a constant."""
-    return grad.contiguous() if grad.shape[-1] == 1 else grad

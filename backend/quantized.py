@@ -1,4 +1,4 @@
-"""Matrices quantized to 8 or 16 bits: the speed of generation is that of reading memory."""
+"""Matrices quantized to 8 or 16 bits: generation is as fast as memory is read."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor

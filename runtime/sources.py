@@ -70,8 +70,8 @@ def write_sources(decoder, tokenizer: Tokenizer, help_text: str, folder: Path) -
 class Kernels:
     """The kernels of a step, and the offset of each of their buffers in model.bin or in memory.
 
-    The weights are in the file, half precision first: a page has no halves, and finds the same
-    numbers in single precision by their indices. All other buffers are in memory.
+    The weights are in the file, half precision first: a page has no halves, and converts them to
+    single precision, with the same indices. All other buffers are in memory.
     """
 
     def __init__(self, weights: Iterable[Tensor]):

@@ -17,7 +17,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.device import Buffer
 from tinygrad.dtype import DType
 from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import KernelInfo, buffers
+from tinygrad.uop.ops import KernelInfo, Ops, buffers, sint
 
 from backend.cpu.compiler import CPUProgram, load_c, processor, start_c
 
@@ -55,6 +55,28 @@ def call(
     function = address[0].load()
     kernel = function.call(*map(converted, arguments), ret_dtype=dtypes.void).end(*ranges)
     return kernel.sink(arg=KernelInfo(name=name, opts_to_apply=(), estimates=Estimates()))
+
+
+def stored(x: Tensor) -> Tensor:
+    """x in a buffer; if a size varies, at the start of a buffer of the largest shape of x."""
+    shape = tuple(max_size(size) for size in x.shape)
+    if x.shape == shape:  # `contiguous` would copy what a kernel has stored in another shape
+        return x if x.uop.has_buffer_identity(after_ok=True) else x.contiguous()
+    if x.uop.op is Ops.SHRINK and x.uop.src[0].shape == shape:
+        return Tensor(x.uop.src[0])  # a KV cache, filled up to x
+    whole = Tensor.empty(*shape, device=x.device, dtype=x.dtype)
+    filled = whole.shrink(tuple((0, size) for size in x.shape))
+    return Tensor(whole.uop.after(filled.uop.store(x.uop)))
+
+
+def stored_gradient(grad: UOp) -> UOp:
+    """The gradient as a kernel can take it: in a buffer also behind a norm over one value, where
+    tinygrad folds it to a constant."""
+    return grad.contiguous() if grad.shape[-1] == 1 else grad
+
+
+def max_size(size: sint) -> int:
+    return size if isinstance(size, int) else size.vmax
 
 
 def address_of(name: str, device: str) -> Tensor:
