@@ -113,9 +113,9 @@ def placeholders(buffers: Sequence[UOp]) -> dict[UOp, UOp]:
 def save(path: Path, jit: CapturedJit, buffers: list[UOp]) -> None:
     """Writes a jit with placeholders for `buffers`, for addresses of C functions, with the names of
     these, and for temporary buffers, with their sizes."""
-    others = [u for u in jit._linear.toposort() if u.op is Ops.BUFFER and u not in buffers]
-    addresses = [u for u in others if u in native.names]
-    temporaries = [u for u in others if u not in native.names]
+    internal = [u for u in jit._linear.toposort() if u.op is Ops.BUFFER and u not in buffers]
+    addresses = [u for u in internal if u in native.names]
+    temporaries = [u for u in internal if u not in native.names]
     if any(buffer in temporaries for buffer in read_first(jit._linear)):
         return  # the jit reads content that was made while it was captured
     replaced = placeholders([*buffers, *addresses, *temporaries])
@@ -150,18 +150,13 @@ def load(path: Path, buffers: list[UOp]) -> CapturedJit:
 def read_first(linear: UOp) -> Iterator[UOp]:
     """The buffers that a kernel reads before any kernel writes to them."""
     written = set()
-    for kernel in kernels_of(linear):
-        arguments = get_call_arg_uops(kernel)
-        outs, ins = get_call_outs_ins(kernel)
-        yield from (arguments[i] for i in ins if arguments[i] not in written)
-        written.update(arguments[i] for i in outs)
-
-
-def kernels_of(linear: UOp) -> Iterator[UOp]:
-    """The calls of kernels in a jit, also within its graphs."""
     for call in linear.src:
         is_graph = call.src[0].op is Ops.CUSTOM_FUNCTION
-        yield from call.src[0].src[0].src if is_graph else (call,)
+        for kernel in call.src[0].src[0].src if is_graph else (call,):
+            arguments = get_call_arg_uops(kernel)
+            outs, ins = get_call_outs_ins(kernel)
+            yield from (arguments[i] for i in ins if arguments[i] not in written)
+            written.update(arguments[i] for i in outs)
 
 
 def source_files() -> list[Path]:
@@ -174,22 +169,17 @@ def source_files() -> list[Path]:
 
 
 @functools.cache
-def sources() -> str:
-    """A hash of the program's source."""
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in source_files())).hexdigest()
-
-
-@functools.cache
-def tinygrads_sources() -> list[tuple]:
+def sources() -> tuple[bytes, list[tuple]]:
+    """A hash of the program's source, and the sizes and times of tinygrad's files."""
+    ours = hashlib.sha256(b"\0".join(path.read_bytes() for path in source_files())).digest()
     paths = sorted(Path(tinygrad.__file__).parent.rglob("*.py"))
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return ours, [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
 def fingerprint(*parts: object) -> str:
     """A hash of the parts and of all else that a captured jit depends on."""
     parts += (
         sources(),
-        tinygrads_sources(),
         [(name, repr(variable.value)) for name, variable in sorted(ContextVar._cache.items())],
         Device["CPU"].renderer.compiler.cachekey,
         blas() and blas().integer,  # differs between builds of numpy

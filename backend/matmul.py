@@ -41,7 +41,7 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
         if n_vectors <= FEW_VECTORS.value or b.dtype == dtypes.half:
             return gemv(b, a.reshape(n_vectors, -1)).reshape(*a.shape[:-1], -1)
     _, *mnk = axes.counts()
-    is_vector = mnk[0] == 1 and mnk.count(1) == 1  # a
+    is_vector = mnk[0] == 1 and mnk.count(1) == 1  # times a matrix
     is_bfloat16 = a.dtype == b.dtype == dtypes.bfloat16 and not is_vector
     if calls_blas and not (is_bfloat16 and native.load("sbgemm")):
         a, b = (x.cast(dtypes.float32) for x in (a, b))

@@ -15,7 +15,7 @@ from tinygrad import Context, Device, UOp, helpers
 from tinygrad.helpers import PARALLEL
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-N_BATCHES = 3  # per process; a batch is one call of clang, whose start takes as long as a kernel
+N_BATCHES = 3  # per process; one call of clang each, which starts as slowly as it compiles a kernel
 
 
 def can_fork() -> bool:
