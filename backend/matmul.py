@@ -13,7 +13,7 @@ from tinygrad.uop.ops import Ops, sint
 
 from backend.cpu import native
 from backend.cpu.compiler import processor
-from backend.cpu.native import blas, max_size, stored, stored_gradient
+from backend.cpu.native import blas, stored, stored_gradient
 from backend.cpu.threads import chunk_of, evenness
 
 PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")  # of the rounded operands
@@ -171,6 +171,10 @@ def few_vectors() -> Context:
     """A context without gradients, where gemv.c multiplies a few vectors: as many as are faster
     than with BLAS or gemm.c, which copy the matrix."""
     return Context(FEW_VECTORS=FEW_VECTORS.value or (256 if "avx512bw" in processor() else 16))
+
+
+def max_size(size: sint) -> int:
+    return size if isinstance(size, int) else size.vmax
 
 
 def kernel_size(size: sint) -> sint:

@@ -17,7 +17,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.device import Buffer
 from tinygrad.dtype import DType
 from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import KernelInfo, Ops, buffers, sint
+from tinygrad.uop.ops import KernelInfo, Ops, buffers
 
 from backend.cpu.compiler import CPUProgram, load_c, processor, start_c
 
@@ -59,7 +59,7 @@ def call(
 
 def stored(x: Tensor) -> Tensor:
     """x in a buffer; if a size varies, at the start of a buffer of the largest shape of x."""
-    shape = tuple(max_size(size) for size in x.shape)
+    shape = x.max_shape
     if x.shape == shape:  # `contiguous` would copy what a kernel has stored in another shape
         return x if x.uop.has_buffer_identity(after_ok=True) else x.contiguous()
     if x.uop.op is Ops.SHRINK and x.uop.src[0].shape == shape:
@@ -73,10 +73,6 @@ def stored_gradient(grad: UOp) -> UOp:
     """The gradient as a kernel can take it: in a buffer also behind a norm over one value, where
     tinygrad folds it to a constant."""
     return grad.contiguous() if grad.shape[-1] == 1 else grad
-
-
-def max_size(size: sint) -> int:
-    return size if isinstance(size, int) else size.vmax
 
 
 def address_of(name: str, device: str) -> Tensor:

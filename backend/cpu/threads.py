@@ -19,7 +19,7 @@ from tinygrad.engine.jit import GraphRunner
 from tinygrad.helpers import NUM_CPU_THREADS, PARALLEL, ContextVar, round_up
 from tinygrad.renderer import Estimates
 from tinygrad.renderer.cstyle import ClangRenderer
-from tinygrad.uop.ops import AxisType, Ops
+from tinygrad.uop.ops import AxisType, Ops, to_max_shape
 
 from backend import machine
 from backend.cpu.compiler import load_c
@@ -62,8 +62,7 @@ def plain_loops(kernel: Scheduler) -> Scheduler:
             with contextlib.suppress(KernelOptError):
                 kernel.apply_opt(Opt(OptOps.UPCAST, axis, width))
 
-    sizes = [n if isinstance(n, int) else n.vmax for n in kernel.full_shape]
-    if (work := math.prod(sizes)) >= MIN_SHARED_WORK:
+    if (work := math.prod(to_max_shape(kernel.full_shape))) >= MIN_SHARED_WORK:
         split_loop(kernel, work)
     return kernel
 
