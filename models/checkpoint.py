@@ -1,8 +1,8 @@
 """A model on disk: a folder with `config.json`, weights, and the files of the tokenizer.
 
-There are three formats: ours (`model.safetensors`), gpt-burn's (`model.mpk`), and Hugging Face's of
-GPT-2, which all GPT-2s are saved in, and which may have several files of weights. In memory,
-weights are numpy arrays by name; the weight of a linear layer is (out, in).
+There are three formats: ours (`model.safetensors`), gpt-burn's (`model.mpk`), and Hugging Face's,
+for every GPT-2, with one or several files of weights. In memory, weights are numpy arrays by name;
+the weight of a linear layer is (out, in).
 
 No file is trusted: lengths and shapes are compared with the file's size before memory is allocated,
 nothing is unpickled, and errors are UserErrors of one line.
@@ -36,7 +36,7 @@ def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
 
 
 def read(folder: Path | str) -> tuple[GPTConfig, Tokenizer, Mapping[str, np.ndarray]]:
-    """Config, tokenizer and weights of a model, see `load` and `read_weights`."""
+    """The config, the tokenizer and the weights of a model; see `load` and `read_weights`."""
     folder = find(Path(folder))
     config = read_config(folder)
     model = GPTConfig(**config["model"])
@@ -53,8 +53,7 @@ def read(folder: Path | str) -> tuple[GPTConfig, Tokenizer, Mapping[str, np.ndar
 
 
 def find(folder: Path) -> Path:
-    """The folder or, for a name on the Hub, the model's folder in the Hub's cache, to which its
-    files are downloaded."""
+    """The folder; for a name on the Hub, downloads the model to a folder of the Hub's cache."""
     if folder.exists() or not hub.is_name(folder):
         return folder
     repository = hub.Repository(folder.as_posix())
@@ -117,7 +116,7 @@ def read_config(folder: Path) -> dict:
 
 
 def parse_config(path: Path) -> dict:
-    """The config in a file of any format, in ours; its sizes are not compared with the weights."""
+    """Our config from a file of any format; sizes are not compared with the weights."""
     config = safetensors.read_json(path, "a config")
     try:
         if "model_type" in config:
