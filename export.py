@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def this_machine() -> str:
-    """This machine's name among the targets, or a name that is no target's."""
+    """This machine's platform, a key of TARGETS if programs are made for it."""
     system = {"Darwin": "macos"}.get(platform.system(), platform.system().lower())
     is_arm = platform.machine().lower() in ("arm64", "aarch64") and system != "windows"
     return f"{'aarch64' if is_arm else 'x86_64'}-{system}"
@@ -95,7 +95,7 @@ def check_files(files: list[Path], model: Path) -> None:
 
 
 def check_memory(kernels: Kernels) -> None:
-    """UserError if a page needs more memory than a browser has; its halves become single."""
+    """UserError if a page, with halves in single precision, needs more than a browser's memory."""
     n_bytes = kernels.n_file_bytes + 2 * kernels.n_halves + kernels.n_memory_bytes
     if n_bytes > MAX_WASM_BYTES:
         need = f"the page would need {n_bytes / 1e9:.1f} GB, and a browser gives it 4.3"

@@ -148,7 +148,7 @@ class MultiHeadAttention:
         )
         if cache is not None:
             key, value = cache.store(key, value, start)  # of all positions so far: (b, k, h, d)
-        if cache or (mixed := attention(query, key, value, dropout)) is None:  # no faster way here
+        if cache or (mixed := attention(query, key, value, dropout)) is None:  # no kernel here
             scores = einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
             is_past = positions(key.shape[1]) <= (positions(time) + start).unsqueeze(-1)  # (q, k)
             weights = dropout(softmax(is_past.where(scores, -math.inf)))  # (b, h, q, k)
@@ -163,7 +163,7 @@ class PositionWiseFeedForward:
         self.gelu = gelu_tanh if config.gpt2 and not config.exact_gelu else gelu
 
     def __call__(self, x: Tensor, dropout: Callable) -> Tensor:
-        # stores the gradient: summed for the bias, it would otherwise recompute GELU's
+        # stores the gradient: its sum for the bias would otherwise recompute GELU's
         return dropout(self.linear_2(self.gelu(self.linear_1(x).contiguous_backward())))
 
 
@@ -177,7 +177,7 @@ class LayerNorm:
         self.beta = Tensor.empty(config.d_model)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if (y := layer_norm(x, self.gamma, self.beta, self.epsilons)) is None:  # no faster way here
+        if (y := layer_norm(x, self.gamma, self.beta, self.epsilons)) is None:  # no kernel here
             centred = x - x.mean(-1, keepdim=True)
             variance = centred.square().mean(-1, keepdim=True)
             deviation = (variance + self.epsilons[0]).sqrt() + self.epsilons[1]

@@ -81,7 +81,7 @@ def generate(
     rng: np.random.Generator,
     arguments: argparse.Namespace,
 ) -> None:
-    """Prints the prompt and its continuation as it comes, or several, one after the other."""
+    """Prints the prompt with one continuation token by token, or with several at the end."""
     n_samples = arguments.n_samples
     ids = np.tile(encode_prompt(prompt, tokenizer), (n_samples, 1)).astype(np.int32)
     sampling = arguments.temperature, rng, arguments.top_k, arguments.top_p, tokenizer.excluded

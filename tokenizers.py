@@ -73,7 +73,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The model's: tokens and surplus rows."""
+        """Rows of the model: tokens and surplus."""
         return len(self.tokens) + self.n_surplus
 
     @property
@@ -82,7 +82,7 @@ class Tokenizer:
 
     @property
     def excluded(self) -> list[int]:
-        """The ids that are never drawn: they have no text and end none."""
+        """Ids that sampling excludes: they have no text and end none."""
         unknown = [] if self.unknown is None else [self.unknown]
         return [*unknown, *self.padding, *range(len(self.tokens), self.vocab_size)]
 
@@ -93,7 +93,7 @@ class Tokenizer:
 
     @property
     def document_end(self) -> str:
-        """The spelling of `end`, which separates documents in a text; or nothing."""
+        """The spelling of `end`, which separates documents in a text; "" without `end`."""
         return next((spelling for spelling, id in self.specials.items() if id == self.end), "")
 
     def digest(self, *facts: object) -> str:
@@ -617,7 +617,6 @@ def learned_merges(texts: list[str], pattern: str, vocab_size: int) -> list[tupl
 TOKENIZERS = {kind.name: kind for kind in (CharTokenizer, SimpleVowelTokenizer, BytePairTokenizer)}
 FILES = [file for kind in TOKENIZERS.values() for file in kind.files]
 DEFAULT = CharTokenizer.name  # of a config that names none, as gpt-burn's
-OF_FOLDERS = BytePairTokenizer  # of folders, also without a model, and of names on the Hub
 
 
 def load(name: str, folder: Path) -> Tokenizer:
@@ -689,8 +688,8 @@ def tokens_of_bincode(data: bytes) -> list[str]:
 
 
 MAX_VOCABULARY_BYTES = 16 << 20  # GPT-2's has 1 MB
-# The settings that decide the ids of a text, in the parts of GPT-2's tokenizer.json and in its
-# config: the values that each may have, first the one that it has where a file does not say.
+# Allowed values of the settings that decide the ids of a text, the default first, in the parts of
+# GPT-2's tokenizer.json and in tokenizer_config.json.
 SETTINGS = {
     "model": {
         "type": ("BPE",),
@@ -793,8 +792,8 @@ def ids_named(config: dict, name: str, default: Collection[int]) -> Collection[i
     return ids
 
 
-# Names of Hugging Face's package of this name, for programs in this folder that import it.
-THEIRS = {
+# Names in Hugging Face's package tokenizers, for programs in this folder that import it.
+HUGGING_FACE_NAMES = {
     *("AddedToken", "Encoding", "NormalizedString", "PreTokenizedString", "Regex", "Token"),
     *("decoders", "implementations", "models", "normalizers", "pre_tokenizers", "processors"),
     *("trainers", "ByteLevelBPETokenizer", "CharBPETokenizer", "BertWordPieceTokenizer"),
@@ -803,7 +802,7 @@ THEIRS = {
 
 
 def __getattr__(name: str):
-    if name in THEIRS:
+    if name in HUGGING_FACE_NAMES:
         raise ImportError(
             f"{__file__} is not Hugging Face's package tokenizers, which has {name}: import that, "
             "or transformers, in a program outside of this folder"

@@ -20,7 +20,8 @@ from data import ids
 from data.ids import Corpus
 from inference.generator import Generator, sample
 from inference.stream import TextStream, added_texts
-from models import find_tokenizer, folders
+from models import folders
+from models.checkpoint import find_tokenizer
 from training import checkpoint, metrics
 from training.checkpoint import Checkpoint
 from training.checks import check
@@ -139,11 +140,11 @@ def find_start(
 def resolve(
     start: Checkpoint, given: dict[str, object], parser: command_line.ArgumentParser
 ) -> TrainingConfig:
-    """The settings of the start with the given ones in their places."""
+    """The start's config with the given settings; UserError if these contradict the start."""
     name, before = given.get("tokenizer"), start.config
     is_path = start.tokenizer and name not in (None, before.tokenizer, *tokenizers.TOKENIZERS)
     if is_path and find_tokenizer(name).digest() == start.tokenizer.digest():
-        given["tokenizer"] = before.tokenizer  # by another name
+        given["tokenizer"] = before.tokenizer  # the same under another name
     settings = flat(before) | given
     for whole, part in (("d_model", "n_heads"), ("batch_size", "accumulate")):
         if settings[whole] % settings[part]:
@@ -165,26 +166,26 @@ def read_corpus(
 ) -> Corpus:
     """The ids of the texts, by the given tokenizer or the config's; one rank of each machine reads
     the texts for all its ranks."""
-    files = config.files
-    n_bytes = files.n_mega_bytes and files.n_mega_bytes << 20
-    tokenizer = tokenizer or tokenizers.TOKENIZERS.get(config.tokenizer)
-    tokenizer = tokenizer or find_tokenizer(config.tokenizer)
+    files, name = config.files, config.tokenizer
+    paths, n_bytes = files.text_corpus, files.n_mega_bytes and files.n_mega_bytes << 20
+    tokenizer = tokenizer or tokenizers.TOKENIZERS.get(name) or find_tokenizer(name)
     if tokenizer is tokenizers.CharTokenizer and files.format == "burn":
         tokenizer = tokenizers.CharTokenizer()  # gpt-burn has no other characters
-    sizes = n_bytes, tokenizer, config.max_vocab_size
     options = {"keep": not files.no_save, "bar": world.bar, "special": not config.no_special}
-    read = partial(ids.read, files.text_corpus, *sizes, **options)
-    for _ in range(9):
+    read = partial(ids.read, paths, n_bytes, tokenizer, config.max_vocab_size, **options)
+    for _ in range(9):  # another training may drop the ids before all ranks have mapped them
         corpus = world.broadcast_on_machine(read)
-        if not world.max(corpus.ids is None):  # all ranks have mapped them
-            corpus.unlink()
+        if not world.max(corpus.ids is None):
+            if corpus.temporary:  # a mapped file is read on when it is deleted
+                corpus.temporary.cleanup()
             return corpus
     raise UserError(f"other trainings drop all ids in {ids.FOLDER}: start this one anew")
 
 
 def print_start(config: TrainingConfig) -> None:
     device, settings = devices.in_use(), json.dumps(config.to_json(), indent=2)
-    if config.dtype == "bfloat16" and device.startswith("CPU") and not has_fast_bfloat16():
+    is_on_cpu = device.startswith("CPU")
+    if config.dtype == "bfloat16" and is_on_cpu and not (native.blas() and native.load("sbgemm")):
         print(ROUNDED_ONLY, file=sys.stderr)
     print(bold("start training"), f"- parameters: {config.model.n_parameters}, device: {device}")
     print(settings, flush=True)
@@ -208,10 +209,6 @@ def finish(trainer: Trainer, signal_number: int) -> int:
     return 0
 
 
-def has_fast_bfloat16() -> bool:
-    return bool(native.blas() and native.load("sbgemm"))
-
-
 def announce(text: str) -> None:
     print(bold(text), flush=True)
 
@@ -230,7 +227,7 @@ def print_sample(trainer: Trainer) -> None:
 
 
 def generate(trainer: Trainer, prompt: np.ndarray, n_new_tokens: int) -> Iterator[str]:
-    """prompt (n,) of ids -> pieces of the text that follows, with random numbers of its own."""
+    """prompt (n,) of ids -> pieces of the continuation, sampled with the training's seed."""
     tokenizer, rng = trainer.corpus.tokenizer, np.random.default_rng(trainer.config.seed)
     excluded = tokenizer.excluded
     tokens = Generator(trainer.model)(

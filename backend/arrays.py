@@ -13,7 +13,7 @@ import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.device import BufferSpec
 from tinygrad.dtype import _to_np_dtype
-from tinygrad.helpers import NUM_CPU_THREADS
+from tinygrad.helpers import NUM_CPU_THREADS, round_up
 from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
 
 from backend.cpu.compiler import ops_cpu
@@ -56,12 +56,12 @@ class CPUAllocator(ops_cpu.CPUAllocator):
     """Allocates large buffers in pages of 2 MB, up to twice as fast to read as tinygrad's pages of
     4 kB: a processor prefetches up to the end of a page."""
 
-    left = np.empty(0, np.uint8)  # of the last mapping, which is freed with its last buffer
+    left = np.empty(0, np.uint8)  # unused bytes of the last mapping; its last buffer frees it
 
     def _alloc(self, size: int, options: BufferSpec) -> HCQBuffer:
         if options.external_ptr is not None or size < MIN_HUGE_BYTES or sys.platform != "linux":
             return super()._alloc(size, options)
-        n_aligned = -(-size // 64) * 64
+        n_aligned = round_up(size, 64)
         if n_aligned > len(self.left):
             n_bytes = max(n_aligned, 16 * HUGE_PAGE) + HUGE_PAGE
             memory = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -115,9 +115,9 @@ def copy_out(tensor: Tensor) -> np.ndarray:
 class FlatBuffer:
     """Float32 tensors by name, side by side in memory in the order of `shapes`, initially 0.
 
-    `views` holds each tensor, `whole` all of them: on the CPU one tensor (n,) over the memory of
-    the views, elsewhere the views, since not every backend has views of a buffer. tinygrad does
-    not know that views and whole share memory: realise a write to one before reading the other.
+    `views` are the tensors by name, `whole` lists one tensor (n,) over all views on the CPU, or the
+    views elsewhere, since not every backend has views of a buffer. tinygrad does not know that
+    views and whole share memory: realise a write to one before reading the other.
     """
 
     def __init__(self, shapes: Shapes):
@@ -169,7 +169,7 @@ class FlatBuffer:
             copy_in(view, arrays[name].astype(np.float32, copy=False))
 
     def apply_in_place(self, function: Callable[[np.ndarray], object]) -> None:
-        """Calls the function with all numbers as one array (n,), which it changes in place."""
+        """Calls the function with one array (n,) of all numbers, which are changed in place."""
         if self.memory is not None:
             function(self.memory)
             return
@@ -195,4 +195,4 @@ class FlatBuffer:
 
 
 def padded_size(shape: tuple[int, ...]) -> int:
-    return -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+    return round_up(math.prod(shape), ALIGNMENT)

@@ -126,7 +126,7 @@ def sync(*paths: Path) -> None:
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Locks the file `path`; False if another process has the lock, unless told to `wait`.
 
-    The lock ends with the process, however that ends, and the file is deleted with the lock, except
+    The lock ends with the process, even a killed one, and the file is deleted with the lock, except
     on Windows. True for every process where the file system has no locks.
     """
     while True:
@@ -155,7 +155,7 @@ def lock(file: IO, wait: bool) -> bool:
 
 
 def is_at(path: Path, file: IO) -> bool:
-    """Whether the path is still that of the open file."""
+    """Whether the path still leads to the open file."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     return False

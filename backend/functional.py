@@ -1,4 +1,4 @@
-"""Functions with gradients of their own: attention and layer norm in C, on the CPU; embedding and
+"""Functions with custom gradients: attention and layer norm in C, on the CPU; embedding and
 erf in tinygrad, on every backend."""
 
 import functools
@@ -10,9 +10,8 @@ from tinygrad.helpers import ContextVar, polyN
 from tinygrad.uop.ops import AxisType, KernelInfo
 
 from backend.cpu import native
-from backend.cpu.native import address_of, blas
+from backend.cpu.native import address_of, blas, stored, stored_gradient
 from backend.cpu.threads import CHUNKS_PER_CORE, chunk_of
-from backend.matmul import stored, stored_gradient
 
 ATTENTION_BLOCKS = ContextVar("ATTENTION_BLOCKS", 1)  # 0: the plain formula
 NORM_OF_ROWS = ContextVar("NORM_OF_ROWS", 1)  # 0: the plain formula
@@ -30,8 +29,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, dropout: Callable) -> T
     """Causal attention, dropout(softmax(query key' / sqrt(d))) value, of float32 (b, t, h, d) each;
     None where there is no kernel.
 
-    `dropout` is one of gpt_tiny's: with a rate and a `next_key`, or none at all. attention.c goes
-    through blocks of rows, and keeps no scores in memory.
+    `dropout` is gpt_tiny's `no_dropout` or a Dropout, with a `rate` and a `next_key`. attention.c
+    goes through blocks of rows, and keeps no scores in memory.
     """
     (b, t, h, d), device, rate = query.shape, query.device, getattr(dropout, "rate", 0)
     if not has_attention_kernel(device, d):
@@ -106,8 +105,8 @@ def row_chunks(x: UOp) -> tuple[UOp, UOp, UOp]:
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
     """ids of any shape, table (n_rows, d) -> float32 (*ids.shape, d)
 
-    The gradient adds row after row to a table of zeros. tinygrad's own compares all ids with all
-    rows, and so does a product with one-hot rows, which is faster for small tables on a GPU alone.
+    The gradient adds row after row to zeros. tinygrad's compares all ids with all rows, as does a
+    product with one-hot rows, which is faster only for small tables on a GPU.
     """
     if not isinstance(table, Tensor):  # a QuantizedMatrix
         return table.rows(ids)

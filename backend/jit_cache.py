@@ -1,7 +1,7 @@
-"""Jits captured once, and kept on disk with their compiled kernels for the next start.
+"""Captured jits on disk, with compiled kernels, for the next start.
 
-The files are pickles, so they are read only from a cache folder where nobody else can write. The
-name of a file is a hash of everything that the jit depends on. A damaged file is made anew.
+The files are pickles, read only from a cache folder where nobody else can write. The name of a file
+is a hash of everything that the jit depends on. A damaged file is made anew.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from tinygrad.uop.ops import Ops
 
 from backend import files
 from backend.cpu import native
-from backend.cpu.compiler import begin_c, processor, sealed, unsealed
+from backend.cpu.compiler import processor, sealed, start_c, unsealed
 from backend.cpu.native import blas
 from backend.cpu.threads import MACROS
 from backend.machine import CACHE
@@ -39,7 +39,7 @@ class CachedJit:
 
     The function takes realised tensors of fixed shapes, and by name integers within the ranges in
     `variables`; it returns nothing. `buffers` are all other tensors that it reads or writes,
-    realised. `key` differs between functions of one name with buffers of the same shapes.
+    realised. `key` tells functions of one name apart that have buffers of the same shapes.
     """
 
     def __init__(
@@ -57,8 +57,7 @@ class CachedJit:
 
     def restore(self) -> None:
         with contextlib.suppress(Exception):  # no file, or a damaged one
-            kept = pickle.loads(unsealed(read_private(self.path)))
-            self.jit.captured = restored(kept, self.buffers)
+            self.jit.captured = load(self.path, self.buffers)
             os.utime(self.path)  # `drop_oldest` drops the least recently used
 
     def __call__(self, *tensors: Tensor, **numbers: int) -> None:
@@ -76,13 +75,13 @@ class CachedJit:
             if self.jit.captured is None:
                 self.run_and_capture(*tensors, **numbers)
                 with contextlib.suppress(Exception):  # a full disk, say: the next start is slower
-                    keep(self.path, self.jit.captured, self.buffers)
+                    save(self.path, self.jit.captured, self.buffers)
                 return
         self(*tensors, **numbers)
 
     def run_and_capture(self, *tensors: Tensor, **numbers: int) -> None:
         if self.path:
-            begin_c("threads.c", **MACROS)
+            start_c("threads.c", **MACROS)
         variables = {
             name: Variable(name, self.variables[name][0], self.variables[name][-1]).bind(number)
             for name, number in numbers.items()
@@ -103,20 +102,20 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def placeholders(buffers: Sequence[UOp]) -> dict[UOp, UOp]:
-    """Buffer -> parameter that stands for it in a file: the number of a buffer may be another
-    buffer's in another process."""
+    """The parameter in a file for each buffer: a buffer's own number may be taken in the process
+    that loads the file."""
     return {
         buffer: UOp.param(number, buffer.dtype, buffer.shape, buffer.device)
         for number, buffer in enumerate(buffers, FIRST_PLACEHOLDER)
     }
 
 
-def keep(path: Path, jit: CapturedJit, buffers: list[UOp]) -> None:
-    """Writes a jit with placeholders for the buffers given, for addresses of C functions, kept by
-    name, and for temporary buffers, kept by size."""
-    others = [u for u in jit._linear.toposort() if u.op is Ops.BUFFER and u not in buffers]
-    addresses = [u for u in others if u in native.names]
-    temporaries = [u for u in others if u not in native.names]
+def save(path: Path, jit: CapturedJit, buffers: list[UOp]) -> None:
+    """Writes a jit with placeholders for `buffers`, for addresses of C functions, with the names of
+    these, and for temporary buffers, with their sizes."""
+    internal = [u for u in jit._linear.toposort() if u.op is Ops.BUFFER and u not in buffers]
+    addresses = [u for u in internal if u in native.names]
+    temporaries = [u for u in internal if u not in native.names]
     if any(buffer in temporaries for buffer in read_first(jit._linear)):
         return  # the jit reads content that was made while it was captured
     replaced = placeholders([*buffers, *addresses, *temporaries])
@@ -138,8 +137,8 @@ def drop_oldest(folder: Path) -> None:
     files.drop_oldest(jits, KEPT_BYTES, Path.unlink)
 
 
-def restored(kept: tuple, buffers: list[UOp]) -> CapturedJit:
-    linear, expected, functions, sizes = kept
+def load(path: Path, buffers: list[UOp]) -> CapturedJit:
+    linear, expected, functions, sizes = pickle.loads(unsealed(read_private(path)))
     addresses = (native.address_of(*function).uop.base for function in functions)
     buffers = [*buffers, *addresses, *(UOp.new_buffer(*size) for size in sizes)]
     back = {placeholder: buffer for buffer, placeholder in placeholders(buffers).items()}
@@ -151,18 +150,13 @@ def restored(kept: tuple, buffers: list[UOp]) -> CapturedJit:
 def read_first(linear: UOp) -> Iterator[UOp]:
     """The buffers that a kernel reads before any kernel writes to them."""
     written = set()
-    for kernel in kernels_of(linear):
-        arguments = get_call_arg_uops(kernel)
-        outs, ins = get_call_outs_ins(kernel)
-        yield from (arguments[i] for i in ins if arguments[i] not in written)
-        written.update(arguments[i] for i in outs)
-
-
-def kernels_of(linear: UOp) -> Iterator[UOp]:
-    """The calls of kernels in a jit, those within a graph included."""
     for call in linear.src:
         is_graph = call.src[0].op is Ops.CUSTOM_FUNCTION
-        yield from call.src[0].src[0].src if is_graph else (call,)
+        for kernel in call.src[0].src[0].src if is_graph else (call,):
+            arguments = get_call_arg_uops(kernel)
+            outs, ins = get_call_outs_ins(kernel)
+            yield from (arguments[i] for i in ins if arguments[i] not in written)
+            written.update(arguments[i] for i in outs)
 
 
 def source_files() -> list[Path]:
@@ -175,22 +169,17 @@ def source_files() -> list[Path]:
 
 
 @functools.cache
-def sources() -> str:
-    """A hash of the program's source."""
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in source_files())).hexdigest()
-
-
-@functools.cache
-def tinygrads_sources() -> list[tuple]:
+def sources() -> tuple[bytes, list[tuple]]:
+    """A hash of the program's source, and the sizes and times of tinygrad's files."""
+    ours = hashlib.sha256(b"\0".join(path.read_bytes() for path in source_files())).digest()
     paths = sorted(Path(tinygrad.__file__).parent.rglob("*.py"))
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return ours, [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
 def fingerprint(*parts: object) -> str:
-    """A hash of the parts and of everything else that a captured jit depends on."""
+    """A hash of the parts and of all else that a captured jit depends on."""
     parts += (
         sources(),
-        tinygrads_sources(),
         [(name, repr(variable.value)) for name, variable in sorted(ContextVar._cache.items())],
         Device["CPU"].renderer.compiler.cachekey,
         blas() and blas().integer,  # differs between builds of numpy

@@ -66,7 +66,7 @@ def groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def limits(group: Path, *files: list[str]) -> Iterator[list[int]]:
-    """The numbers in the group's files, for each version of which the files exist."""
+    """The numbers in a group's files, for each version of control groups with such files."""
     for names in files:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max" in it
             texts = [(group / name).read_text(encoding="utf-8") for name in names]

@@ -13,10 +13,10 @@ from tinygrad.uop.ops import Ops, sint
 
 from backend.cpu import native
 from backend.cpu.compiler import processor
-from backend.cpu.native import blas
+from backend.cpu.native import blas, stored, stored_gradient
 from backend.cpu.threads import chunk_of, evenness
 
-PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")  # that operands are rounded to
+PRODUCT_DTYPE = ContextVar("PRODUCT_DTYPE", "float32")  # of the rounded operands
 FEW_VECTORS = ContextVar("FEW_VECTORS", 0)  # most vectors for gemv.c, which has no gradient
 ROW_MAJOR, NO_TRANSPOSE, TRANSPOSE = 101, 111, 112  # cblas_sgemm's
 
@@ -41,7 +41,7 @@ def einsum(spec: str, a: Tensor, b: Tensor) -> Tensor:
         if n_vectors <= FEW_VECTORS.value or b.dtype == dtypes.half:
             return gemv(b, a.reshape(n_vectors, -1)).reshape(*a.shape[:-1], -1)
     _, *mnk = axes.counts()
-    is_vector = mnk[0] == 1 and mnk.count(1) == 1  # a
+    is_vector = mnk[0] == 1 and mnk.count(1) == 1  # times a matrix
     is_bfloat16 = a.dtype == b.dtype == dtypes.bfloat16 and not is_vector
     if calls_blas and not (is_bfloat16 and native.load("sbgemm")):
         a, b = (x.cast(dtypes.float32) for x in (a, b))
@@ -168,8 +168,8 @@ def gemv_kernel(y: UOp, matrix: UOp, x: UOp, address: UOp) -> UOp:
 
 
 def few_vectors() -> Context:
-    """A context for products without gradients: gemv.c multiplies as many vectors as it does faster
-    than BLAS or gemm.c, which copy the matrix."""
+    """A context without gradients, where gemv.c multiplies a few vectors: as many as are faster
+    than with BLAS or gemm.c, which copy the matrix."""
     return Context(FEW_VECTORS=FEW_VECTORS.value or (256 if "avx512bw" in processor() else 16))
 
 
@@ -178,7 +178,7 @@ def max_size(size: sint) -> int:
 
 
 def kernel_size(size: sint) -> sint:
-    """The size as an expression of a kernel's parameters, which Variables are in a kernel."""
+    """The size with a kernel's parameters in place of Variables."""
     if isinstance(size, int):
         return size
     size, values = size.unbind_all()
@@ -188,21 +188,3 @@ def kernel_size(size: sint) -> sint:
 def positions(n: sint) -> Tensor:
     """The integers (n,) from 0; `Tensor.arange` computes them as sums of ones where n varies."""
     return Tensor.arange(max_size(n))[:n]
-
-
-def stored(x: Tensor) -> Tensor:
-    """x in a buffer; if a size varies, at the start of a buffer of the largest shape of x."""
-    shape = tuple(max_size(size) for size in x.shape)
-    if x.shape == shape:  # `contiguous` would copy what a kernel has stored in another shape
-        return x if x.uop.has_buffer_identity(after_ok=True) else x.contiguous()
-    if x.uop.op is Ops.SHRINK and x.uop.src[0].shape == shape:
-        return Tensor(x.uop.src[0])  # a KV cache, filled up to x
-    whole = Tensor.empty(*shape, device=x.device, dtype=x.dtype)
-    filled = whole.shrink(tuple((0, size) for size in x.shape))
-    return Tensor(whole.uop.after(filled.uop.store(x.uop)))
-
-
-def stored_gradient(grad: UOp) -> UOp:
-    """The gradient as a kernel can take it: in a buffer also behind a norm over one value, where
-    tinygrad folds it to a constant."""
-    return grad.contiguous() if grad.shape[-1] == 1 else grad

@@ -1,4 +1,4 @@
-"""Matrices quantized to 8 or 16 bits: the speed of generation is that of reading memory."""
+"""Matrices quantized to 8 or 16 bits: generation is as fast as memory is read."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -48,15 +48,12 @@ class QuantizedMatrix:
                 flat = flat.contiguous()  # read three times
             # clang vectorises a maximum of integers, not of floats, which may be NaN
             largest = flat.abs().bitcast(dtypes.int32).max(-1, keepdim=True)  # (t, 1)
-            scales = largest.bitcast(dtypes.float32).maximum(1e-30) / self.vector_qmax()
+            # a sum of 32 bits in gemv.c takes every eighth product, or fewer, and may not overflow
+            n_summed = math.ceil(self.shape[1] / 8)
+            qmax = min(32767, (2**31 - 1) // (QMAX[self.kind] * n_summed))
+            scales = largest.bitcast(dtypes.float32).maximum(1e-30) / qmax
             y = gemv(self.values, (flat / scales).round().cast(dtypes.int16)) * scales
         return (y * self.scales.reshape(-1)).reshape(*x.shape[:-1], -1)
-
-    def vector_qmax(self) -> int:
-        """The largest integer of a vector with which no sum in gemv.c overflows: a sum of 32 bits
-        takes every eighth product, or fewer."""
-        n_summed = math.ceil(self.shape[1] / 8)
-        return min(32767, (2**31 - 1) // (QMAX[self.kind] * n_summed))
 
     def rows(self, ids: Tensor) -> Tensor:
         """embedding(ids, self)"""

@@ -29,6 +29,7 @@ def prepare(command: list[str], until: str = "", caches: str = "warm"):
 
     def launch(cache: str) -> float:
         environment = os.environ | {"XDG_CACHE_HOME": cache, "CACHEDB": f"{cache}/tinygrad.db"}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed peers have their bytecode
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
         streams["stderr"] = subprocess.STDOUT
         words, start = [sys.executable, *command], time.perf_counter()

@@ -38,9 +38,9 @@ BAR_FORMAT = "{desc} {bar} {n_fmt}B/{total_fmt}B"
 class Corpus:
     """Texts as ids, nine tenths for training, the last one for validation.
 
-    The ids are mapped from the file `stored`, in memory only as far as they are read: `ids` is None
-    where another training has dropped that file. Where no file can be written, `stored` holds the
-    ids. A file in a `temporary` folder goes with it: by `unlink`, or with this object.
+    `ids` is mapped from the file `stored`, in memory only as far as it is read, and None where
+    another training has dropped the file. Where no file can be written, `stored` holds the ids.
+    A `temporary` folder is deleted at the end of this object, if not before.
     """
 
     name: str
@@ -63,11 +63,6 @@ class Corpus:
         """Pickles the path: another process of this machine maps the file itself."""
         return Corpus, (self.name, self.tokenizer, self.checksum, self.stored)
 
-    def unlink(self) -> None:
-        """Removes a temporary file; processes that have mapped it still read it."""
-        if self.temporary:
-            self.temporary.cleanup()
-
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """starts (n,) -> the `length` ids from each start on: int32 (n, length)"""
         windows = np.lib.stride_tricks.sliding_window_view(self.ids, length)
@@ -89,14 +84,14 @@ def read(
     bar: dict[str, object],
     special: bool = True,
 ) -> Corpus:
-    """The ids of the first `n_bytes` bytes of texts; with None of gpt-burn's 999 MiB, and a line if
-    there are more.
+    """The ids of the first `n_bytes` bytes of texts, by default gpt-burn's 999 MiB, with a line on
+    stderr if there are more.
 
-    A tokenizer given as its class learns `vocab_size` tokens, or with None its default. A line says
-    what of the texts is not in the vocabulary. With `keep` the ids lie in a folder of FOLDER, where
-    the next training on these texts finds them, else in a temporary folder, and in memory where
-    neither can be written. `bar` is options of tqdm. Unless `special`, the tokenizer has no special
-    tokens, to be found in texts or put between documents. UserError for texts that can't be read.
+    A tokenizer class learns `vocab_size` tokens, by default `default_vocab_size`. A warning names
+    tokens outside the vocabulary. With `keep` the ids are written to a folder in FOLDER, where the
+    next training on these texts finds them, else to a temporary folder, and stay in memory where
+    neither can be written. `bar`: options of tqdm. Unless `special`, special tokens are neither
+    found in texts nor put between documents. UserError for texts that can't be read.
     """
     limit = DEFAULT_MEGA_BYTES << 20 if n_bytes is None else n_bytes
     texts, vocab_size = Texts(paths), vocab_size or tokenizer.default_vocab_size
@@ -122,7 +117,7 @@ class Encoder:
     def corpus(
         self, tokenizer: Tokenizer | type[Tokenizer], vocab_size: int | None, keep: bool
     ) -> tuple[Corpus, dict]:
-        """The ids that an earlier training has kept, or else new ones."""
+        """The ids that an earlier training has kept, else new ids; and their facts."""
         is_given = isinstance(tokenizer, Tokenizer)
         name = [tokenizer.name] if tokenizer.names_learned else []
         folder_of_learned = self.folder([vocab_size, *name])
@@ -137,11 +132,11 @@ class Encoder:
         folder_of_given = self.folder(tokenizer.digest())
         if found := self.kept(folder_of_given, tokenizer):
             return found
-        return self.encoded(tokenizer, folder_of_given if is_given else folder_of_learned, keep)
+        return self.store(tokenizer, folder_of_given if is_given else folder_of_learned, keep)
 
     def folder(self, setting: object) -> Path:
-        """The folder of kept ids, by the texts and by `setting`: a tokenizer's way of learning from
-        them, or the digest of a given tokenizer."""
+        """The folder of kept ids for the texts and a setting: how a tokenizer learns from them, or
+        the digest of a given tokenizer."""
         key = json.dumps([self.texts.names, self.limit, setting]).encode()
         name = re.sub(r"[^\w.-]", "_", Path(self.texts.names[0]).name)
         return FOLDER / f"{name}-{hashlib.sha256(key).hexdigest()[:16]}"
@@ -149,7 +144,7 @@ class Encoder:
     def kept(
         self, folder: Path, tokenizer: Tokenizer | type[Tokenizer]
     ) -> tuple[Corpus, dict] | None:
-        """The ids that `written` left in the folder, if they are of these very texts."""
+        """The ids in the folder, or None if they are of other texts or of another tokenizer."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             is_complete = facts["n_ids_bytes"] == (folder / IDS).stat().st_size
@@ -162,35 +157,35 @@ class Encoder:
             corpus = Corpus(self.texts.name, tokenizer, facts["checksum"], folder / IDS)
             if facts["tokenizer"] != tokenizer.digest() or corpus.ids is None:
                 return None
-            if not {"is_cut", "reason", "unknown"} <= facts.keys():  # as of an earlier version
+            if not {"is_cut", "reason", "unknown"} <= facts.keys():  # of an earlier version
                 facts |= self.encode(tokenizer, lambda ids: None)
                 files.write_file(folder / FACTS, json.dumps(facts, indent=1).encode())
             with contextlib.suppress(OSError):  # another user's folder
-                os.utime(folder)  # `drop_oldest` goes by that
+                os.utime(folder)  # `drop_oldest` drops the least recently used
             return corpus, facts
         return None
 
-    def encoded(self, tokenizer: Tokenizer, folder: Path, keep: bool) -> tuple[Corpus, dict]:
-        """New ids, in this folder, in a temporary one or in memory."""
+    def store(self, tokenizer: Tokenizer, folder: Path, keep: bool) -> tuple[Corpus, dict]:
+        """Encodes the texts into this folder, a temporary folder, or memory."""
         temporary, is_kept = None, keep and self.texts.is_repeatable
         try:
             if not is_kept:
                 if os.name == "nt":  # where no mapped file can be removed
-                    return self.in_memory(tokenizer)
+                    return self.encode_to_memory(tokenizer)
                 temporary = tempfile.TemporaryDirectory()
                 folder = Path(temporary.name) / folder.name
-            corpus, facts = self.written(tokenizer, folder)
+            corpus, facts = self.encode_to_folder(tokenizer, folder)
         except OSError as error:
             reason = f"{error.strerror or error}: ids stay in memory"
             print(f"warning: {folder}: {reason}", file=sys.stderr)
-            return self.in_memory(tokenizer)
+            return self.encode_to_memory(tokenizer)
         corpus.temporary = temporary
         if is_kept:
             drop_oldest()
         return corpus, facts
 
-    def written(self, tokenizer: Tokenizer, folder: Path) -> tuple[Corpus, dict]:
-        """The ids in a new folder, written whole or not at all."""
+    def encode_to_folder(self, tokenizer: Tokenizer, folder: Path) -> tuple[Corpus, dict]:
+        """Writes the ids to the folder, whole or not at all."""
         with files.new_folder(folder) as new:
             with (new / IDS).open("wb") as file:
                 facts = self.encode(tokenizer, file.write)
@@ -204,7 +199,7 @@ class Encoder:
             os.rename(new, folder)
         return Corpus(self.texts.name, tokenizer, facts["checksum"], folder / IDS), facts
 
-    def in_memory(self, tokenizer: Tokenizer) -> tuple[Corpus, dict]:
+    def encode_to_memory(self, tokenizer: Tokenizer) -> tuple[Corpus, dict]:
         ids, limit = bytearray(), machine.memory() // 2
 
         def append(data: bytes) -> None:
@@ -247,7 +242,7 @@ class Encoder:
 
 
 def drop_oldest() -> None:
-    """Removes kept ids but the last used, KEPT_BYTES of them; leaves all other folders."""
+    """Removes the least recently used ids beyond KEPT_BYTES, and those of killed trainings."""
     complete = (facts.parent for facts in FOLDER.glob(f"*/{FACTS}"))
     ours = [folder for folder in complete if KEPT_NAME.fullmatch(folder.name)]
     files.drop_oldest(ours, KEPT_BYTES, remove)
@@ -258,8 +253,8 @@ def drop_oldest() -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder of ids, not other files in it. Processes that have mapped the ids still read
-    them; on Windows, which removes no mapped file, OSError before anything is removed."""
+    """Removes a folder of ids, but no other files in it. Processes that have mapped the ids still
+    read them; Windows removes no mapped file: OSError before anything is removed."""
     for name in (IDS, *tokenizers.FILES, FACTS):
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()  # fails where other files are left

@@ -1,4 +1,4 @@
-"""Texts as people have them: files, compressed or not, folders of them, and standard input."""
+"""Texts to read: files, compressed or not, folders of files, and standard input."""
 
 import codecs
 import functools
@@ -78,7 +78,7 @@ class Texts:
         """`flag` names the texts in errors."""
         self.texts = [text for path in paths for text in texts_of(path, flag)]
         self.is_repeatable = not any(text.is_stream for text in self.texts)
-        self.facts = [text.facts() for text in self.texts]  # as they are now
+        self.facts = [text.facts() for text in self.texts]  # before any text can change
         self.n_stored = sum(size for _, size, *_ in self.facts)  # bytes
         self.names = [text.name for text in self.texts]
         more = f" and {len(self.names) - 1} more" if self.names[1:] else ""
@@ -140,7 +140,7 @@ class Text:
 
     @functools.cached_property
     def beginning(self) -> bytes:
-        """The first bytes, which tell the kind."""
+        """The first bytes, by which `check` knows the kind of file."""
         with uncompressed(self) as (file, _):
             return file.read(512)
 
@@ -160,7 +160,7 @@ class Text:
                 checksum = zlib.crc32(file.read(CHUNK_SIZE), checksum)
             is_file = isinstance(file, io.BufferedReader)
             time = os.fstat(file.fileno()).st_mtime_ns if is_file else 0
-        kind = [*["jsonl"] * self.is_jsonl, *[self.mark.hex()] * bool(self.mark)]
+        kind = filter(None, ["jsonl" if self.is_jsonl else "", self.mark.hex()])
         return [os.path.abspath(self.name), size, time, checksum, *kind]
 
     def check(self) -> None:

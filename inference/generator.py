@@ -15,18 +15,19 @@ from gpt_tiny import GPT, KeyValueCache, Linear
 
 
 class Decoder:
-    """A model with KV caches for `batch` texts. A step reads n = 1 or n = `chunk` tokens of each.
+    """A model with KV caches for `batch` texts. A step reads n tokens of each text: one, or
+    `n_prefill` of a prompt.
 
-    `ids[n]` is the buffer (batch, n) of the step's ids, `ranges[n]` the ranges of its variables. A
-    step writes `logits` (batch, vocab_size); it reads and writes `ids[n]` and `buffers`.
+    `ids[n]` is the buffer (batch, n) of a step's ids, `ranges[n]` the ranges of a step's variables.
+    A step writes `logits` (batch, vocab_size), and uses no tensors but `ids[n]` and `buffers`.
     """
 
-    def __init__(self, model: GPT, batch: int = 1, chunk: int = 128):
+    def __init__(self, model: GPT, batch: int = 1, n_prefill: int = 128):
         self.model, self.context_length = model, model.config.context_length
-        self.chunk = min(chunk, self.context_length)
+        self.n_prefill = min(n_prefill, self.context_length)
         self.caches = [KeyValueCache(model.config, batch) for _ in model.blocks]
         self.logits = zeros(batch, model.config.vocab_size)
-        self.ids = {n: from_numpy(np.zeros((batch, n), np.int32)) for n in (1, self.chunk)}
+        self.ids = {n: from_numpy(np.zeros((batch, n), np.int32)) for n in (1, self.n_prefill)}
         self.ranges = {
             n: {"end": range(n, self.context_length + 1), "last": range(n)} for n in self.ids
         }
@@ -45,9 +46,9 @@ class Generator:
     """Continues `batch` texts with a model.
 
     While the context has room, the model computes one position per new token, with the KV caches.
-    In a full window each new token shifts all positions, which are learned and absolute, so that
-    the caches are refilled: for every token or, with `stride` N, once the N oldest tokens are
-    dropped. UserError for a stride beyond the model's context.
+    In a full window each new token shifts all positions, which are learned and absolute: the caches
+    are refilled, for every token or, with `stride` N, after each drop of the N oldest tokens.
+    UserError for a stride beyond the model's context.
     """
 
     def __init__(self, model: GPT, batch: int = 1, stride: int = 1):
@@ -55,7 +56,7 @@ class Generator:
         if stride > self.context_length:
             raise UserError(f"a stride of {stride} is beyond the context of {self.context_length}")
         n_refilled = self.context_length - stride + 1  # tokens that refill the caches
-        self.decoder = Decoder(model, batch, chunk=min(128, max(32, n_refilled)))
+        self.decoder = Decoder(model, batch, n_prefill=min(128, max(32, n_refilled)))
         self.steps = {
             n: CachedJit(self.decoder.step, self.decoder.buffers, (model.config, n), **ranges)
             for n, ranges in self.decoder.ranges.items()
@@ -82,15 +83,15 @@ class Generator:
 
     def _read(self, window: np.ndarray, n_cached: int) -> np.ndarray:
         """Fills the caches to the end of the window; returns the logits (batch, vocab_size)."""
-        n = 1 if window.shape[1] - n_cached == 1 else self.decoder.chunk
+        n = 1 if window.shape[1] - n_cached == 1 else self.decoder.n_prefill
         ids, step = self.decoder.ids[n], self.steps[n]
         for start in range(n_cached, window.shape[1], n):
             start = min(start, self.context_length - n)
-            chunk = window[:, start : start + n]
+            read = window[:, start : start + n]
             padded = np.zeros(ids.shape, np.int32)
-            padded[:, : chunk.shape[1]] = chunk
+            padded[:, : read.shape[1]] = read
             copy_in(ids, padded)
-            step(ids, end=start + n, last=chunk.shape[1] - 1)
+            step(ids, end=start + n, last=read.shape[1] - 1)
         return copy_out(self.decoder.logits)
 
 

@@ -17,7 +17,7 @@ BATCH_LOGITS = 1 << 24  # logits of a batch, 64 MB; one window may have more
 
 
 def known_ids(tokenizer: Tokenizer, chunks: Iterable[str]) -> tuple[np.ndarray, Unknown]:
-    """Ids (n,) of a text in chunks without unknown ones, and counts of unknown tokens."""
+    """Ids (n,) of the known tokens of a text, and counts of the unknown tokens."""
     ids, unknown = bytearray(), Unknown()  # a bytearray grows in place
     for known in tokenizer.encode_chunks(chunks, unknown):
         ids += known.tobytes()

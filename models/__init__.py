@@ -4,7 +4,3 @@ Our format and Hugging Face's, `gpt2`, store weights in `safetensors`; `gpt_burn
 of its own. `folders` replaces folders atomically, `hub` downloads models by name. Nothing here
 knows of training.
 """
-
-from models.checkpoint import find_tokenizer, load
-
-__all__ = ["find_tokenizer", "load"]

@@ -1,8 +1,8 @@
 """A model on disk: a folder with `config.json`, weights, and the files of the tokenizer.
 
-There are three formats: ours (`model.safetensors`), gpt-burn's (`model.mpk`), and Hugging Face's of
-GPT-2, which all GPT-2s are saved in, and which may have several files of weights. In memory,
-weights are numpy arrays by name; the weight of a linear layer is (out, in).
+There are three formats: ours (`model.safetensors`), gpt-burn's (`model.mpk`), and Hugging Face's,
+for every GPT-2, with one or several files of weights. In memory, weights are numpy arrays by name;
+the weight of a linear layer is (out, in).
 
 No file is trusted: lengths and shapes are compared with the file's size before memory is allocated,
 nothing is unpickled, and errors are UserErrors of one line.
@@ -23,7 +23,7 @@ from gpt_tiny import GPT, GPTConfig, shapes
 from models import gpt2, gpt_burn, hub, safetensors
 from models.folders import INDEX, MODEL_FILES, WEIGHT_FILES, replacing
 from models.safetensors import LazyArrays
-from tokenizers import OF_FOLDERS, TOKENIZERS, Tokenizer
+from tokenizers import TOKENIZERS, BytePairTokenizer, Tokenizer
 
 
 def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
@@ -36,13 +36,13 @@ def load(folder: Path | str) -> tuple[GPT, Tokenizer]:
 
 
 def read(folder: Path | str) -> tuple[GPTConfig, Tokenizer, Mapping[str, np.ndarray]]:
-    """As `load`, with the config and the weights in place of the model; see `read_weights`."""
+    """The config, the tokenizer and the weights of a model; see `load` and `read_weights`."""
     folder = find(Path(folder))
     config = read_config(folder)
     model = GPTConfig(**config["model"])
     parameter_shapes, vocab_size = shapes(model), model.vocab_size
     tokenizer = tokenizers.load(config.get("tokenizer", tokenizers.DEFAULT), folder)
-    if isinstance(tokenizer, OF_FOLDERS):  # the model may have more rows than tokens
+    if isinstance(tokenizer, BytePairTokenizer):  # the model may have more rows than tokens
         tokenizer.n_surplus = max(0, vocab_size - tokenizer.vocab_size)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
@@ -53,15 +53,14 @@ def read(folder: Path | str) -> tuple[GPTConfig, Tokenizer, Mapping[str, np.ndar
 
 
 def find(folder: Path) -> Path:
-    """The folder or, for a name on the Hub, the model's folder in the Hub's cache, to which its
-    files are downloaded."""
+    """The folder; for a name on the Hub, downloads the model to a folder of the Hub's cache."""
     if folder.exists() or not hub.is_name(folder):
         return folder
     repository = hub.Repository(folder.as_posix())
     config = parse_config(repository.fetch("config.json"))  # other models fail before the weights
     kind = TOKENIZERS.get(config.get("tokenizer"), TOKENIZERS[tokenizers.DEFAULT])
     optional = ["generation_config.json"]
-    if kind is OF_FOLDERS:
+    if kind is BytePairTokenizer:
         fetch_byte_pairs(repository)
     else:  # gpt-burn's characters are in no file
         optional += kind.files
@@ -74,7 +73,7 @@ def find(folder: Path) -> Path:
 
 def fetch_byte_pairs(repository: hub.Repository) -> Path:
     """Downloads the files of a byte pair tokenizer; returns their folder."""
-    optional = ("added_tokens.json", *OF_FOLDERS.role_files)
+    optional = ("added_tokens.json", *BytePairTokenizer.role_files)
     path = repository.fetch("vocab.json", "tokenizer.json", optional=optional)
     if path.name == "vocab.json":
         repository.fetch("merges.txt")
@@ -95,7 +94,7 @@ def find_tokenizer(name: str) -> Tokenizer:
             "model of the Hugging Face Hub with vocab.json and merges.txt, or tokenizer.json "
             f"({reason})"
         )
-    return OF_FOLDERS.load(folder)
+    return BytePairTokenizer.load(folder)
 
 
 def read_config(folder: Path) -> dict:
@@ -117,7 +116,7 @@ def read_config(folder: Path) -> dict:
 
 
 def parse_config(path: Path) -> dict:
-    """The config in a file of any format, in ours; its sizes are not compared with the weights."""
+    """Our config from a file of any format; sizes are not compared with the weights."""
     config = safetensors.read_json(path, "a config")
     try:
         if "model_type" in config:

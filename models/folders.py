@@ -23,7 +23,7 @@ def replacing(
 ) -> Iterator[Path]:
     """Yields a new folder to write a model to, which then replaces `folder`, whole or not at all.
 
-    The files of an earlier model and those named `owned` are removed, other files stay. UserError
+    Files of an earlier model and files named in `owned` are removed, other files stay. UserError
     as by `check_destination`, OSError when the disk is full.
     """
     folder = Path(os.path.realpath(folder))

@@ -40,12 +40,12 @@ LINEARS = {
     "mlp.c_fc": ("pwff.linear_1",),
     "mlp.c_proj": ("pwff.linear_2",),
 }
-# In older files: causal masks, and a head in whose place transformers uses the token embedding.
+# In older files: causal masks, and a head that transformers replaces by the token embedding.
 IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.decoder.weight")
 
 
 def config_to_ours(config: dict) -> dict:
-    """Our config from Hugging Face's, with the settings that `config_to_theirs` has added to it.
+    """Our config from Hugging Face's, with the settings of a training from the section `gpt_tiny`.
 
     UserError for other models than GPT-2 and for options that are not SUPPORTED.
     """
@@ -88,7 +88,7 @@ def config_to_theirs(config: dict, tokenizer: Tokenizer | None) -> dict:
 
 
 def parameters_of(n_layers: int) -> dict[str, list[str]]:
-    """Our names of the parameters that each of their tensors holds, one or three."""
+    """Hugging Face's name of each tensor -> our names of its one or three parameters."""
     table = {
         "wte.weight": ["token_embedding.weight"],
         "wpe.weight": ["positional_embedding.weight"],

@@ -127,7 +127,7 @@ class Record:
     def take_halves(self, count: int) -> np.ndarray:
         """Float16 numbers (count,) from as many integers.
 
-        Nearly all take 3 bytes: numpy copies runs of those, and msgpack reads 256 after each run.
+        Nearly all take 3 bytes: numpy copies each run of these, msgpack reads the next 256.
         """
         bits, done = np.empty(count, np.uint16), 0
         while done < count:

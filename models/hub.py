@@ -44,7 +44,7 @@ class Repository:
     def fetch(self, *files: str, optional: Iterable[str] = ()) -> Path:
         """The path of the first of `files` that the repository has.
 
-        Optional files are downloaded first: with one of `files` in the cache, nothing is missing.
+        Optional files are downloaded first: once one of `files` is in the cache, all are there.
         """
         path = next(filter(None, map(self.cached, files)), None)
         if path is None:

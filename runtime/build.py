@@ -119,7 +119,7 @@ def append(model: Path, program: Path) -> None:
 
 
 def seal(path: Path, offset: int) -> None:
-    """Appends what whole.c checks: the model's offset, 8 letters, and the checksum of the file."""
+    """Appends the model's offset, 8 letters, and the checksum of the file, for whole.c."""
     with path.open("ab") as file:
         file.write(offset.to_bytes(8, "little") + b"gpt-tiny")
         file.flush()

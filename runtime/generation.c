@@ -31,10 +31,10 @@ static void read_tokens(int n, int end, int last) {
 // Brings the caches up to the window's end; returns the logits after it.
 static const float *read_window(void) {
   if (n_window - n_cached == 1) read_tokens(1, n_window, 0), n_cached++;
-  for (; n_cached < n_window; n_cached += CHUNK) {
-    int start = n_cached < CONTEXT_LENGTH - CHUNK ? n_cached : CONTEXT_LENGTH - CHUNK;
-    int n = n_window - start < CHUNK ? n_window - start : CHUNK;
-    read_tokens(CHUNK, start + CHUNK, n - 1);
+  for (; n_cached < n_window; n_cached += N_PREFILL) {
+    int start = n_cached < CONTEXT_LENGTH - N_PREFILL ? n_cached : CONTEXT_LENGTH - N_PREFILL;
+    int n = n_window - start < N_PREFILL ? n_window - start : N_PREFILL;
+    read_tokens(N_PREFILL, start + N_PREFILL, n - 1);
   }
   n_cached = n_window;
   return (const float *)(memory + LOGITS);

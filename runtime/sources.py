@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.device import Buffer
+from tinygrad.helpers import round_up
 
 from backend.arrays import as_numpy
 from backend.cpu import native
-from backend.rendered import N_CHUNKS, Call, rendered
+from backend.rendering import N_CHUNKS, Call, render_kernels
 from tokenizers import SEPARATORS, TOKENIZERS, VOWELS, WHITE_SPACE, Tokenizer
 
 ALIGNMENT = 64  # bytes
@@ -24,14 +25,14 @@ OTHER, VOWEL, SEPARATOR, LETTER, NUMBER, SPACE, UNSEEN = range(7)  # as in token
 def write_sources(decoder, tokenizer: Tokenizer, help_text: str, folder: Path) -> "Kernels":
     """Writes the files that are compiled for a Decoder of inference/generator.py and a tokenizer.
 
-    kernels.c holds the kernels of a step, one.c and many.c call them for one token and for a chunk,
+    kernels.c holds the kernels of a step, one.c and many.c call them for one token and for many,
     model.h holds sizes, offsets and the help, model.bin the weights and the tokens.
     """
     arrays = tables(tokenizer)
     is_end, is_excluded = is_one_of(tokenizer.ends), is_one_of(tokenizer.excluded)
     constants = {
         "CONTEXT_LENGTH": decoder.context_length,
-        "CHUNK": decoder.chunk,
+        "N_PREFILL": decoder.n_prefill,
         "N_CHUNKS": N_CHUNKS,
         "VOCAB_SIZE": tokenizer.vocab_size,
         "TOKENIZER": list(TOKENIZERS).index(tokenizer.name),
@@ -44,13 +45,13 @@ def write_sources(decoder, tokenizer: Tokenizer, help_text: str, folder: Path) -
     for name, array in arrays.items():
         constants |= {name: kernels.add(array), f"N_{name}": len(array)}
 
-    for file, n in {"one.c": 1, "many.c": decoder.chunk}.items():
-        calls = rendered(decoder.step, decoder.ids[n], **decoder.ranges[n])
+    for file, n in {"one.c": 1, "many.c": decoder.n_prefill}.items():
+        calls = render_kernels(decoder.step, decoder.ids[n], **decoder.ranges[n])
         (folder / file).write_text(kernels.calls(calls), encoding="utf-8")
     (folder / "kernels.c").write_text(kernels.source(), encoding="utf-8")
     constants |= {
         "ID": kernels.offset_of(decoder.ids[1]),
-        "IDS": kernels.offset_of(decoder.ids[decoder.chunk]),
+        "IDS": kernels.offset_of(decoder.ids[decoder.n_prefill]),
         "LOGITS": kernels.offset_of(decoder.logits),
         "N_HALVES": kernels.n_halves,
         "MODEL_BYTES": kernels.n_file_bytes,
@@ -69,8 +70,8 @@ def write_sources(decoder, tokenizer: Tokenizer, help_text: str, folder: Path) -
 class Kernels:
     """The kernels of a step, and the offset of each of their buffers in model.bin or in memory.
 
-    The weights are in the file, half precision first: a page has no halves, and finds the same
-    numbers in single precision by their indices. All other buffers are in memory.
+    The weights are in the file, half precision first: a page has no halves, and converts them to
+    single precision, with the same indices. All other buffers are in memory.
     """
 
     def __init__(self, weights: Iterable[Tensor]):
@@ -90,7 +91,7 @@ class Kernels:
         """Appends an array to the file; returns its offset there, in bytes."""
         offset = self.n_file_bytes
         self.arrays.append(array)
-        self.n_file_bytes += round_up(array.nbytes)
+        self.n_file_bytes += round_up(array.nbytes, ALIGNMENT)
         return offset
 
     def offset_of(self, tensor: Tensor) -> int:
@@ -102,7 +103,7 @@ class Kernels:
             return self.arguments[buffer]
         if buffer not in self.offsets:
             self.offsets[buffer] = self.n_memory_bytes
-            self.n_memory_bytes += round_up(buffer.nbytes)
+            self.n_memory_bytes += round_up(buffer.nbytes, ALIGNMENT)
         return f"MEMORY({self.offsets[buffer] + offset})"
 
     def calls(self, calls: Iterable[Call]) -> str:
@@ -128,11 +129,7 @@ class Kernels:
         for array in self.arrays:
             data = np.ascontiguousarray(array)
             file.write(data.data)
-            file.write(bytes(round_up(data.nbytes) - data.nbytes))
-
-
-def round_up(n_bytes: int) -> int:
-    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+            file.write(bytes(-data.nbytes % ALIGNMENT))
 
 
 def is_one_of(ids: Sequence[int]) -> str:

@@ -53,7 +53,7 @@ def write_clang(path: Path) -> Path:
 def test_ziglang_serves_where_there_is_no_clang(compiler, path, capfd):
     command = compiler.find()
     assert ZIGLANG in command[0]
-    assert compiler.call(command, PROBE).startswith(b"\x7fELF")
+    assert compiler.compile(PROBE, command).startswith(b"\x7fELF")
     assert capfd.readouterr() == ("", "")
 
 
@@ -148,12 +148,12 @@ def test_kernels_of_one_name_compiled_together_keep_their_code(compiler):
         assert x[0] == expected
 
 
-def test_what_has_begun_is_waited_for(compiler, monkeypatch):
+def test_a_started_compilation_is_waited_for(compiler, monkeypatch):
     source = "ABI void f(float *x) { x[0] += 3; }"
     monkeypatch.setattr(compiler, "cachekey", None)  # nothing is kept
-    compiler.begin(source)
-    monkeypatch.setattr(compiler, "start", None)  # nor anything else begun
-    compiler.begin(source)
+    compiler.start(source)
+    monkeypatch.setattr(compiler, "spawn", None)  # nor started
+    compiler.start(source)
     assert compiler.compile_cached(source).startswith(b"\x7fELF")
 
 
@@ -190,7 +190,7 @@ def test_kernels_of_a_killed_compiling_process_are_compiled_here(kind, tmp_path)
 @not_on_windows("has no groups of processes")
 def test_ctrl_c_in_a_terminal_reaches_no_compiler(compiler):
     leads_a_group = "import os; print(os.getpgrp() == os.getpid())"
-    assert compiler.call([sys.executable, "-c", leads_a_group], "") == b"True\n"
+    assert compiler.compile("", [sys.executable, "-c", leads_a_group]) == b"True\n"
 
 
 def test_a_kept_object_that_is_damaged_or_foreign_is_compiled_anew(compiler):

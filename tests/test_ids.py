@@ -28,7 +28,7 @@ from backend.errors import UserError
 from data import ids
 from data.ids import Corpus
 from data.texts import CORPUS
-from models import find_tokenizer
+from models.checkpoint import find_tokenizer
 from tokenizers import (
     TOKENIZERS,
     BytePairTokenizer,
@@ -482,7 +482,7 @@ def test_x_and_standard_input_leave_no_file(monkeypatch, tmp_path):
     (tmp_path / "temporary").mkdir()
     for text in (read("a.txt", keep=False), read("-", tokenizer="vowel")):
         assert decoded(pickle.loads(pickle.dumps(text))) == TEXT  # as sent to another worker
-        text.unlink()
+        text.temporary.cleanup()
         assert isinstance(text.stored, Path) and not text.stored.exists()
         assert decoded(text) == TEXT
     text = read("a.txt", keep=False)

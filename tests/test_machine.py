@@ -60,7 +60,7 @@ def test_as_many_cores_are_used_as_the_share_allows(monkeypatch, share, expected
     for name in ("NUM_CPU_THREADS", "PARALLEL"):
         monkeypatch.delenv(name, raising=False)
     with Context(NUM_CPU_THREADS=64, PARALLEL=64):  # as tinygrad counts them
-        threads.count_cores()
+        threads.set_core_counts()
         assert (NUM_CPU_THREADS.value, PARALLEL.value) == (expected, expected)
 
 
@@ -84,7 +84,7 @@ def test_a_number_of_cores_that_the_user_gives_stays(monkeypatch):
     monkeypatch.setattr(machine, "share_of_processor", lambda: 1)
     monkeypatch.setenv("NUM_CPU_THREADS", "5")
     with Context(NUM_CPU_THREADS=5):
-        threads.count_cores()
+        threads.set_core_counts()
         assert NUM_CPU_THREADS.value == 5
 
 

@@ -55,7 +55,7 @@ def test_who_asks_for_hugging_faces_package_is_told_that_this_is_another():
     with pytest.raises(ImportError, match=r"cannot import name 'no_such'"):
         from tokenizers import no_such  # noqa: F401
     assert not hasattr(tokenizers, "__path__") and not hasattr(tokenizers, "__version__")
-    assert tokenizers.THEIRS.isdisjoint(vars(tokenizers))
+    assert tokenizers.HUGGING_FACE_NAMES.isdisjoint(vars(tokenizers))
     assert dict(inspect.getmembers(tokenizers))["CharTokenizer"] is CharTokenizer
     assert pickle.loads(pickle.dumps(CharTokenizer)) is CharTokenizer
 

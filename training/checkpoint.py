@@ -75,7 +75,7 @@ class Checkpoint:
 
 
 def from_model(path: Path, context_length: int | None) -> Checkpoint:
-    """A start with the sizes, tokenizer and weights of a model, its context perhaps shortened."""
+    """A start with the sizes, tokenizer and weights of a model, perhaps with a shorter context."""
     model, tokenizer, weights = models.read(path)
     settings = asdict(model) | {"tokenizer": tokenizer.name, "init_from": path}
     settings["max_vocab_size"] = tokenizer.vocab_size
@@ -89,7 +89,7 @@ def from_model(path: Path, context_length: int | None) -> Checkpoint:
 
 
 def load(path: Path, parse: Callable[[list[str]], dict[str, object]]) -> Checkpoint:
-    """The checkpoint `path`, or the newest in that folder; UserError if it is not complete.
+    """The checkpoint `path`, or the newest in the folder `path`; UserError if it is incomplete.
 
     `parse` returns the settings of a command line, which earlier versions stored.
     """
@@ -109,9 +109,9 @@ def read_progress(
 ) -> tuple[Progress, TrainingConfig]:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {field.name: field.type for field in fields(Progress)}
-        progress = Progress(**{name: saved[name] for name in kinds})
-        if any(type(saved[name]) is not kind for name, kind in kinds.items()):
+        types = {field.name: field.type for field in fields(Progress)}
+        progress = Progress(**{name: saved[name] for name in types})
+        if any(type(saved[name]) is not kind for name, kind in types.items()):
             raise ValueError("a value of the wrong kind")
         if len(progress.losses) != progress.batch:
             raise ValueError("as many losses as batches are needed")
@@ -149,16 +149,15 @@ def settings_from_json(saved: dict[str, object]) -> TrainingConfig:
 
 
 def resolve_path(directory: str, path: str) -> Path:
-    """A path relative to the directory, if that is another one than the working directory and the
-    path exists there; else `path` as it is: standard input, or files of a project that has moved.
-    """
+    """`path` below `directory`, the working directory of an earlier run, if it exists there; `path`
+    unchanged for the same working directory, standard input, and a project that has moved."""
     resolved = Path(directory, path)
     is_elsewhere = directory != os.getcwd() and path != "-" and resolved.exists()
     return resolved if is_elsewhere else Path(path)
 
 
 def newest(path: Path) -> Path:
-    """`path` if it is a checkpoint that can be resumed, else the newest such checkpoint in it."""
+    """`path` if it can be resumed, else the newest checkpoint in the folder `path` that can."""
     if (path / PROGRESS).exists():
         return path
     found = sorted(path.glob(f"*/{PROGRESS}"), key=lambda state: state.stat().st_mtime_ns)

@@ -1,6 +1,6 @@
 """The settings of a training in one frozen object, and how given settings are merged into it.
 
-The defaults are here, those of the model's sizes in GPTConfig.
+The defaults are here, but for the model's sizes in GPTConfig.
 """
 
 from collections.abc import Iterator, Mapping
@@ -123,14 +123,14 @@ FIXED = {
 }
 
 
-def merge(base: TrainingConfig, given: Mapping[str, object], start: str = NEW) -> TrainingConfig:
-    """The base with the given settings; UserError for one that contradicts the start, which is a
-    key of FIXED."""
+def merge(base: TrainingConfig, given: Mapping[str, object], kind: str = NEW) -> TrainingConfig:
+    """The base with the given settings; UserError for another value of a setting that a start of
+    this kind, a key of FIXED, fixes."""
     before = flat(base)
     for name, value in given.items():
-        if name in FIXED[start] and value != before[name]:
+        if name in FIXED[kind] and value != before[name]:
             given_option, fixed_option = as_option(name, value), as_option(name, before[name])
-            raise UserError(f"{given_option} contradicts {start}: it has {fixed_option}")
+            raise UserError(f"{given_option} contradicts {kind}: it has {fixed_option}")
     config = changed(base, given)
     if config.model.d_model != base.model.d_model:
         config = changed(config, {"d_hidden": 4 * config.model.d_model})

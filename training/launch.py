@@ -27,14 +27,14 @@ def count_workers(wanted: int | str) -> int:
     if wanted != "auto":
         return wanted
     backend, n_devices = count_devices()
-    if backend == "CPU":
-        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-        with contextlib.suppress(OSError):
-            files = [Path(siblings.format(core)) for core in machine.usable_cores()]
-            physical = {file.read_text(encoding="utf-8") for file in files}
-            return min(len(physical), machine.n_cores())
-        return machine.n_cores()
-    return n_devices
+    if backend != "CPU":
+        return n_devices
+    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    with contextlib.suppress(OSError):
+        files = [Path(siblings.format(core)) for core in machine.usable_cores()]
+        physical = {file.read_text(encoding="utf-8") for file in files}
+        return min(len(physical), machine.n_cores())
+    return machine.n_cores()
 
 
 def count_devices() -> tuple[str, int]:
@@ -111,8 +111,8 @@ def launch(n_workers: int, argv: list[str]) -> int:
 
 
 def pass_on(stream: BinaryIO, output: TextIO) -> bool:
-    """Copies mpiexec's output up to the report of a killed rank; returns whether there was one.
-    mpiexec itself would end with the reader of its output."""
+    """Copies mpiexec's output up to its report of a killed rank; returns whether a rank was killed.
+    Without the copy, mpiexec would end with the reader of its output."""
     was_killed = False
     for text, banner in split_at_banner(lambda: os.read(stream.fileno(), 1 << 16)):
         output.buffer.write(b"" if was_killed else text)

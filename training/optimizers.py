@@ -43,7 +43,7 @@ class AdamW:
         return [learning_rate(self.config, number), *(1 / (1 - beta**number) for beta in betas)]
 
     def step(self, rates: Tensor) -> None:
-        """Updates the parameters in place by the gradients; `rates` (3,) are of `rates`."""
+        """Updates the parameters in place by the gradients, at the 3 rates of an update."""
         max_norm = self.config.optimizer.grad_clipping
         self.update(clip_gradients(self.gradients.whole, max_norm), rates)
 
@@ -75,11 +75,11 @@ class Muon:
         # matrices of one shape lie side by side, as one batch
         *groups, others = group_names(shapes)
         shapes = {name: shapes[name] for group in (*groups, others) for name in group}
-        self.config, buffers = config, [shapes, shapes, self.state_shapes(shapes)]
-        self.parameters, self.gradients, self.memory = buffers = [FlatBuffer(x) for x in buffers]
-        self.matrices, self.matrix_gradients = (
-            [buffer.part(group) for group in groups] for buffer in (self.parameters, self.gradients)
-        )
+        self.config, state = config, self.state_shapes(shapes)
+        buffers = [FlatBuffer(x) for x in (shapes, shapes, state)]
+        self.parameters, self.gradients, self.memory = buffers
+        self.matrices = [self.parameters.part(group) for group in groups]
+        self.matrix_gradients = [self.gradients.part(group) for group in groups]
         self.momenta = [self.memory.part(f"momentum.{x}" for x in group) for group in groups]
         shapes = {name: shapes[name] for name in others}
         names = (others, others, AdamW.state_shapes(shapes))
@@ -101,7 +101,7 @@ class Muon:
         return [muon_learning_rate(self.config, number), *self.adamw.rates(number)]
 
     def step(self, rates: Tensor) -> None:
-        """Updates the parameters in place by the gradients; `rates` (4,) are of `rates`."""
+        """Updates the parameters in place by the gradients, at the 4 rates of an update."""
         config, buffers = self.config.optimizer, (*self.matrix_gradients, self.adamw.gradients)
         grads = [tensor for buffer in buffers for tensor in buffer.whole]
         grads = iter(clip_gradients(grads, config.grad_clipping))

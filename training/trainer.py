@@ -89,7 +89,7 @@ class Trainer:
                 self.prepare_folder()
             started = time.time() - progress.seconds
             for step in range(progress.step, config.n_steps):
-                # random numbers depend on seed and step alone: no state of theirs has to be saved
+                # random numbers depend on seed and step alone: no state of a generator is saved
                 rng = np.random.default_rng([config.seed, step])
                 plan = self.make_plan(step, rng)
                 if progress.batch == 0:
@@ -133,8 +133,8 @@ class Trainer:
         starts = np.split(starts, world.size, 1)[world.rank]  # (batches, batch / ranks)
         windows = corpus.windows(starts.ravel(), length).reshape(*starts.shape, length)
         # not from `rng`: the number of keys must not change the validation's windows
-        keys = np.random.default_rng([config.seed, step, 1])
-        keys = keys.integers(2**32, size=(n_batches, config.accumulate * world.size))
+        key_rng = np.random.default_rng([config.seed, step, 1])
+        keys = key_rng.integers(2**32, size=(n_batches, config.accumulate * world.size))
         keys = np.split(keys.astype(np.uint32), world.size, 1)[world.rank]
         updates = range(step * n_batches + 1, (step + 1) * n_batches + 1)
         rates = np.array([self.optimizer.rates(n) for n in updates], np.float32)
@@ -175,7 +175,7 @@ class Trainer:
 
     def compute_gradients(self, windows: Tensor, keys: Tensor) -> Tensor:
         """Loss of this rank's windows (n, time + 1), computed in a part for each dropout key;
-        stores the gradients in the optimizer's buffer. The ranks' sum is that of the batch."""
+        stores the gradients in the optimizer's buffer. Summed over ranks, both are the batch's."""
         parameters = list(self.optimizer.parameters.views.values())
         gradients = list(self.optimizer.gradients.views.values())
         n_parts, total_loss = self.config.accumulate, None
@@ -279,8 +279,9 @@ class Trainer:
             self.prepare_folder()
         n_batches = step * config.batches_per_step
         row = [step, n_batches, n_batches * self.tokens_per_batch, *losses]
-        row += [learning_rate(config, n_batches), batches_per_second * self.tokens_per_batch]
-        metrics.append(self.folder, [*row, seconds])
+        tokens_per_second = batches_per_second * self.tokens_per_batch
+        row += [learning_rate(config, n_batches), tokens_per_second, seconds]
+        metrics.append(self.folder, row)
 
     def save_if_best(self) -> None:
         """Saves the model as `best` if its validation loss is lower than at any step before."""
@@ -291,8 +292,8 @@ class Trainer:
             self.save_model(self.folder / "best")
 
     def prepare_folder(self) -> None:
-        """Brings this training's `best` and metrics from its earlier folder, and replaces those of
-        another training."""
+        """Copies `best` and metrics from this training's earlier folder, and replaces another
+        training's."""
         best, n_steps = self.folder / "best", self.progress.step
         previous = self.previous_folder if n_steps else None
         if previous and (previous / "best").exists():
@@ -319,7 +320,7 @@ def store_in(buffers: list[Tensor], tensors: list[Tensor], *dependents: Tensor) 
 
 
 def is_checkpoint(step: int, config: TrainingConfig) -> bool:
-    """Whether a checkpoint is saved after the step; it always is after the last step."""
+    """Whether a checkpoint is saved after the step: every n steps, and after the last."""
     every = config.files.checkpoint_every
     offset = 5 if every == 10 else 0  # gpt-burn's, for the default
     return (step + 1 + offset) % every == 0 or step + 1 == config.n_steps
@@ -353,8 +354,8 @@ def stop_signals() -> list[int]:
 def noted_signals(world: World) -> Iterator[list[int]]:
     """Collects the signals to stop, so that the batch in flight ends first.
 
-    A line on stderr answers the first signal. A second one ends the process at once, except that
-    of workers, which must all end together, and except a hangup, which may come twice.
+    A line on stderr answers the first signal. A second signal ends the process at once, unless it
+    is a hangup, which may come twice, or there are several workers, which must end together.
     """
     noted, previous = [], {}
 

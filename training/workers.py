@@ -15,11 +15,12 @@ from backend.errors import UserError
 
 # variables that the launchers of MPICH, Intel MPI, Open MPI and Slurm set
 UNDER_MPI = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
-COLUMNS = "GPT_TINY_COLUMNS"  # the width of the terminal that a launcher's output goes to
+COLUMNS = "GPT_TINY_COLUMNS"  # the width of the launcher's terminal
 
 
 class World:
-    """All ranks, and the number of this one. As a context it ends all ranks when one fails."""
+    """The ranks of MPI, and this process's number among them. As a context, it ends all ranks when
+    one fails."""
 
     rank, size, n_on_machine = 0, 1, 1
 

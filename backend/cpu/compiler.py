@@ -1,7 +1,7 @@
 """The C compiler: `CC`, a clang on the PATH, or the clang of the package ziglang.
 
 tinygrad calls `compile_cached` for a kernel, and `load_c` for a file of this folder; processes.py
-calls `compile_together` for a batch of kernels. Objects are kept in tinygrad's cache of kernels.
+calls `compile_together` for a batch of kernels. tinygrad's cache of kernels stores the objects.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ class CPUCompiler(ClangCompiler):
 
     def __init__(self, arch: Sequence[str]):
         super().__init__(arch)
-        self.begun: dict[str, subprocess.Popen] = {}  # processes that compile, by source
+        self.started: dict[str, subprocess.Popen] = {}  # by source
         self.command = self.find()
         # tinygrad's cache, which checkouts and machines may share, is keyed by the source; objects
         # also depend on the compiler, the processor and this file
@@ -68,40 +68,54 @@ class CPUCompiler(ClangCompiler):
         key = hashlib.sha256(form.encode()).hexdigest()[:16]
         self.cachekey = f"{self.cachekey}_{key}" if self.cachekey else None
 
-    def compile(self, src: str) -> bytes:
-        return self.call(self.command, src)
+    def find(self) -> list[str]:
+        """The command of a working compiler: CC, a clang on the PATH, or ziglang's."""
+        for command in (os.environ.get("CC"), shutil.which("clang")):
+            try:
+                if command:
+                    words = [command] if os.path.isfile(command) else shlex.split(command)
+                    self.compile(PROBE, words)
+                    return words
+            except (OSError, ValueError):
+                warn_once(f"warning: {command} can't compile what tinygrad writes")
+        try:
+            import ziglang
+        except ImportError:
+            reason = "no C compiler: pip install ziglang, or put a clang on the PATH"
+            raise UserError(reason) from None
+        return [str(Path(ziglang.__file__).parent / "zig"), "clang"]
 
-    def call(self, command: list[str], source: str) -> bytes:
-        process = self.begun.pop(source, None) or self.start(command, source)
+    def compile(self, src: str, command: Sequence[str] = ()) -> bytes:
+        process = self.started.pop(src, None) or self.spawn(src, command or self.command)
         code, errors = process.communicate()
         if process.returncode:
-            raise ValueError(f"{command[0]} does not compile: {errors.decode()[:300]}")
+            raise ValueError(f"{process.args[0]} does not compile: {errors.decode()[:300]}")
         return code
 
-    def start(self, command: list[str], source: str) -> subprocess.Popen:
+    def spawn(self, source: str, command: Sequence[str]) -> subprocess.Popen:
         flags = f"{FREESTANDING} --target={self.arch}-none-unknown-elf {FLAGS} - -o -"
         command = [*command, *self.args, *DEFINITIONS, *flags.split()]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         # a new session: Ctrl-C is for this process, which may have to finish a batch
         process = subprocess.Popen(command, start_new_session=True, **pipes)
-        with contextlib.suppress(OSError), process.stdin:  # `call` says why the compiler ended
+        with contextlib.suppress(OSError), process.stdin:  # `compile` says why clang ended
             process.stdin.write(source.encode())
         process.stdin = None  # closed: later forks do not inherit it
         return process
 
-    def begin(self, source: str) -> None:
+    def start(self, source: str) -> None:
         """Starts to compile in the background; `compile_cached` waits for the object."""
-        if not (RENDER_ONLY or source in self.begun or self.cached(source)):
-            self.begun[source] = self.start(self.command, source)
+        if not (RENDER_ONLY or source in self.started or self.cached(source)):
+            self.started[source] = self.spawn(source, self.command)
 
     def compile_cached(self, source: str) -> bytes:
         if RENDER_ONLY:
             return b""
-        return self.cached(source) or self.keep(source, self.compile(source))
+        return self.cached(source) or self.cache(source, self.compile(source))
 
     def compile_together(self, kernels: dict[str, str]) -> dict[str, bytes]:
         """Objects by source, for {source: function's name}: one call of clang compiles all sources
-        that are not cached. Their objects are alike but for the entry point."""
+        that are not cached, into objects that differ in the entry point alone."""
         objects = {source: self.cached(source) for source in kernels}
         missing = [source for source in kernels if not objects[source]]
         if not missing:
@@ -113,7 +127,7 @@ class CPUCompiler(ClangCompiler):
         code = self.compile("".join(parts))
         offsets = symbol_offsets(code)
         for i, source in enumerate(missing):
-            objects[source] = self.keep(source, with_entry(code, offsets[f"kernel_{i}"]))
+            objects[source] = self.cache(source, with_entry(code, offsets[f"kernel_{i}"]))
         return objects
 
     def cached(self, source: str) -> bytes | None:
@@ -121,46 +135,29 @@ class CPUCompiler(ClangCompiler):
         with contextlib.suppress(Exception):  # a damaged database raises anything
             return self.cachekey and unsealed(helpers.diskcache_get(self.cachekey, source))
 
-    def keep(self, source: str, code: bytes) -> bytes:
+    def cache(self, source: str, code: bytes) -> bytes:
         """Writes the object to the cache, and returns it."""
         with contextlib.suppress(sqlite3.Error):  # a full disk: the next start compiles again
             if self.cachekey:
                 helpers.diskcache_put(self.cachekey, source, sealed(code))
         return code
 
-    def find(self) -> list[str]:
-        """The command of a working compiler: CC, a clang on the PATH, or ziglang's."""
-        for command in (os.environ.get("CC"), shutil.which("clang")):
-            try:
-                if command:
-                    words = [command] if os.path.isfile(command) else shlex.split(command)
-                    self.call(words, PROBE)
-                    return words
-            except (OSError, ValueError):
-                warn_once(f"warning: {command} can't compile what tinygrad writes")
-        try:
-            import ziglang
-        except ImportError:
-            reason = "no C compiler: pip install ziglang, or put a clang on the PATH"
-            raise UserError(reason) from None
-        return [str(Path(ziglang.__file__).parent / "zig"), "clang"]
-
 
 def sealed(data: bytes) -> bytes:
-    """The data behind their SHA-256 checksum."""
+    """The data after a SHA-256 checksum."""
     return hashlib.sha256(data).digest() + data
 
 
-def unsealed(kept: bytes) -> bytes:
-    """The data of `sealed`; ValueError if the checksum differs."""
-    data = kept[hashlib.sha256().digest_size :]
-    if sealed(data) != kept:
+def unsealed(stored: bytes) -> bytes:
+    """The data without the checksum; ValueError if the checksum differs."""
+    data = stored[hashlib.sha256().digest_size :]
+    if sealed(data) != stored:
         raise ValueError("the checksum differs")
     return data
 
 
 def warn_once(line: str) -> None:
-    """Prints a warning that no parent of this process has printed, nor this process."""
+    """Prints a warning that neither this process nor a parent process has printed."""
     warned = os.environ.get(WARNED, "").splitlines()
     if line not in warned:
         print(line, file=sys.stderr)
@@ -188,7 +185,7 @@ def with_entry(code: bytes, offset: int) -> bytes:
 
 
 class CPUProgram(ops_cpu.CPUProgram):
-    """tinygrad's program, but it starts at the entry point of the ELF file, not at offset 0."""
+    """tinygrad's program, started at the entry point of the ELF file, not at offset 0."""
 
     def __init__(self, dev, obj: TinyELF):
         super().__init__(dev, obj)
@@ -202,14 +199,14 @@ def source_of(file: str, **macros: object) -> str:
     return "".join(lines) + Path(__file__).with_name(file).read_text(encoding="utf-8")
 
 
-def begin_c(file: str, **macros: object) -> None:
-    """Starts to compile a C file of this folder, for `load_c`."""
-    Device["CPU"].renderer.compiler.begin(source_of(file, **macros))
+def start_c(file: str, **macros: object) -> None:
+    """Starts to compile a C file of this folder in the background, for `load_c`."""
+    Device["CPU"].renderer.compiler.start(source_of(file, **macros))
 
 
 def load_c(file: str, function: str, **macros: object) -> CPUProgram:
-    """Compiles a C file of this folder. The function is at the program's `addr` for as long as the
-    program lives."""
+    """Compiles a C file of this folder. The function's address is the program's `addr`, until the
+    program is deleted."""
     device = Device["CPU"]
     code = device.renderer.compiler.compile_cached(source_of(file, **macros))
     code = with_entry(code, symbol_offsets(code)[function])

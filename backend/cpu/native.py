@@ -17,19 +17,19 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.device import Buffer
 from tinygrad.dtype import DType
 from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import KernelInfo, buffers
+from tinygrad.uop.ops import KernelInfo, Ops, buffers
 
-from backend.cpu.compiler import CPUProgram, begin_c, load_c, processor
+from backend.cpu.compiler import CPUProgram, load_c, processor, start_c
 
 FILES = {"gemv": "gemv.c", "sgemm": "gemm.c", "sbgemm": "gemm.c"}  # by function
 FILES |= {"attention": "attention.c", "attention_gradients": "attention.c"}
 FILES |= {"layer_norm": "norm.c", "layer_norm_gradients": "norm.c"}
 # Linux's system call on x86-64 for permission to use large registers, AMX's tiles among them
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
-# Processors whose float32 gemm.c multiplies faster than numpy's BLAS, as measured
-# (bench/README.md): the flags that they have, and one that they lack. The others keep BLAS.
+# Processors on which gemm.c multiplies float32 faster than numpy's BLAS, as measured
+# (bench/README.md): flags that they have, and a flag that they lack.
 GEMM_IS_FASTER = {"AMD Zen 3": ({"sse4a", "vaes"}, "avx512f")}
-names: dict[UOp, str] = {}  # of the functions, by buffer
+names: dict[UOp, str] = {}  # of C functions, by the buffer with the address
 
 
 def call(
@@ -57,11 +57,29 @@ def call(
     return kernel.sink(arg=KernelInfo(name=name, opts_to_apply=(), estimates=Estimates()))
 
 
+def stored(x: Tensor) -> Tensor:
+    """x in a buffer; if a size varies, at the start of a buffer of the largest shape of x."""
+    shape = x.max_shape
+    if x.shape == shape:  # `contiguous` would copy what a kernel has stored in another shape
+        return x if x.uop.has_buffer_identity(after_ok=True) else x.contiguous()
+    if x.uop.op is Ops.SHRINK and x.uop.src[0].shape == shape:
+        return Tensor(x.uop.src[0])  # a KV cache, filled up to x
+    whole = Tensor.empty(*shape, device=x.device, dtype=x.dtype)
+    filled = whole.shrink(tuple((0, size) for size in x.shape))
+    return Tensor(whole.uop.after(filled.uop.store(x.uop)))
+
+
+def stored_gradient(grad: UOp) -> UOp:
+    """The gradient as a kernel can take it: in a buffer also behind a norm over one value, where
+    tinygrad folds it to a constant."""
+    return grad.contiguous() if grad.shape[-1] == 1 else grad
+
+
 def address_of(name: str, device: str) -> Tensor:
     """A buffer (1,) of uint64 with the address of a C function."""
-    if name == "sbgemm":  # loaded already, to see whether it compiles
-        return address_buffer(name, load(name).addr, device)
-    return address_buffer(name, blas().sgemm if name == "sgemm" else 0, device)
+    # sbgemm is loaded already, to see whether it compiles
+    address = load(name).addr if name == "sbgemm" else blas().sgemm if name == "sgemm" else 0
+    return address_buffer(name, address, device)
 
 
 @functools.cache
@@ -70,12 +88,12 @@ def address_buffer(name: str, address: int, device: str) -> Tensor:
     buffer.function, buffer.address = name, address
     buffers[uop], names[uop] = buffer.ref(1), name
     if not address:
-        begin_c(FILES[name])
+        start_c(FILES[name])
     return Tensor(uop)
 
 
 class AddressBuffer(Buffer):
-    """Holds a function's address from its first use on; meanwhile the function is compiled."""
+    """Holds a function's address; waits at the first use until the function is compiled."""
 
     def ensure_allocated(self) -> Buffer:
         if not self.is_initialized():
@@ -120,14 +138,14 @@ def blas() -> Blas | None:
     ours, flags = Blas(0, dtypes.int64), set(processor().split())
     if any(has <= flags and lacks not in flags for has, lacks in GEMM_IS_FASTER.values()):
         return ours
-    # The loader finds symbols of a module's libraries through the module, except on Windows.
+    # the loader finds symbols of a module's libraries through the module, except on Windows
     module = np._core._multiarray_umath.__file__
     if sys.platform == "win32":
         module = next(Path(np.__file__).parents[1].glob("numpy.libs/*openblas*.dll"), module)
     library = ctypes.CDLL(str(module))
     for name in ("scipy_{}64_", "{}64_", "scipy_{}", "{}"):
         if sgemm := getattr(library, name.format("cblas_sgemm"), None):
-            # every core runs the kernel already, and calls BLAS for a chunk
+            # one thread: every core calls BLAS for a chunk
             for setter in (name.format("openblas_set_num_threads"), "MKL_Set_Num_Threads"):
                 if hasattr(library, setter):
                     getattr(library, setter)(1)

@@ -17,7 +17,7 @@ from tinygrad.uop.ops import Ops
 from backend.arrays import CPUAllocator
 from backend.cpu.compiler import CPUCompiler, CPUProgram, ops_cpu
 from backend.cpu.processes import CompilingBar, compiling_processes
-from backend.cpu.threads import CPUGraph, count_cores, plain_loops
+from backend.cpu.threads import CPUGraph, plain_loops, set_core_counts
 
 # cached: tinygrad makes a renderer for each kernel that it sends to another process
 compiler_for = functools.cache(CPUCompiler)
@@ -62,4 +62,4 @@ heuristic.hand_coded_optimizations = plain_loops  # tinygrad's heuristic unrolls
 ops_cpu.ClangRenderer, ops_cpu.CPUDevice = ClangRenderer, CPUDevice
 # processes of tinygrad's pool import everything again; its bar needs DEBUG=1, and stays
 realize.get_worker_pool, realize.tqdm = compiling_processes, CompilingBar
-count_cores()  # tinygrad overlooks some containers' limits
+set_core_counts()

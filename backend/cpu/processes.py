@@ -15,7 +15,7 @@ from tinygrad import Context, Device, UOp, helpers
 from tinygrad.helpers import PARALLEL
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-N_BATCHES = 3  # per process; a batch is one call of clang, whose start takes as long as a kernel
+N_BATCHES = 3  # per process; one call of clang each, which starts as slowly as it compiles a kernel
 
 
 def can_fork() -> bool:
@@ -37,8 +37,8 @@ def init_fork() -> None:
 
 
 class CompilingPool:
-    """In place of tinygrad's pool, which waits for ever for a process that was killed, and whose
-    processes import everything again; forks need not."""
+    """Replaces tinygrad's pool, which hangs if a process is killed, and starts processes that
+    import everything again, in place of forks."""
 
     def __init__(self):
         self.forks = can_fork()
@@ -48,20 +48,20 @@ class CompilingPool:
 
     def imap_unordered(self, compile_one: Callable, tasks: Iterable[tuple]) -> Iterator[tuple]:
         tasks = list(tasks)
-        n = N_BATCHES * PARALLEL.value
-        left = {i: tasks[i::n] for i in range(min(n, len(tasks)))}
-        compile_part = compile_together if self.forks else compile_each
+        n = min(N_BATCHES * PARALLEL.value, len(tasks))
+        left = {i: tasks[i::n] for i in range(n)}  # batches, by number
+        compile_batch = compile_together if self.forks else compile_each
         try:
-            submit = functools.partial(self.executor.submit, compile_part, compile_one)
-            places = {submit(part): i for i, part in left.items()}
-            for future in as_completed(places):
+            submit = functools.partial(self.executor.submit, compile_batch, compile_one)
+            numbers = {submit(batch): i for i, batch in left.items()}
+            for future in as_completed(numbers):
                 results = future.result()
-                del left[places[future]]
+                del left[numbers[future]]
                 yield from results
         except BrokenProcessPool:  # a process was killed: this one compiles the rest
             pool.cache_clear()
-            for part in left.values():
-                yield from compile_each(compile_one, part)
+            for batch in left.values():
+                yield from compile_each(compile_one, batch)
         except BaseException:  # Ctrl-C: without this Python would compile the rest before it ends
             pool.cache_clear()
             self.executor.shutdown(wait=False, cancel_futures=True)
@@ -76,9 +76,9 @@ def compile_together(compile_one: Callable, tasks: list[tuple]) -> list[tuple[in
     """Like compile_each, but clang compiles the kernels' C in one call."""
     with Context(RENDER_ONLY=1):
         results = compile_each(compile_one, tasks)
-    # a program's sources end with its C and its object
-    rendered = [program for _, program in results if not program.src[-1].arg]
-    kernels = {program.src[-2].arg: program.arg.function_name for program in rendered}
+    # a program's sources end with its C and its object, which is empty if only the C is rendered
+    missing = [program for _, program in results if not program.src[-1].arg]
+    kernels = {program.src[-2].arg: program.arg.function_name for program in missing}
     objects = tasks[0][1][1].compiler.compile_together(kernels) if kernels else {}
 
     def compiled(program: UOp) -> UOp:

@@ -16,10 +16,10 @@ from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.heuristic import hand_coded_optimizations
 from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.engine.jit import GraphRunner
-from tinygrad.helpers import NUM_CPU_THREADS, PARALLEL, ContextVar
+from tinygrad.helpers import NUM_CPU_THREADS, PARALLEL, ContextVar, round_up
 from tinygrad.renderer import Estimates
 from tinygrad.renderer.cstyle import ClangRenderer
-from tinygrad.uop.ops import AxisType, Ops
+from tinygrad.uop.ops import AxisType, Ops, to_max_shape
 
 from backend import machine
 from backend.cpu.compiler import load_c
@@ -32,9 +32,9 @@ MACROS["ARGUMENTS"] = ", ".join(f"a[{i}]" for i in range(64))
 FUTEX = 202 if platform.machine() == "x86_64" else 98  # Linux's number of the system call
 
 
-def count_cores() -> None:
-    """Sets tinygrad's number of cores, unless the user has. tinygrad's own overlooks a container's
-    limit from Python 3.13 on."""
+def set_core_counts() -> None:
+    """Sets tinygrad's numbers of threads and processes, unless the user has. From Python 3.13 on,
+    tinygrad overlooks a container's limit."""
     if "NUM_CPU_THREADS" not in os.environ:
         for variable in (NUM_CPU_THREADS, PARALLEL):
             if variable.key not in os.environ:
@@ -62,8 +62,7 @@ def plain_loops(kernel: Scheduler) -> Scheduler:
             with contextlib.suppress(KernelOptError):
                 kernel.apply_opt(Opt(OptOps.UPCAST, axis, width))
 
-    sizes = [n if isinstance(n, int) else n.vmax for n in kernel.full_shape]
-    if (work := math.prod(sizes)) >= MIN_SHARED_WORK:
+    if (work := math.prod(to_max_shape(kernel.full_shape))) >= MIN_SHARED_WORK:
         split_loop(kernel, work)
     return kernel
 
@@ -82,8 +81,7 @@ def split_loop(kernel, work: int) -> None:
 
 def evenness(n: int) -> float:
     """The utilisation of the cores, 0 to 1, when they divide n equal tasks."""
-    n_cores = NUM_CPU_THREADS.value
-    return n / (-(-n // n_cores) * n_cores)
+    return n / round_up(n, NUM_CPU_THREADS.value)
 
 
 def chunk_of(

@@ -19,11 +19,8 @@ N_CHUNKS = 24  # 2, 3, 4, 6, 8, 12 or 24 cores take equal numbers of them
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a kernel: the C of its function, the function's name, and the arguments.
-
-    The arguments are buffers, each with an offset in bytes, then the names of variables. `core_id`,
-    a variable of a kernel in chunks, is the index of the chunk.
-    """
+    """A call of a kernel: a C function's source and name, and the arguments: buffers, each with an
+    offset in bytes, then names of variables. The variable `core_id` is the index of the chunk."""
 
     source: str
     name: str
@@ -41,7 +38,7 @@ class SourceRenderer(ClangRenderer):
         Renderer.__init__(self, Target("CPU", arch="x86_64"))  # only tells that bfloat16 exists
 
 
-def rendered(function: Callable, *tensors: Tensor, **variables: range) -> list[Call]:
+def render_kernels(function: Callable, *tensors: Tensor, **variables: range) -> list[Call]:
     """The kernels that `function` runs on the CPU, in chunks for up to N_CHUNKS cores.
 
     The function takes realised tensors, and by name integers, each from the range in `variables`.
