@@ -1,4 +1,4 @@
-"""What the tests share: the reference model, and the command lines called in this process."""
+"""Fixtures: reference models, a separate cache folder, and command lines run in this process."""
 
 import io
 import json
@@ -27,14 +27,14 @@ REFERENCE = DATA / "gpt_burn_114k"
 GPT2 = DATA / "gpt2_tiny"
 TINY = ["-d", "8", "-l", "1", "-h", "2", "-c", "8", "-b", "4"]
 
-LONGEST = ["workers", "train", "resume", "export", "page"]  # files of tests
+SLOWEST = ["workers", "train", "resume", "export", "page"]  # test files, the slowest first
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # a name that a test makes up is not asked for on the network
-os.environ.setdefault("CACHEDB", helpers.CACHEDB)  # processes find what this one has compiled
+os.environ["HF_HUB_OFFLINE"] = "1"  # unknown model names are not looked up
+os.environ.setdefault("CACHEDB", helpers.CACHEDB)  # subprocesses reuse compiled kernels
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One for each core; none for one file, and no more than finish before its longest file."""
+    """One per core up to 4: the slowest file bounds the time; 0 (no worker) for a single file."""
     n_files = len({argument.partition("::")[0] for argument in config.args})
     if n_files == 1 and ".py" in config.args[0]:
         return 0
@@ -42,8 +42,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first, so that no worker waits for another at the end."""
-    order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    """Sorts the slowest files first, so that the workers end together."""
+    order = {f"test_{name}": number for number, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
@@ -53,8 +53,8 @@ def not_on_windows(reason: str) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def signals() -> Iterator[None]:
-    """Has Ctrl-C and a lost terminal reach what a test starts, also where the tests themselves run
-    in the background or under nohup."""
+    """Default handlers of SIGINT and SIGHUP for subprocesses: in the background or under nohup
+    pytest would pass ignored signals on."""
     before = {}
     for name in ("SIGINT", "SIGHUP"):
         if number := getattr(signal, name, None):  # Windows has no SIGHUP
@@ -68,13 +68,15 @@ def signals() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory) -> Path:
-    """Keeps the jits that the tests capture apart from the user's; xdist's workers share them."""
+    """Cache of captured jits, apart from the user's and shared by the xdist workers."""
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"
     folder.mkdir(exist_ok=True)
     os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(Path.home() / ".cache" / "zig"))
-    os.environ["XDG_CACHE_HOME"] = str(folder)  # of the processes that the tests start
-    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # they would compile all modules anew
+    os.environ["XDG_CACHE_HOME"] = str(folder)  # for subprocesses
+    if os.environ.pop(
+        "PYTHONDONTWRITEBYTECODE", None
+    ):  # without it each subprocess would compile all modules
         os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
     jit_cache.FOLDER = folder / "gpt-tiny"
     return folder
@@ -82,14 +84,14 @@ def cache_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def reference():
-    """A model that gpt-burn trained, its tokenizer, and what gpt-burn makes of some prompts."""
+    """A model trained by gpt-burn, its tokenizer, and prompts with gpt-burn's outputs."""
     prompts = json.loads((REFERENCE / "expected.json").read_text())
     return *checkpoint.load(REFERENCE), prompts
 
 
 @pytest.fixture
 def sbgemm(monkeypatch):
-    """gemm.c, with float32 in place of it on a processor that has no fast products of it."""
+    """gemm.c for bfloat16, emulated in float32 on processors without bfloat16 instructions."""
     load = native.load
     program = load("sbgemm") or load_c("gemm.c", "sbgemm", BFLOAT16=1, EMULATED=1)
     monkeypatch.setattr(native, "load", lambda name: program if name == "sbgemm" else load(name))
@@ -105,13 +107,13 @@ class Result:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The working folder of a module's command lines."""
+    """Working folder of the command lines in a module."""
     return tmp_path_factory.mktemp("work")
 
 
 @pytest.fixture
 def call(folder, monkeypatch, capsys):
-    """Calls the `main` of train.py or run.py as their `__main__` would."""
+    """Returns a function that runs the `main` of a script in this process, as `__main__` does."""
 
     def call(main, *arguments) -> Result:
         monkeypatch.chdir(folder)
@@ -121,7 +123,7 @@ def call(folder, monkeypatch, capsys):
             command_line.run(main)
         out, err = capsys.readouterr()
         status = end.value.code or 0
-        if isinstance(status, str):  # what the interpreter does with it
+        if isinstance(status, str):  # a message, which the interpreter prints
             return Result(1, out, f"{err}{status}\n")
         return Result(status, out, err)
 
@@ -130,7 +132,7 @@ def call(folder, monkeypatch, capsys):
 
 @pytest.fixture
 def pipe(monkeypatch):
-    """Gives bytes to the standard input, which on Linux keeps the line breaks of Windows."""
+    """Returns a function that replaces standard input by bytes; CRLF stays, as on Linux."""
 
     def pipe(data: bytes) -> None:
         stream = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", newline="\n")
@@ -147,7 +149,7 @@ def assert_error(result: Result, status: int, words: list[str]) -> None:
 
 
 def start(folder: Path, *words: str, **options) -> subprocess.Popen:
-    """train.py in a process of its own."""
+    """Starts train.py in a subprocess."""
     return subprocess.Popen(
         [sys.executable, ROOT / "train.py", *words],
         cwd=folder,
@@ -159,14 +161,14 @@ def start(folder: Path, *words: str, **options) -> subprocess.Popen:
 
 
 def at_once(function) -> TinyJit:
-    """A jit that is captured at its first call; what it returns is overwritten by the next."""
+    """Jit captured at its first call; each call overwrites the output of the call before."""
     jit = TinyJit(function)
     jit.cnt = 1
     return jit
 
 
 def greedy(generator, tokenizer, ids: list[int], n_new_tokens: int) -> str:
-    """The likeliest continuation, as run.py chooses it at temperature 0."""
+    """Greedy continuation, as of run.py at temperature 0."""
 
     def choose(logits: np.ndarray) -> np.ndarray:
         logits[:, tokenizer.unknown] = -np.inf

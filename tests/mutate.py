@@ -1,4 +1,4 @@
-"""Damaged files: seeded variations of a good one, as a loader may meet them."""
+"""Seeded mutations of valid files, to fuzz the loaders."""
 
 import copy
 import json
@@ -19,18 +19,18 @@ VALUES = [
 
 
 def mutated_bytes(data: bytes, count: int, seed: int) -> Iterator[bytes]:
-    """Yield `count` damaged copies, each by one to three of the ways below."""
+    """Yields `count` copies, each changed by one to three of the mutations below."""
     rng = random.Random(seed)
-    ways = [_flip, _overwrite, _truncate, _insert, _remove, _repeat, _write_length]
+    mutations = [_flip, _overwrite, _truncate, _insert, _remove, _repeat, _write_length]
     for _ in range(count):
         mutated = bytearray(data)
         for _ in range(rng.choice([1, 1, 1, 2, 3])):
-            rng.choice(ways)(mutated, rng)
+            rng.choice(mutations)(mutated, rng)
         yield bytes(mutated)
 
 
 def mutated_json(value: dict, count: int, seed: int) -> Iterator[bytes]:
-    """Yield `count` JSON texts of `value` with entries replaced, dropped, renamed or doubled."""
+    """Yields `count` JSON texts of `value` with entries replaced, dropped, renamed or copied."""
     rng = random.Random(seed)
     for _ in range(count):
         mutated = copy.deepcopy(value)
@@ -39,7 +39,7 @@ def mutated_json(value: dict, count: int, seed: int) -> Iterator[bytes]:
         text = json.dumps(mutated)
         if rng.random() < 0.03:
             text = text.replace("{", "[" * 100_000, 1)
-        if rng.random() < 0.03:  # the same keys twice
+        if rng.random() < 0.03:  # duplicate keys
             text = text[:-1] + "," + json.dumps(value)[1:]
         yield text.encode()
 
@@ -65,61 +65,61 @@ def _change_entry(value, rng: random.Random) -> None:
         del holder[key]
     elif way < 0.9 and isinstance(holder, dict):
         holder[str(rng.choice(VALUES))[:5000]] = holder.pop(key)
-    else:  # put one entry's value in another's place
-        other, other_key = rng.choice(places)
-        holder[key] = copy.deepcopy(other[other_key])
+    else:  # copy the value of another entry
+        source, source_key = rng.choice(places)
+        holder[key] = copy.deepcopy(source[source_key])
 
 
 def _flip(data: bytearray, rng: random.Random) -> None:
     if data:
-        data[_place(data, rng)] ^= 1 << rng.randrange(8)
+        data[_position(data, rng)] ^= 1 << rng.randrange(8)
 
 
 def _overwrite(data: bytearray, rng: random.Random) -> None:
     for _ in range(rng.randint(1, 8)):
         if data:
-            data[_place(data, rng)] = rng.randrange(256)
+            data[_position(data, rng)] = rng.randrange(256)
 
 
 def _truncate(data: bytearray, rng: random.Random) -> None:
-    del data[_place(data, rng) :]
+    del data[_position(data, rng) :]
 
 
 def _insert(data: bytearray, rng: random.Random) -> None:
-    at = _place(data, rng)
+    at = _position(data, rng)
     data[at:at] = rng.randbytes(rng.randint(1, 16))
 
 
 def _remove(data: bytearray, rng: random.Random) -> None:
-    at = _place(data, rng)
+    at = _position(data, rng)
     del data[at : at + rng.randint(1, 16)]
 
 
 def _repeat(data: bytearray, rng: random.Random) -> None:
-    at = _place(data, rng)
+    at = _position(data, rng)
     data[at:at] = data[at : at + rng.randint(1, 200)]
 
 
 def _write_length(data: bytearray, rng: random.Random) -> None:
-    """Overwrite 1 to 8 bytes as a length field of either byte order would be."""
+    """Overwrites 1 to 8 bytes with an integer of either byte order, as a length field."""
     size = rng.choice([1, 2, 4, 8])
     length = min(rng.choice([*LENGTHS, len(data)]), 256**size - 1)
-    at = _place(data, rng)
+    at = _position(data, rng)
     data[at : at + size] = length.to_bytes(size, rng.choice(["little", "big"]))
 
 
-def _place(data: bytearray, rng: random.Random) -> int:
-    """Return a position, every other time among the first bytes, where the structure is."""
+def _position(data: bytearray, rng: random.Random) -> int:
+    """Returns a position, every other time among the first bytes, which hold the header."""
     end = max(1, len(data))
     return rng.randrange(min(end, rng.choice([16, 600, end, end])))
 
 
 def outcomes(mutations: Iterator[bytes], path: Path, read: Callable) -> tuple[int, int]:
-    """How many of the mutated files could be read, and how many were refused."""
+    """Reads each mutated file, within 2 s and 500 MiB; returns how many were read and refused."""
     n_read = n_refused = 0
-    before = most_memory()
+    peak_before = peak_memory()
     for mutated in mutations:
-        path.unlink(missing_ok=True)  # a new file: arrays may still be views of the old one
+        path.unlink(missing_ok=True)  # earlier arrays may still map the old file
         path.write_bytes(mutated)
         start = time.perf_counter()
         try:
@@ -132,12 +132,12 @@ def outcomes(mutations: Iterator[bytes], path: Path, read: Callable) -> tuple[in
             assert len(text) < 500 + len(str(path)), text
             n_refused += 1
         assert time.perf_counter() - start < 2
-    assert most_memory() - before < 500 << 20
+    assert peak_memory() - peak_before < 500 << 20
     return n_read, n_refused
 
 
-def most_memory() -> int:
-    """The most bytes that this process has held at once; 0 on Windows, which is not asked."""
+def peak_memory() -> int:
+    """Peak resident memory of this process in bytes; 0 on Windows."""
     if sys.platform == "win32":
         return 0
     import resource

@@ -1,5 +1,5 @@
-"""train.py for test_distributed.py: each rank writes what it computed with: the losses, a checksum
-of the parameters, and its device."""
+"""train.py for test_workers.py: each rank writes rank_N.json with its losses, a checksum of its
+parameters and its device."""
 
 import json
 import os
@@ -13,26 +13,26 @@ import command_line
 import train
 from training import trainer, workers
 
-N_NOTED = 50  # a step's first batches: by its end, rounding has grown
+N_RECORDED = 50  # first batches of a step: in later ones rounding errors have grown
 record = {"losses": []}
 
 
-def reduce_and_note(world, array):
+def reduce_and_record(world, array):
     total = all_reduce(world, array)
     if total.shape == (train.DEFAULTS.batches_per_step,):
-        record["losses"] += total[:N_NOTED].tolist()
+        record["losses"] += total[:N_RECORDED].tolist()
     return total
 
 
-def train_and_note(self, *arguments):
-    status = train_of_trainer(self, *arguments)
+def train_and_record(self, *arguments):
+    status = train_without_record(self, *arguments)
     parameters = b"".join(part.tobytes() for part in self.optimizer.parameters.read().values())
     record.update(checksum=zlib.crc32(parameters), device=self.losses.device)
     return status
 
 
-all_reduce, workers.World.all_reduce = workers.World.all_reduce, reduce_and_note
-train_of_trainer, trainer.Trainer.train = trainer.Trainer.train, train_and_note
+all_reduce, workers.World.all_reduce = workers.World.all_reduce, reduce_and_record
+train_without_record, trainer.Trainer.train = trainer.Trainer.train, train_and_record
 train.print_example = lambda *_: None
 
 

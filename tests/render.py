@@ -1,11 +1,11 @@
-"""Renders every kernel of a training, and without options of a generation, for a backend that need
-not be there.
+"""Renders every kernel of a training run, and without options of generation, for a backend that is
+not installed.
 
     python tests/render.py CUDA|METAL|AMD FOLDER [OPTION OF TRAIN.PY ...]
 
-tinygrad's device NULL runs nothing and takes the renderer of any backend; the compilers that only
-the backend's own machines have give back the source they get. The kernels go to FOLDER: NAME.txt
-as source and NAME.bin as compiled.
+tinygrad's device NULL executes nothing and accepts the renderer of any backend. Compilers that are
+not installed are replaced by ones that return the source. Each kernel is written to FOLDER:
+NAME.txt is the source, NAME.bin the binary.
 """
 
 import os
@@ -19,8 +19,8 @@ TARGETS = {"CUDA": "NULL:CUDA:sm_80", "METAL": "NULL:METAL:Apple7", "AMD": "NULL
 LARGEST = ["-c", "64", "-d", "64", "-h", "2", "-l", "1", "-b", "32", "-n", "1"]
 
 
-def find_nvidias(variable: str, pattern: str) -> None:
-    """Sets the variable to what NVIDIA's packages from PyPI bring, unless it is set."""
+def find_nvidia_file(variable: str, pattern: str) -> None:
+    """Sets an unset variable to the path in NVIDIA's PyPI packages that matches the pattern."""
     spec = find_spec("nvidia")
     folders = map(Path, spec.submodule_search_locations if spec else [])
     for path in [path for folder in folders for path in sorted(folder.glob(pattern))][:1]:
@@ -29,11 +29,11 @@ def find_nvidias(variable: str, pattern: str) -> None:
 
 def render(backend: str, folder: Path, options: list[str]) -> None:
     os.environ["DEV"] = TARGETS[backend]
-    os.environ["PARALLEL"] = "0"  # the changes below are in this process alone
+    os.environ["PARALLEL"] = "0"  # worker processes would lack the patches below
     if backend == "METAL":
-        os.environ["MAX_KERNEL_BUFFERS"] = "31"  # tinygrad's limit, which NULL does not have
-    find_nvidias("NVRTC_PATH", "*/lib/libnvrtc.so.*")
-    find_nvidias("CUDA_PATH", "cuda_runtime")  # cuda_bf16.h
+        os.environ["MAX_KERNEL_BUFFERS"] = "31"  # tinygrad's limit for Metal; NULL has none
+    find_nvidia_file("NVRTC_PATH", "*/lib/libnvrtc.so.*")
+    find_nvidia_file("CUDA_PATH", "cuda_runtime")  # cuda_bf16.h
 
     from tinygrad import Device
     from tinygrad.device import Compiler
@@ -41,7 +41,7 @@ def render(backend: str, folder: Path, options: list[str]) -> None:
     from tinygrad.runtime.support import compiler_amd, compiler_cuda
 
     def copy_out(allocator, to: memoryview, buffer) -> None:
-        to.cast("B")[:] = bytes(to.nbytes)  # what memory happens to hold may end a training
+        to.cast("B")[:] = bytes(to.nbytes)  # zeros: garbage may be a loss that is not finite
 
     NullAllocator._copyout = copy_out
     sys.modules["tinygrad.runtime.ops_metal"] = SimpleNamespace(MetalCompiler=Compiler)
@@ -55,12 +55,12 @@ def render(backend: str, folder: Path, options: list[str]) -> None:
     import run
     import train
 
-    renderer = Device[Device.DEFAULT].renderer  # tinygrad keeps products of CUDA's off TF32
+    renderer = Device[Device.DEFAULT].renderer  # a CUDA target without TF32
     renderer.target = replace(renderer.target, device=backend)
 
     model = str(folder / "model")
     commands = [(train.main, [*LARGEST, *options, "-o", model]), (run.main, [model, "-n", "2"])]
-    if options:  # which are of training: generation is as without them
+    if options:  # of training alone: generation is rendered without options
         train.print_example = lambda *_: None
         commands.pop()
     for main, arguments in commands:

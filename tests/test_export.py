@@ -1,6 +1,6 @@
-"""export.py: a model as a program, beside run.py.
+"""export.py: programs compiled from a model give the output of run.py.
 
-With GPT_TINY_TARGETS=1 also programs for other machines, where qemu-aarch64-static and wine are.
+GPT_TINY_TARGETS=1 adds programs for other machines; they need qemu-aarch64-static and wine.
 """
 
 import hashlib
@@ -45,12 +45,12 @@ def made(tmp_path_factory) -> tuple[dict, Path]:
 
 @pytest.fixture
 def program(made, call, monkeypatch):
-    """Makes a program of a model, with options of export.py, or finds it."""
+    """Returns a function that exports a model with options of export.py, once per module."""
     programs, folder = made
 
     def program(model: Path, *options: str) -> Path:
         if (model, options) not in programs:
-            if "--weights" in options:  # its cores share the work, as with a large model
+            if "--weights" in options:  # share products among cores, as in a large model
                 monkeypatch.setattr(sources, "MIN_SHARED_BYTES", 0)
             path = folder / f"program_{len(programs)}.exe"
             assert call(export.main, model, "-o", path, *options).status == 0
@@ -75,7 +75,7 @@ def output(*words, **options) -> str:
 
 
 def saved(folder: Path, tokenizer: Tokenizer) -> Path:
-    """A model of two shares of one piece each, with a tokenizer."""
+    """Saves an untrained model for the tokenizer."""
     config = GPTConfig(9, tokenizer.vocab_size, n_layers=1, n_heads=3, d_model=21, d_hidden=50)
     settings = {name: value for name, value in vars(config).items() if value is not False}
     checkpoint.save(folder, {"model": settings}, initial_weights(config, 1), tokenizer)
@@ -90,15 +90,15 @@ def pieces(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def russian(tmp_path_factory) -> Path:
-    """A model of characters that are not gpt-burn's."""
+    """A model with other characters than gpt-burn's."""
     tokenizer = CharTokenizer(["\n", *" ',1Het", *map(chr, range(0x430, 0x450)), *"日語🔥"])
     return saved(tmp_path_factory.mktemp("models") / "russian", tokenizer)
 
 
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory) -> Path:
-    """A GPT-2 whose texts end at two ids, with a token more, one that pads, and rows without a
-    token, which would be the likeliest."""
+    """A GPT-2 with two end ids, an added token, a padding token, and rows without a token but with
+    the highest logits."""
     folder = shutil.copytree(GPT2, tmp_path_factory.mktemp("models") / "marked")
     config = json.loads((GPT2 / "config.json").read_text()) | {"vocab_size": 520}
     roles = {"eos_token_id": [511, 309], "pad_token_id": 513}
@@ -114,7 +114,7 @@ def marked(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("vectors", ["0", "1", "2"])
-def test_greedy_texts_are_gpt_burns_with_all_vectors_that_processors_have(program, vectors):
+def test_greedy_texts_are_gpt_burns_at_each_vector_width(program, vectors):
     for prompt in PROMPTS:
         words = [program(REFERENCE), "-p", prompt["prompt"], *GREEDY]
         assert output(*words, VECTORS=vectors) == prompt["greedy"] + "\n"
@@ -124,7 +124,7 @@ def test_greedy_texts_are_gpt_burns_with_all_vectors_that_processors_have(progra
     ("model", "weights"),
     [("char", None), ("russian", "int8"), ("pieces", "float16"), ("marked", None)],
 )
-def test_a_program_writes_what_run_py_writes(program, call, request, model, weights):
+def test_a_program_gives_the_texts_of_run_py(program, call, request, model, weights):
     if model == "marked":
         pytest.importorskip("tiktoken")
     folder = REFERENCE if model == "char" else request.getfixturevalue(model)
@@ -135,7 +135,7 @@ def test_a_program_writes_what_run_py_writes(program, call, request, model, weig
         assert output(story, *words) == call(run.main, folder, *options, *words).out
 
 
-def test_a_program_ends_its_text_at_each_id_that_ends_one(program, call, marked):
+def test_a_program_stops_at_each_end_id(program, call, marked):
     pytest.importorskip("tiktoken")
     greedy = json.loads((GPT2 / "expected.json").read_text(encoding="utf-8"))[0]
     words = ["-p", greedy["text"], "-n", "8", "--temperature", "0"]
@@ -155,7 +155,7 @@ def test_a_program_ends_its_text_at_each_id_that_ends_one(program, call, marked)
         (["-i"], "\ufeff\n\ufeffA<|endoftext|>\n<|pad|>"),
     ],
 )
-def test_special_tokens_are_spelled_and_begin_a_text_as_in_run_py(
+def test_special_tokens_in_prompts_are_handled_as_by_run_py(
     program, call, pipe, marked, words, text
 ):
     pytest.importorskip("tiktoken")
@@ -167,7 +167,7 @@ def test_special_tokens_are_spelled_and_begin_a_text_as_in_run_py(
     assert ours.err == theirs.stderr.decode() == ""
 
 
-def test_prompts_come_from_standard_input_whole_or_line_by_line(program, call):
+def test_standard_input_is_one_prompt_or_one_per_line(program, call):
     story, short = program(REFERENCE), ["-n", "20", "--temperature", "0"]
     whole = output(story, "-p", "The\n class", *short)
     assert output(story, "-p", "-", *short, stdin="The\r\n class") == whole
@@ -211,7 +211,7 @@ def test_a_prompt_is_bold_on_a_terminal_that_knows_bold(program, environment, is
     "prompt", ["日本The é日\t\u3000🔥\u200b", "The " * 600 + "\r\né"], ids=["some", "one"]
 )
 @pytest.mark.parametrize("model", ["char", "pieces"])
-def test_what_is_unknown_is_warned_of_as_by_run_py(program, call, pieces, model, prompt):
+def test_unknown_characters_give_the_warning_of_run_py(program, call, pieces, model, prompt):
     folder, options = (pieces, ["--weights", "float16"]) if model == "pieces" else (REFERENCE, [])
     words = ["-p", prompt, "-n", "5"]
     ours = call(run.main, folder, *options, *words)
@@ -238,7 +238,7 @@ def test_what_is_unknown_is_warned_of_as_by_run_py(program, call, pieces, model,
         ([b"--stop", b"a\xff"], 1, "--stop is not UTF-8: invalid byte 0xff at offset 1"),
     ],
 )
-def test_wrong_usage_of_a_program_is_one_line(program, words, status, says):
+def test_wrong_usage_of_a_program_is_an_error_of_one_line(program, words, status, says):
     process = subprocess.run([program(REFERENCE), *words], capture_output=True)
     assert (process.returncode, process.stdout) == (status, b"")
     assert process.stderr.startswith(b"error: ") and process.stderr.count(b"\n") == 1
@@ -271,12 +271,12 @@ def test_a_truncated_or_altered_program_refuses(program, tmp_path):
         assert_refuses(copy, tmp_path / "copy")
 
 
-# in what checks it, constants, code, the data and all up to the weights
+# sizes that end within the checksum code, constants, code and data before the weights
 CUTS = [1500, 4096, 4097, 16_000, 30_000, 100_000, 213_000, 215_000, 217_000]
 
 
 @pytest.mark.skipif("sys.platform != 'linux'", reason="other systems refuse such a program")
-def test_a_program_truncated_or_altered_in_its_code_refuses_as_well(program, tmp_path):
+def test_a_program_truncated_or_altered_in_its_code_refuses(program, tmp_path):
     data = program(REFERENCE).read_bytes()
     for copy in (*(data[:n] for n in CUTS), altered(data, 100_000)):
         assert_refuses(copy, tmp_path / "copy")
@@ -288,7 +288,7 @@ def test_weights_are_in_the_precision_of_their_file(program):
 
 
 @pytest.mark.parametrize("cores", ["1", "2", "3", "24"])
-def test_any_number_of_cores_writes_the_same(program, russian, cores):
+def test_any_number_of_cores_gives_the_same_text(program, russian, cores):
     story = program(russian, "--weights", "int8")
     assert output(story, *GREEDY, NUM_CPU_THREADS=cores) == output(
         story, *GREEDY, NUM_CPU_THREADS="1"
@@ -306,7 +306,7 @@ def test_any_number_of_cores_writes_the_same(program, russian, cores):
         ([], 2, "model_path"),
     ],
 )
-def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(call, folder, words, status, says):
+def test_errors_of_export_are_one_line_and_leave_no_file(call, folder, words, status, says):
     before = sorted(folder.iterdir())
     result = call(export.main, *words)
     assert_error(result, status, [says])
@@ -321,9 +321,9 @@ def unloaded(monkeypatch) -> None:
     monkeypatch.setattr(checkpoint, "load", load)
 
 
-@not_on_windows("it has neither these nodes nor links for everyone")
+@not_on_windows("Windows has no named pipes")
 @pytest.mark.parametrize("is_page", [False, True])
-def test_what_is_no_file_to_write_is_refused_before_the_model_is_loaded(
+def test_an_output_that_is_no_regular_file_is_refused_before_the_model_is_loaded(
     call, tmp_path, unloaded, is_page
 ):
     os.mkfifo(tmp_path / "pipe")
@@ -338,16 +338,16 @@ def test_what_is_no_file_to_write_is_refused_before_the_model_is_loaded(
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "loop").is_symlink()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="where no one may write, not even root")
-def test_a_place_that_cannot_be_written_is_named_before_the_model_is_loaded(call, unloaded):
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is unwritable, even for root")
+def test_an_unwritable_output_is_refused_before_the_model_is_loaded(call, unloaded):
     for page in ([], ["--page"]):
         result = call(export.main, REFERENCE, *page, "-o", "/proc/story/text")
         assert_error(result, 1, ["cannot save to /proc/story/text: "])
 
 
-@not_on_windows("not everyone may make links there")
+@not_on_windows("links need an administrator")
 @pytest.mark.parametrize("name", ["config.json", "model.mpk", "model.safetensors", "merges.txt"])
-def test_no_file_of_the_model_is_an_output(call, tmp_path, unloaded, name):
+def test_files_of_the_model_are_refused_as_outputs(call, tmp_path, unloaded, name):
     shutil.copytree(REFERENCE, tmp_path / "model")
     (tmp_path / "link").symlink_to(tmp_path / "model" / name)
     before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
@@ -358,7 +358,9 @@ def test_no_file_of_the_model_is_an_output(call, tmp_path, unloaded, name):
 
 
 @pytest.mark.parametrize(("name", "written"), [("story.v2", "story.v2"), ("a.html", "a")])
-def test_a_large_page_is_a_folder_of_its_name(call, tmp_path, monkeypatch, name, written):
+def test_a_large_page_is_a_folder_named_after_the_output(
+    call, tmp_path, monkeypatch, name, written
+):
     def write_sources(decoder, tokenizer, help_text: str, folder: Path) -> SimpleNamespace:
         (folder / "model.bin").write_bytes(b"weights")
         return SimpleNamespace(n_file_bytes=7, n_halves=0, n_memory_bytes=0)
@@ -373,9 +375,7 @@ def test_a_large_page_is_a_folder_of_its_name(call, tmp_path, monkeypatch, name,
     assert os.listdir(tmp_path) == [written]
 
 
-def test_a_large_page_beside_a_folder_of_someone_elses_is_refused_before_the_work(
-    call, tmp_path, monkeypatch
-):
+def test_a_large_page_never_replaces_another_folder(call, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "MAX_PAGE_BYTES", 1000)
     monkeypatch.setattr(export, "write_sources", None)
     (tmp_path / "story").mkdir()
@@ -384,7 +384,7 @@ def test_a_large_page_beside_a_folder_of_someone_elses_is_refused_before_the_wor
     assert_error(result, 1, ["story exists and is no page of ours"])
 
 
-def test_a_program_that_its_system_would_not_load_is_refused(call, folder, monkeypatch):
+def test_a_program_too_large_for_its_system_is_refused(call, folder, monkeypatch):
     monkeypatch.setattr(build, "MAX_MODEL_BYTES", 100_000)
     before = sorted(folder.iterdir())
     words = [REFERENCE, "--target", "aarch64-macos"]
@@ -402,13 +402,13 @@ def test_a_program_that_its_system_would_not_load_is_refused(call, folder, monke
         ("Windows", "ARM64", "x86_64-windows"),  # which Windows emulates
     ],
 )
-def test_without_a_target_a_program_is_for_this_machine(monkeypatch, system, machine, target):
+def test_the_default_target_is_this_machine(monkeypatch, system, machine, target):
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     assert export.this_machine() == target and target in build.TARGETS
 
 
-def test_compiling_takes_no_more_cores_than_it_may(monkeypatch, tmp_path):
+def test_compilation_uses_no_more_cores_than_allowed(monkeypatch, tmp_path):
     def compile_c(_, output: Path, *arguments) -> Path:
         output.write_bytes(b"")
         return output
@@ -424,7 +424,7 @@ def test_compiling_takes_no_more_cores_than_it_may(monkeypatch, tmp_path):
         build.write_program(build.TARGETS["x86_64-linux"], tmp_path, tmp_path / "story")
 
 
-def test_a_page_beyond_a_browsers_memory_is_refused(call, folder, monkeypatch):
+def test_a_page_too_large_for_a_browser_is_refused(call, folder, monkeypatch):
     monkeypatch.setattr(export, "MAX_WASM_BYTES", 100_000)
     before = sorted(folder.iterdir())
     assert_error(call(export.main, REFERENCE, "--page"), 1, ["GB", "--weights int8"])
@@ -440,7 +440,7 @@ needs_targets = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("target", "emulator"), [("aarch64-linux", "qemu-aarch64-static"), ("x86_64-windows", "wine")]
 )
-def test_programs_for_other_machines_write_the_same(program, target, emulator, tmp_path):
+def test_programs_for_other_machines_give_the_same_texts(program, target, emulator, tmp_path):
     story = program(REFERENCE, "--target", target)
     assert shutil.which(emulator), emulator
     here = program(REFERENCE)
@@ -454,7 +454,7 @@ def test_programs_for_other_machines_write_the_same(program, target, emulator, t
             assert_refuses(copy, tmp_path / "copy", emulator)
 
 
-def test_the_model_that_is_linked_is_never_another_file_of_its_name(monkeypatch, tmp_path):
+def test_the_linked_model_is_not_one_in_the_working_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("model.bin").write_bytes(b"another")
     Path("sources").mkdir()
@@ -464,7 +464,7 @@ def test_the_model_that_is_linked_is_never_another_file_of_its_name(monkeypatch,
 
 
 def load_commands(data: bytes) -> list[tuple[int, bytes]]:
-    """The number and the bytes of each in a Mach-O file of 64 bits."""
+    """Number and bytes of each load command of a 64-bit Mach-O file."""
     commands, place = [], 32
     for _ in range(int.from_bytes(data[16:20], "little")):
         number, size = struct.unpack_from("<II", data, place)
@@ -475,8 +475,8 @@ def load_commands(data: bytes) -> list[tuple[int, bytes]]:
 
 @needs_targets
 @pytest.mark.parametrize(("processor", "page"), [("x86_64", 4096), ("aarch64", 16384)])
-def test_a_program_for_macos_is_one_file_that_macos_loads(program, processor, page):
-    """Nothing here runs it. The numbers are those of Apple's mach-o/loader.h."""
+def test_a_program_for_macos_is_a_valid_mach_o_file(program, processor, page):
+    """Checked against Apple's mach-o/loader.h, as no test machine runs the program."""
     data = program(REFERENCE, "--target", f"{processor}-macos").read_bytes()
     commands, segments, end, address = load_commands(data), {}, 0, 0
     kind = {"x86_64": 0x1000007, "aarch64": 0x100000C}[processor]
@@ -495,8 +495,8 @@ def test_a_program_for_macos_is_one_file_that_macos_loads(program, processor, pa
 
 
 @needs_targets
-def test_each_page_of_a_program_for_arm_macs_is_as_its_signature_says(program):
-    """The numbers are those of Apple's xnu, osfmk/kern/cs_blobs.h; a signature's are big-endian."""
+def test_the_signature_of_a_program_for_arm_macs_has_the_digest_of_each_page(program):
+    """Constants are from Apple's xnu, osfmk/kern/cs_blobs.h; signatures are big-endian."""
     data = program(REFERENCE, "--target", "aarch64-macos").read_bytes()
     [words] = [words for number, words in load_commands(data) if number == 0x1D]
     place, size = struct.unpack_from("<II", words, 8)

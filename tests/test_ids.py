@@ -1,4 +1,4 @@
-"""What a training reads of texts, and keeps of them as ids."""
+"""Texts as ids: files, folders and pipes that are read, and ids cached on disk."""
 
 import bz2
 import errno
@@ -70,25 +70,25 @@ def kept() -> set[str]:
 
 @pytest.fixture
 def encodings(monkeypatch) -> list[int]:
-    """A number for each time that a text is encoded."""
-    noted, encode = [], ids.Encoder.encode
+    """List that grows by one number per encoded text."""
+    calls, encode = [], ids.Encoder.encode
 
-    def encode_and_note(*arguments):
-        noted.append(len(noted))
+    def encode_and_count(*arguments):
+        calls.append(len(calls))
         return encode(*arguments)
 
-    monkeypatch.setattr(ids.Encoder, "encode", encode_and_note)
-    return noted
+    monkeypatch.setattr(ids.Encoder, "encode", encode_and_count)
+    return calls
 
 
-def test_m_uses_the_first_mebibytes_alone_even_if_they_end_within_a_character(folder, capsys):
+def test_m_limits_the_bytes_even_within_a_character(folder, capsys):
     data = b"a" * ((1 << 20) - 1) + "ä".encode() + b"\xff"
     (folder / "a.txt").write_bytes(data)
     assert decoded(read("a.txt", n_mega_bytes=1)) == "a" * ((1 << 20) - 1)
     assert capsys.readouterr().err == ""
 
 
-def test_without_m_it_says_that_it_takes_gpt_burns_999_mebibytes_alone(monkeypatch, capsys):
+def test_the_default_limit_of_bytes_is_a_message(monkeypatch, capsys):
     monkeypatch.setattr(ids, "DEFAULT_MEGA_BYTES", 1)
     Path("a.txt").write_bytes(b"a" * (1 << 20))
     assert len(read("a.txt").ids) == 1 << 20
@@ -101,7 +101,7 @@ def test_without_m_it_says_that_it_takes_gpt_burns_999_mebibytes_alone(monkeypat
     assert len(read("b.txt", n_mega_bytes=2).ids) == (1 << 20) + 1
 
 
-def test_what_is_left_out_is_said_each_time_also_of_ids_that_an_earlier_version_kept(capsys):
+def test_unknown_characters_are_a_warning_for_cached_ids_as_well(capsys):
     Path("a.txt").write_text("a日b" * 500 + "\r本\u200b\t日", encoding="utf-8")
     share = f"{100 * 504 / 1504:.1f} %"
     kept_as = "日 U+0009 U+200B 本"
@@ -120,10 +120,10 @@ def test_what_is_left_out_is_said_each_time_also_of_ids_that_an_earlier_version_
 
     Path("b.txt").write_text(TEXT)
     given = read("b.txt", tokenizer=CharTokenizer())
-    assert read("b.txt").stored == given.stored  # for gpt-burn's are enough
+    assert read("b.txt").stored == given.stored  # gpt-burn's vocabulary is enough
 
 
-def test_the_vocabulary_is_the_texts_own_where_gpt_burns_leaves_out_more_than_1_in_200(capsys):
+def test_the_vocabulary_is_learned_where_gpt_burns_lacks_more_than_1_in_200(capsys):
     few, many = "abcdefgh" * 199 + "é" * 8, "abcdefgh" * 199 + "é" * 8 + "ñ"
     Path("few.txt").write_text(few, encoding="utf-8")
     Path("many.txt").write_text(many, encoding="utf-8")
@@ -136,18 +136,18 @@ def test_the_vocabulary_is_the_texts_own_where_gpt_burns_leaves_out_more_than_1_
         assert capsys.readouterr().err == own + lost
         assert decoded(text) == many[:-1]
         assert text.tokenizer.decode(range(10)) == "\nabcdefghé"
-    read("many.txt", tokenizer=text.tokenizer)  # as a training that goes on has it
+    read("many.txt", tokenizer=text.tokenizer)  # as in a resumed run
     assert len(list(ids.FOLDER.iterdir())) == 2
 
 
-def test_ids_by_a_given_vocabulary_are_not_taken_for_what_is_learned():
+def test_ids_of_a_given_vocabulary_are_not_reused_for_a_learned_one():
     Path("a.txt").write_text(TEXT, encoding="utf-8")
     given = SimpleVowelTokenizer(["The", " "], 3)
     read("a.txt", tokenizer=given)
     assert decoded(read("a.txt", tokenizer="vowel")) == TEXT
 
 
-def test_without_a_corpus_it_says_what_it_takes_instead(capsys):
+def test_the_default_corpus_is_pythons_help(capsys):
     assert len(read().ids) > 300_000
     message = capsys.readouterr().err
     missing, left_out = message.splitlines()
@@ -159,7 +159,7 @@ def test_without_a_corpus_it_says_what_it_takes_instead(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_texts_are_joined_as_they_are_given_compressed_ones_too(monkeypatch):
+def test_plain_and_compressed_texts_are_joined_in_the_given_order(monkeypatch):
     pieces = [TEXT[i::4] for i in range(4)]
     for piece, name, module in zip(
         pieces, ["c.txt", "b.txt.gz", "a.bz2", "d.XZ"], [io, gzip, bz2, lzma], strict=True
@@ -173,7 +173,7 @@ def test_texts_are_joined_as_they_are_given_compressed_ones_too(monkeypatch):
     assert decoded(read("c.txt", "-")) == pieces[0] + pieces[1]
 
 
-def test_a_folder_stands_for_all_txt_below_it_in_sorted_order(folder):
+def test_a_folder_is_the_sorted_txt_files_below_it(folder):
     for name in ("b.txt", "a.txt", "a/z.txt", "notes.md", "a/b/c.txt", ".git/d.txt", "a/.e.txt"):
         (folder / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "texts" / name).write_text(f"{name} " * 9)
@@ -185,7 +185,7 @@ def in_folder(*names: str) -> list[str]:
     return [str(Path("texts", name)) for name in names]
 
 
-def test_what_of_a_folder_is_left_out_is_named(folder, monkeypatch, capsys):
+def test_files_of_a_folder_that_are_left_out_are_named(folder, monkeypatch, capsys):
     for name in ("a.txt", "B.TXT", "notes.md", "c.csv.gz", ".d.txt", ".git/x", "closed/e.txt"):
         (folder / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "texts" / name).write_text(f"{name} " * 9)
@@ -214,7 +214,7 @@ def test_what_of_a_folder_is_left_out_is_named(folder, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links are for administrators")
-def test_a_linked_file_is_read_and_a_linked_folder_named(capsys):
+def test_a_linked_file_is_read_and_a_linked_folder_left_out(capsys):
     for name in ("texts", "elsewhere"):
         Path(name).mkdir()
         Path(name, "a.txt").write_text(f"{name} " * 9)
@@ -251,14 +251,14 @@ def tarred() -> bytes:
         ("a.txt.xy", lzma.compress(TEXT.encode()), "compressed by xz"),
     ],
 )
-def test_a_file_of_another_kind_is_refused_by_that_and_with_the_kinds_there_are(name, data, kind):
+def test_another_file_type_is_refused_with_the_types_that_are_read(name, data, kind):
     Path(name).write_bytes(data)
     pattern = rf"^{re.escape(name)} is {kind}.*: a text is .*UTF-8.*\.gz, \.bz2 or \.xz.*\.txt.* -"
     with pytest.raises(UserError, match=pattern):
         read(name)
 
 
-def test_what_comes_through_a_pipe_may_be_of_another_kind(monkeypatch):
+def test_compressed_standard_input_is_refused(monkeypatch):
     data = io.BytesIO(gzip.compress(TEXT.encode()))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(data))
     with pytest.raises(UserError, match=r"^standard input is compressed by gzip: "):
@@ -266,7 +266,7 @@ def test_what_comes_through_a_pipe_may_be_of_another_kind(monkeypatch):
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "vowel", "bpe"])
-def test_a_later_training_finds_the_ids_until_the_text_changes(encodings, tokenizer):
+def test_ids_are_cached_until_the_text_changes(encodings, tokenizer):
     if tokenizer == "bpe":
         needs_a_learner()
     Path("a.txt").write_text(TEXT)
@@ -275,7 +275,7 @@ def test_a_later_training_finds_the_ids_until_the_text_changes(encodings, tokeni
     assert second.checksum == first.checksum
     assert second.tokenizer.tokens == first.tokenizer.tokens
     np.testing.assert_array_equal(second.ids, first.ids)
-    read("a.txt", tokenizer=first.tokenizer)  # as one that goes on has it
+    read("a.txt", tokenizer=first.tokenizer)  # as in a resumed run
     assert encodings == [0]
 
     changed = TEXT.replace("context", "kontext")  # of the same size and time
@@ -284,27 +284,27 @@ def test_a_later_training_finds_the_ids_until_the_text_changes(encodings, tokeni
     os.utime("a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
     assert "kontext" in decoded(read("a.txt", tokenizer=tokenizer))
     assert encodings == [0, 1]
-    assert len(list(ids.FOLDER.iterdir())) == 1  # the ids of before are gone
+    assert len(list(ids.FOLDER.iterdir())) == 1  # the former ids are removed
 
 
-def test_trainings_that_begin_at_the_same_time_share_what_the_first_has_written(monkeypatch):
+def test_concurrent_runs_share_the_ids_written_first(monkeypatch):
     Path("a.txt").write_text(TEXT)
-    encode, others = ids.Encoder.encode, []
+    encode, inodes = ids.Encoder.encode, []
 
     def encode_after_another(*arguments):
         monkeypatch.setattr(ids.Encoder, "encode", encode)
-        others.append((text := read("a.txt")).stored.stat().st_ino)
+        inodes.append((text := read("a.txt")).stored.stat().st_ino)
         assert decoded(text) == TEXT
         return encode(*arguments)
 
     monkeypatch.setattr(ids.Encoder, "encode", encode_after_another)
     text = read("a.txt")
-    assert [text.stored.stat().st_ino] == others
+    assert [text.stored.stat().st_ino] == inodes
     assert len(list(ids.FOLDER.iterdir())) == 1
 
 
 @not_on_windows("removes no file that is mapped")
-def test_ids_that_were_used_last_are_kept_up_to_a_size(monkeypatch):
+def test_the_least_recently_used_ids_are_removed_beyond_a_size(monkeypatch):
     def write(name: str, n: int) -> tuple[Corpus, Path]:
         Path(name).write_text(TEXT * n)
         text = read(name)
@@ -327,29 +327,29 @@ def test_ids_that_were_used_last_are_kept_up_to_a_size(monkeypatch):
     read("a")
     _, folder_d = write("d", 10)
     assert set(ids.FOLDER.iterdir()) == {folder_a, folder_d} | others
-    assert decoded(b) == TEXT * 10  # as a training that has it goes on
+    assert decoded(b) == TEXT * 10  # removed files stay mapped in a running process
     assert [path.name for path in folder_c.iterdir()] == ["notes"]
     _, folder_e = write("e", 100)
     assert set(ids.FOLDER.iterdir()) == {folder_e} | others
 
 
-def test_ids_that_another_training_drops_when_they_are_found_are_made_anew(monkeypatch):
+def test_ids_that_another_run_removes_are_encoded_again(monkeypatch):
     Path("a.txt").write_text(TEXT)
     read("a.txt")
     find = ids.Encoder.kept
 
-    def find_and_drop(encoder, folder, tokenizer):
+    def find_and_remove(encoder, folder, tokenizer):
         monkeypatch.setattr(ids.Encoder, "kept", find)
         found = find(encoder, folder, tokenizer)
         ids.remove(folder)
         return found
 
-    monkeypatch.setattr(ids.Encoder, "kept", find_and_drop)
+    monkeypatch.setattr(ids.Encoder, "kept", find_and_remove)
     assert decoded(read("a.txt")) == TEXT
 
 
 @not_on_windows("removes no file that is mapped")
-def test_a_worker_says_whether_the_ids_were_there_when_it_came_to_map_them():
+def test_an_unpickled_corpus_has_no_ids_after_their_file_is_removed():
     Path("a.txt").write_text(TEXT)
     text = read("a.txt")
     sent = pickle.dumps(text)
@@ -359,7 +359,7 @@ def test_a_worker_says_whether_the_ids_were_there_when_it_came_to_map_them():
     assert decoded(text) == TEXT
 
 
-def test_another_tokenizer_has_ids_of_its_own(encodings):
+def test_each_tokenizer_has_separate_ids(encodings):
     Path("a.txt").write_text(TEXT)
     other = SimpleVowelTokenizer(SimpleVowelTokenizer.tokenize(TEXT), 7)
     texts = [read("a.txt"), read("a.txt", tokenizer="vowel"), read("a.txt", tokenizer=other)]
@@ -369,7 +369,7 @@ def test_another_tokenizer_has_ids_of_its_own(encodings):
 
 
 @pytest.mark.parametrize("damage", ["cut", "facts", "tokenizer"])
-def test_ids_that_are_damaged_are_made_anew(encodings, damage):
+def test_damaged_ids_are_encoded_again(encodings, damage):
     Path("a.txt").write_text(TEXT)
     expected = read("a.txt", tokenizer="vowel").ids.tolist()
     [folder] = ids.FOLDER.iterdir()
@@ -382,7 +382,7 @@ def test_ids_that_are_damaged_are_made_anew(encodings, damage):
     assert encodings == [0, 1]
 
 
-def test_byte_pairs_of_many_chunks_are_those_of_the_whole():
+def test_byte_pairs_of_chunks_equal_the_whole_texts():
     pytest.importorskip("tiktoken")
     tokenizer = BytePairTokenizer.load(GPT2)
     text = f"{TEXT * 4}<|endoftext|>" * 100  # a megabyte: rounds of chunks on all cores
@@ -398,7 +398,7 @@ def byte_pairs() -> BytePairTokenizer:
     return BytePairTokenizer.load(GPT2)
 
 
-def test_a_token_ends_each_document_unless_texts_have_no_special_tokens(byte_pairs, encodings):
+def test_an_end_token_follows_each_document_unless_no_special(byte_pairs, encodings):
     end, (a, b) = [byte_pairs.end], (byte_pairs.encode(text).tolist() for text in ("The a", "b."))
     Path("a.txt").write_text("The a")
     Path("both.txt").write_text("The a<|endoftext|>b.")
@@ -427,7 +427,7 @@ def test_a_token_ends_each_document_unless_texts_have_no_special_tokens(byte_pai
         (GPT2, "a.txt-b05beafbeaa061d5"),
     ],
 )
-def test_ids_that_an_earlier_version_kept_are_found(encodings, tokenizer, place):
+def test_ids_of_an_earlier_version_are_reused(encodings, tokenizer, place):
     if tokenizer == GPT2:
         pytest.importorskip("tiktoken")
     Path("a.txt").write_text("The context. " * 50)
@@ -435,23 +435,23 @@ def test_ids_that_an_earlier_version_kept_are_found(encodings, tokenizer, place)
     text = read("a.txt", tokenizer=tokenizer, special=False)
     assert text.stored.parent.name == place
     facts = json.loads((text.stored.parent / "corpus.json").read_text())
-    assert [len(each) for each in facts["texts"]] == [4]
+    assert [len(text) for text in facts["texts"]] == [4]
 
 
-def test_what_an_earlier_version_did_not_look_at_is_read_anew(encodings):
+def test_texts_without_facts_of_this_version_are_encoded_again(encodings):
     Path("a.jsonl").write_text('{"text": "The"}')
     Path("b.txt").write_bytes(b"\xef\xbb\xbfThe")
     for name, n_characters in (("a.jsonl", 4), ("b.txt", 3)):
         folder = read(name).stored.parent
         facts = json.loads((folder / "corpus.json").read_text())
-        facts["texts"] = [each[:4] for each in facts["texts"]]
+        facts["texts"] = [text[:4] for text in facts["texts"]]
         (folder / "corpus.json").write_text(json.dumps(facts))
         assert len(read(name).ids) == n_characters
     assert encodings == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
-def test_windows_are_those_of_the_ids_wherever_they_lie(folder, dtype):
+def test_windows_of_ids_in_memory_and_on_disk_are_equal(folder, dtype):
     ids = np.random.default_rng(0).integers(2**8, size=10_000).astype(dtype)
     ids.tofile(folder / "ids")
     tokenizer = SimpleVowelTokenizer([], 1)
@@ -475,13 +475,13 @@ def test_a_pipe_is_read_once(tokenizer):
     assert not ids.FOLDER.exists()
 
 
-def test_x_and_standard_input_leave_nothing(monkeypatch, tmp_path):
+def test_x_and_standard_input_leave_no_file(monkeypatch, tmp_path):
     Path("a.txt").write_text(TEXT)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     for text in (read("a.txt", keep=False), read("-", tokenizer="vowel")):
-        assert decoded(pickle.loads(pickle.dumps(text))) == TEXT  # as another worker has it
+        assert decoded(pickle.loads(pickle.dumps(text))) == TEXT  # as sent to another worker
         text.temporary.cleanup()
         assert isinstance(text.stored, Path) and not text.stored.exists()
         assert decoded(text) == TEXT
@@ -492,7 +492,7 @@ def test_x_and_standard_input_leave_nothing(monkeypatch, tmp_path):
     assert not ids.FOLDER.exists()
 
 
-def test_on_a_full_disk_ids_stay_in_memory_and_nothing_is_left(monkeypatch, capsys):
+def test_on_a_full_disk_ids_stay_in_memory(monkeypatch, capsys):
     def fail(*paths):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -522,7 +522,7 @@ def test_on_a_full_disk_ids_stay_in_memory_and_nothing_is_left(monkeypatch, caps
         (["no.bz2"], r"no\.bz2 can't be read: "),
     ],
 )
-def test_what_cannot_be_read_is_named_with_the_place_in_its_file(folder, paths, message):
+def test_unreadable_texts_are_named_with_the_offset(folder, paths, message):
     Path("a.txt").write_text(TEXT)
     Path("latin.txt").write_bytes("Kein gr\xe4ssliches.".encode("latin-1"))
     Path("cut.txt").write_bytes("ab🔥".encode()[:-1])
@@ -536,15 +536,15 @@ def test_what_cannot_be_read_is_named_with_the_place_in_its_file(folder, paths, 
     assert not ids.FOLDER.exists() or kept() == set()
 
 
-def test_a_terminal_is_no_text(monkeypatch):
+def test_a_terminal_as_input_is_refused(monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     with pytest.raises(ValueError, match="standard input is a terminal: pipe a text into it"):
         read("-")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for a process's memory")
-def test_a_corpus_takes_no_memory_of_its_size(folder):
-    """Neither while it is encoded nor while windows all over it are cut."""
+def test_a_corpus_is_not_held_in_memory(folder):
+    """Peak memory of encoding the text and of reading random windows."""
     code = """
 import re, sys
 import numpy as np

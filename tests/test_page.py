@@ -1,4 +1,4 @@
-"""export.py --page in Debian's Chromium: what a person sees, and that nothing leaves the page."""
+"""export.py --page in Chromium: texts, controls, layout, and no network requests."""
 
 import functools
 import http.server
@@ -20,21 +20,20 @@ PROMPTS = json.loads((REFERENCE / "expected.json").read_text())
 expect = playwright.expect
 
 
-# All in processes of their own: a fork of this one would keep Playwright's pipe open, and its end
-# would never come.
-def exported(folder: Path, model: Path, *options: str) -> Path:
+# Subprocesses, since a fork of this process would keep Playwright's pipe open for ever.
+def export_page(folder: Path, model: Path, *options: str) -> Path:
     command = [sys.executable, ROOT / "export.py", model, "--page", "-o", folder / "story.html"]
     subprocess.run([*command, *options], check=True)
     return folder / "story.html"
 
 
-def exported_as_folder(folder: Path) -> subprocess.CompletedProcess:
+def export_page_folder(folder: Path) -> subprocess.CompletedProcess:
     code = "import command_line as c, export; export.MAX_PAGE_BYTES = 1000; c.run(export.main)"
     command = [sys.executable, "-c", code, REFERENCE, "--page", "-o", folder]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def text_of_run_py(*words: str | Path, stdin: str = "") -> str:
+def run_text(*words: str | Path, stdin: str = "") -> str:
     command = [sys.executable, ROOT / "run.py", *words]
     options = {"check": True, "capture_output": True, "input": stdin.encode()}
     out = subprocess.run(command, **options).stdout.decode()
@@ -43,7 +42,7 @@ def text_of_run_py(*words: str | Path, stdin: str = "") -> str:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory) -> Path:
-    return exported(tmp_path_factory.mktemp("page"), REFERENCE)
+    return export_page(tmp_path_factory.mktemp("page"), REFERENCE)
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +67,21 @@ def page(browser, story):
 
 
 def status(page):
-    return page.locator("#status")  # the text itself has that role, too
+    return page.locator("#status")  # by id: the text has the role status, too
 
 
 def write(page, prompt: str | None = None, **fields) -> str:
-    """Fills the form, writes and returns the text."""
+    """Fills the form, presses Write and returns the text."""
     names = {"top_k": "Top-k", "top_p": "Top-p"}
     if prompt is not None:
         page.get_by_label("Prompt").fill(prompt)
     for name, value in fields.items():
         page.get_by_label(names.get(name, name.capitalize()), exact=True).fill(str(value))
     page.get_by_role("button", name="Write").click()
-    return when_written(page)
+    return wait_for_text(page)
 
 
-def when_written(page) -> str:
+def wait_for_text(page) -> str:
     expect(status(page)).to_contain_text("Written at", timeout=60_000)
     return page.get_by_label("Text", exact=True).text_content()
 
@@ -92,25 +91,25 @@ def test_greedy_texts_are_gpt_burns(page, prompt):
     assert write(page, prompt["prompt"], tokens=200, temperature=0) == prompt["greedy"]
 
 
-def test_a_seed_writes_what_it_writes_in_run_py(page):
+def test_a_seed_gives_the_text_of_run_py(page):
     words = ["-p", "The ", "-n", "150", "--top-k", "20", "--top-p", "0.9", "-s", "5"]
-    expected = text_of_run_py(REFERENCE, *words)
+    expected = run_text(REFERENCE, *words)
     assert write(page, "The ", tokens=150, top_k=20, top_p=0.9, seed=5) == expected
 
 
 def test_an_empty_prompt_is_a_line_break(page):
-    assert write(page, "", tokens=30) == text_of_run_py(REFERENCE, "-n", "30")
-    expect(page.get_by_label("special tokens")).to_be_hidden()  # it has none
+    assert write(page, "", tokens=30) == run_text(REFERENCE, "-n", "30")
+    expect(page.get_by_label("special tokens")).to_be_hidden()  # the tokenizer has none
 
 
-def test_going_on_gives_the_text_that_would_have_come_at_once(page):
+def test_go_on_continues_the_same_text(page):
     whole = write(page, "The ", tokens=100, seed=3)
     assert write(page, "The ", tokens=50, seed=3) == whole[: len("The ") + 50]
     page.get_by_role("button", name="Go on").click()
-    assert when_written(page) == whole
+    assert wait_for_text(page) == whole
 
 
-def test_stop_is_there_while_it_writes_and_stops(page):
+def test_stop_is_visible_during_generation_and_ends_it(page):
     stop = page.get_by_role("button", name="Stop")
     expect(stop).to_be_hidden()
     page.get_by_label("Tokens", exact=True).fill("1000000")
@@ -118,11 +117,11 @@ def test_stop_is_there_while_it_writes_and_stops(page):
     expect(page.get_by_label("Text", exact=True)).to_have_attribute("aria-busy", "true")
     expect(page.get_by_text("tokens per second")).to_be_visible()
     stop.click()
-    assert 1 < len(when_written(page)) < 1_000_000
+    assert 1 < len(wait_for_text(page)) < 1_000_000
     expect(stop).to_be_hidden()
 
 
-def test_a_text_can_be_written_by_keyboard(page):
+def test_the_keyboard_alone_is_enough(page):
     page.keyboard.press("Tab")
     page.keyboard.type("The ")
     for value in ("20", "0"):
@@ -133,11 +132,11 @@ def test_a_text_can_be_written_by_keyboard(page):
         if page.evaluate("document.activeElement.id") == "prompt":
             break
     page.keyboard.press("Control+Enter")
-    assert when_written(page) == PROMPTS[1]["greedy"][: len("The ") + 20]
+    assert wait_for_text(page) == PROMPTS[1]["greedy"][: len("The ") + 20]
     assert page.evaluate("document.activeElement.textContent") in ("", "Go on")
 
 
-def test_nothing_leaves_the_page(page):
+def test_the_page_makes_no_network_requests(page):
     write(page, "The ", tokens=10)
     assert {url.split(":")[0] for url in page.requests} == {"file", "blob"}
     policy = page.locator("meta[http-equiv]").get_attribute("content")
@@ -151,7 +150,7 @@ def test_nothing_leaves_the_page(page):
 
 @pytest.mark.parametrize("width", [360, 1440])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_its_window_in_light_and_dark(page, width, scheme):
+def test_the_page_fits_the_window_in_light_and_dark(page, width, scheme):
     page.set_viewport_size({"width": width, "height": 700})
     page.emulate_media(color_scheme=scheme)
     write(page, "x" * 300, tokens=300)
@@ -160,23 +159,23 @@ def test_it_fits_its_window_in_light_and_dark(page, width, scheme):
     assert red < 64 if scheme == "dark" else red > 192
 
 
-def test_it_follows_the_end_of_the_text_unless_the_reader_is_elsewhere(page):
+def test_the_page_scrolls_with_the_text_unless_the_user_scrolled_away(page):
     page.set_viewport_size({"width": 360, "height": 700})
     write(page, "The ", tokens=600, seed=3)
     assert page.evaluate("scrollY > 0 && scrollY + innerHeight >= document.body.scrollHeight - 1")
     page.evaluate("scrollTo(0, 0)")
     page.get_by_role("button", name="Go on").press("Enter")
-    when_written(page)
+    wait_for_text(page)
     assert page.evaluate("scrollY") == 0
 
 
-def test_unknown_characters_are_told(page):
+def test_unknown_characters_are_a_warning(page):
     assert write(page, "日The\ufeff 日 \t", tokens=5).startswith("日The")
     warning = "44.4 % of the prompt is not in the model's vocabulary: 日 U+0009 U+FEFF"
     expect(page.get_by_text(warning)).to_be_visible()
 
 
-def test_a_field_that_is_wrong_does_not_start(page):
+def test_an_invalid_field_prevents_generation(page):
     page.get_by_label("Tokens", exact=True).fill("0")
     page.get_by_role("button", name="Write").click()
     assert page.evaluate("document.querySelector(':invalid:not(form)').id") == "tokens"
@@ -191,7 +190,7 @@ def test_copy_takes_the_whole_text(page):
     assert page.evaluate("navigator.clipboard.readText()") == text
 
 
-def test_a_browser_without_simd_is_told_what_is_missing(browser, story):
+def test_without_simd_the_page_says_so(browser, story):
     page = browser.new_page()
     page.add_init_script("WebAssembly.validate = () => false")
     page.goto(story.as_uri())
@@ -204,28 +203,28 @@ def test_the_page_of_a_small_model_is_small(story):
     assert story.stat().st_size <= 450_000
 
 
-def test_a_gpt2_writes_in_8_bits_also_from_its_end_of_text_alone(browser, tmp_path):
+def test_a_gpt2_in_int8_gives_the_texts_of_run_py(browser, tmp_path):
     pytest.importorskip("tiktoken")
     page = browser.new_page()
-    page.goto(exported(tmp_path, GPT2, "--weights", "int8").as_uri())
+    page.goto(export_page(tmp_path, GPT2, "--weights", "int8").as_uri())
     prompts = ["It's 2 o'clock", "The<|endoftext|>", "<|endoftext|>"]
     words = ["-i", "-n", "70", "--temperature", "0", "--weights", "int8"]
-    theirs = text_of_run_py(GPT2, *words, stdin="\n".join(prompts))
+    expected = run_text(GPT2, *words, stdin="\n".join(prompts))
     expect(page.get_by_placeholder("or nothing")).to_be_visible()
-    ours = [write(page, each, tokens=70, temperature=0).removeprefix(each) for each in prompts]
-    assert "\n".join(ours) == theirs
-    assert write(page, "") == ours[-1]
+    texts = [write(page, text, tokens=70, temperature=0).removeprefix(text) for text in prompts]
+    assert "\n".join(texts) == expected
+    assert write(page, "") == texts[-1]
     page.get_by_label("special tokens").check()
     words = ["-p", prompts[1], "--no-special", *words[1:]]
     text = write(page, prompts[1])
-    assert text_of_run_py(GPT2, *words).startswith(text)  # whose last bytes are no character
-    assert text.removeprefix(prompts[1]) != ours[1]
+    assert run_text(GPT2, *words).startswith(text)  # less an incomplete character
+    assert text.removeprefix(prompts[1]) != texts[1]
     page.close()
 
 
-def test_a_large_model_is_a_folder_whose_weights_stream(browser, tmp_path):
+def test_a_large_model_is_a_folder_with_streamed_weights(browser, tmp_path):
     folder = tmp_path / "story"
-    assert exported_as_folder(folder).returncode == 0
+    assert export_page_folder(folder).returncode == 0
     assert sorted(os.listdir(folder)) == ["index.html", "model.bin"]
     page = browser.new_page()
     page.goto((folder / "index.html").as_uri())
@@ -239,7 +238,7 @@ def test_a_large_model_is_a_folder_whose_weights_stream(browser, tmp_path):
             model = (folder / "model.bin").read_bytes()
             (folder / "model.bin").write_bytes(model[:-64])
             page.close()
-            page = browser.new_page()  # which has nothing in its cache
+            page = browser.new_page()  # with an empty cache
             page.goto(f"http://127.0.0.1:{server.server_port}/")
             expect(status(page)).to_contain_text("the weights are not complete")
         finally:
@@ -247,16 +246,16 @@ def test_a_large_model_is_a_folder_whose_weights_stream(browser, tmp_path):
     page.close()
 
 
-def test_a_folder_of_someone_elses_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("someone's")
-    result = exported_as_folder(tmp_path)
+    result = export_page_folder(tmp_path)
     assert result.returncode == 1
     assert "is no page of ours" in result.stderr
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
 @pytest.mark.skipif("GPT_TINY_PICTURE" not in os.environ, reason="GPT_TINY_PICTURE is not set")
-def test_a_picture_for_the_readme(page):
+def test_the_picture_in_the_readme(page):
     page.set_viewport_size({"width": 1200, "height": 760})
     write(page, "The function ", tokens=465, temperature=0.6, seed=3)
     page.evaluate("scrollTo(0, 0)")

@@ -1,4 +1,4 @@
-"""Trainings that are interrupted, killed, or out of disk, as their user sees them."""
+"""Training runs that are interrupted, killed or out of disk space, and resumed."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ MUON = ["--optimizer", "muon", "--grad-clip", "1", "--decay", "cosine"]
 N_KILLS = int(os.environ.get("GPT_TINY_KILLS", "2"))
 
 
-def train_apart(folder: Path, *words: str) -> str:
+def train_in_subprocess(folder: Path, *words: str) -> str:
     training = start(folder, *words)
     out, err = training.communicate()
     assert training.returncode == 0, err
@@ -42,7 +42,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def train_here(call) -> Callable[..., str]:
-    """`train_apart` in this process, where the test is not of processes."""
+    """Returns a function that runs train.py in this process and returns its output."""
 
     def train_here(*words: str) -> str:
         result = call(train.main, *words)
@@ -57,18 +57,18 @@ def newest(folder: Path) -> training_checkpoint.Checkpoint:
 
 
 def step_lines(out: str) -> list[str]:
-    """The lines of the steps, without the times."""
+    """Lines of the steps, without the times."""
     return re.findall(r"^step .*val loss: \S+", out, re.M)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Callable[..., tuple[list[str], bytes]]:
-    """A training with these words, without a break: the lines of its steps, and its model."""
+    """Returns a function that trains without interruption: lines of the steps, model file."""
 
     @functools.cache
     def trained(*words: str) -> tuple[list[str], bytes]:
         folder = tmp_path_factory.mktemp("whole")
-        out = train_apart(folder, *TINY, *words, "-n", "4", "-o", "model")
+        out = train_in_subprocess(folder, *TINY, *words, "-n", "4", "-o", "model")
         return step_lines(out), (folder / "model" / "model.safetensors").read_bytes()
 
     return trained
@@ -102,7 +102,7 @@ def test_resumed_training_equals_uninterrupted(
 
 
 @not_on_windows("Windows has no such terminals")
-def test_a_training_whose_terminal_goes_away_is_stored(tmp_path, signals):
+def test_a_closed_terminal_stores_the_run(tmp_path, signals):
     shown, terminal = os.openpty()
     command = [sys.executable, ROOT / "train.py", *TINY, "-n", "1000", "-o", "model"]
     ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
@@ -120,7 +120,7 @@ def test_a_training_whose_terminal_goes_away_is_stored(tmp_path, signals):
 
 
 @not_on_windows("Windows has no such terminals")
-def test_a_terminal_that_goes_away_may_say_so_twice_while_the_training_is_stored(signals):
+def test_further_signals_do_not_interrupt_storing(signals):
     with noted_signals(World()) as noted:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
             signal.raise_signal(number)
@@ -128,18 +128,18 @@ def test_a_terminal_that_goes_away_may_say_so_twice_while_the_training_is_stored
 
 
 @pytest.mark.parametrize(("rank", "says"), [(0, HEARD.decode()), (1, "")])
-def test_a_signal_is_answered_at_once_by_the_worker_that_speaks_for_all(signals, capfd, rank, says):
+def test_rank_0_alone_answers_a_signal_at_once(signals, capfd, rank, says):
     world = World()
     world.rank, world.size = rank, 2
     with noted_signals(world):
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
             assert capfd.readouterr().err == says
-            says = ""  # once is enough
+            says = ""  # only once
 
 
 @not_on_windows("Windows has no nohup")
-def test_under_nohup_a_training_outlives_its_terminal(tmp_path):
+def test_under_nohup_a_run_survives_its_terminal(tmp_path):
     command = ["nohup", sys.executable, ROOT / "train.py", *TINY, "-n", "1000", "-o", "model"]
     ends = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     training = subprocess.Popen(command, cwd=tmp_path, **ends)
@@ -154,12 +154,12 @@ def test_under_nohup_a_training_outlives_its_terminal(tmp_path):
     assert training.returncode == 143
 
 
-def test_a_finished_training_of_an_earlier_version_goes_on_for_longer(tmp_path, train_here, whole):
+def test_a_finished_run_of_an_earlier_version_resumes(tmp_path, train_here, whole):
     words = [*TINY, "-n", "2", "-o", "model", "--checkpoint-every", "1"]
     train_here(*words)
     [progress] = tmp_path.glob(f".data/checkpoints/*/{training_checkpoint.PROGRESS}")
     saved = json.loads(progress.read_text(encoding="utf-8"))
-    del saved["settings"]  # for which there were the words of the command line
+    del saved["settings"]  # earlier versions kept the command line instead
     saved |= {"arguments": words, "output_path": "model"}
     progress.write_text(json.dumps(saved), encoding="utf-8")
     rest = train_here("--resume", ".data/checkpoints", "-n", "4")
@@ -168,8 +168,7 @@ def test_a_finished_training_of_an_earlier_version_goes_on_for_longer(tmp_path, 
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
 
 
-def test_samples_along_the_way_change_no_digit(tmp_path, train_here):
-    plain = train_here(*TINY, "-n", "4", "-o", "plain")
+def test_samples_do_not_change_the_training(tmp_path, train_here, whole):
     out = train_here(*TINY, "-n", "2", "-o", "model", "--sample-every", "1")
     rest = train_here("--resume", ".data/checkpoints", "-n", "4", "--sample-every", "2")
     line = re.compile(r"^(?:start|step|store) .*\n", re.M)
@@ -177,13 +176,13 @@ def test_samples_along_the_way_change_no_digit(tmp_path, train_here):
     assert nothing == "" and len({first, second, fourth}) == 3
     for sample in (first, second, fourth):  # of 16 characters, 100 more
         assert sample.startswith('The "assert" sta') and len(sample) == 117
-    assert step_lines(rest) == step_lines(plain)[2:]
-    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "model")]
-    assert models[0] == models[1]
+    lines, model = whole()
+    assert step_lines(rest) == lines[2:]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
 
 
 @pytest.mark.parametrize("has_settings", [True, False])
-def test_the_texts_of_an_earlier_versions_training_have_no_special_tokens(tmp_path, has_settings):
+def test_texts_of_an_earlier_versions_run_have_no_special_tokens(tmp_path, has_settings):
     pytest.importorskip("tiktoken")
     (tmp_path / "text.txt").write_text("The context.<|endoftext|>")
     words = ["--tokenizer", str(GPT2), "-t", str(tmp_path / "text.txt"), "-x"]
@@ -226,7 +225,7 @@ def test_flags_that_contradict_the_checkpoint_are_refused(call, train_here):
         assert_error(refused, refused.status, [message])
 
 
-def test_what_concerns_files_alone_may_change_when_a_training_goes_on(tmp_path, train_here):
+def test_output_flags_may_change_on_resume(tmp_path, train_here):
     def files() -> set[Path]:
         return {path for path in tmp_path.rglob("*") if path.is_file()}
 
@@ -240,24 +239,20 @@ def test_what_concerns_files_alone_may_change_when_a_training_goes_on(tmp_path, 
     assert (tmp_path / "model" / "model.mpk").exists()
 
 
-def test_a_training_of_any_length_goes_on_for_longer_also_from_another_directory(
-    tmp_path, train_here
-):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (tmp_path / "text.txt").write_text("The context of the context of the containers. " * 50)
-    train_here(*TINY, "-n", "2", "-t", "text.txt", "-o", "model")
-    train_apart(elsewhere, "--resume", "../.data/checkpoints", "-n", "3")
-    train_apart(elsewhere, "--resume", ".data/checkpoints", "-n", "4")
-    rows = (tmp_path / "model" / "metrics.csv").read_text().splitlines()[1:]
+def test_a_finished_run_resumes_from_another_directory(tmp_path, train_here):
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "text.txt").write_text("The context of the context of the containers. " * 50)
+    train_in_subprocess(first, *TINY, "-n", "2", "-t", "text.txt", "-o", "model")
+    train_here("--resume", "first/.data/checkpoints", "-n", "3")
+    train_here("--resume", ".data/checkpoints", "-n", "4")
+    rows = (first / "model" / "metrics.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == ["1", "2", "3", "4"]
-    assert os.listdir(elsewhere) == [".data"]
-    assert checkpoint.read_config(tmp_path / "model")["n_steps"] == 4
+    assert sorted(os.listdir(tmp_path)) == [".data", "first"]
+    assert checkpoint.read_config(first / "model")["n_steps"] == 4
 
 
-def test_a_training_that_goes_on_in_an_older_ones_folder_brings_its_best_and_its_rows(
-    tmp_path, train_here
-):
+def test_a_run_resumed_into_an_older_folder_brings_its_best_model_and_metrics(tmp_path, train_here):
     for seed, name in enumerate(["older", "model"]):
         train_here(*TINY, "-n", "2", "-s", str(seed), "-o", name)
     train_here("--resume", ".data/checkpoints", "-o", "older")
@@ -265,9 +260,7 @@ def test_a_training_that_goes_on_in_an_older_ones_folder_brings_its_best_and_its
         assert (tmp_path / "older" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
 
 
-def test_a_folder_that_a_training_writes_to_is_refused_to_others_while_that_lives(
-    tmp_path, call, train_here
-):
+def test_a_folder_in_use_by_a_run_is_refused_to_others(tmp_path, call, train_here):
     words = [*TINY, "-t", str(ROOT / "README.md"), "-o", "model"]
     first = start(tmp_path, *words, "-n", "1000")
     while "step   1/" not in first.stdout.readline():
@@ -280,7 +273,7 @@ def test_a_folder_that_a_training_writes_to_is_refused_to_others_while_that_live
     assert {".data", "model"} >= set(os.listdir(tmp_path)) or sys.platform == "win32"
 
 
-def test_a_checkpoint_holds_what_its_optimizer_keeps_and_is_refused_to_another(
+def test_a_checkpoint_holds_the_optimizers_state_and_is_refused_to_another(
     tmp_path, call, train_here
 ):
     train_here(*TINY, *MUON, "-n", "1", "--checkpoint-every", "1")
@@ -299,9 +292,7 @@ def test_a_checkpoint_holds_what_its_optimizer_keeps_and_is_refused_to_another(
     assert refused.status == 1 and "does not hold what its training.json says" in refused.err
 
 
-def test_a_training_goes_on_with_a_corpus_that_has_moved_and_into_a_new_folder(
-    tmp_path, call, train_here
-):
+def test_a_run_resumes_with_a_moved_corpus_into_a_new_folder(tmp_path, call, train_here):
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
     text.write_text("The context of the context of the containers. " * 50)
     other.write_text("The containers of the context of the context. " * 50)
@@ -323,22 +314,24 @@ def test_a_training_goes_on_with_a_corpus_that_has_moved_and_into_a_new_folder(
     for folder in ("first", "second", "second/best"):
         checkpoint.load(tmp_path / folder)
 
-    train_here("--resume", ".data/checkpoints", "-n", "5")  # finds the texts where they are
+    train_here("--resume", ".data/checkpoints", "-n", "5")  # with the new paths of the texts
     changed = tmp_path / "moved.txt"
     changed.write_text(changed.read_text().replace("containers", "containerz"))
     refused = call(train.main, "--resume", ".data/checkpoints")
-    refused.err = refused.err.rpartition(" are joined into one text\n")[2]  # which is no error
+    refused.err = refused.err.rpartition(" are joined into one text\n")[
+        2
+    ]  # a message before the error
     assert_error(refused, 1, ["the corpus is not the one that"])
 
 
-def test_the_same_folder_may_be_named_by_another_path(tmp_path, train_here):
+def test_o_may_name_the_same_folder_by_another_path(tmp_path, train_here):
     train_here(*TINY, "-n", "2", "--checkpoint-every", "1", "-o", "model")
     train_here("--resume", ".data/checkpoints", "-n", "3", "-o", str(tmp_path / "model"))
     rows = (tmp_path / "model" / "metrics.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == ["1", "2", "3"]
 
 
-def test_only_the_newest_checkpoint_keeps_its_optimizer(tmp_path, train_here):
+def test_only_the_newest_checkpoint_keeps_the_optimizers_state(tmp_path, train_here):
     train_here(*TINY, "-n", "3", "--checkpoint-every", "1")
     folders = sorted((tmp_path / ".data/checkpoints").iterdir(), key=lambda f: f.name[-1])
     kept = [(folder / training_checkpoint.MOMENTS).exists() for folder in folders]
@@ -372,7 +365,7 @@ def test_killed_at_any_moment_the_newest_checkpoint_resumes(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a small disk")
 @pytest.mark.skipif(getattr(os, "geteuid", int)() != 0, reason="only root may mount")
-def test_a_full_disk_is_an_error_and_loses_no_checkpoint(tmp_path):
+def test_on_a_full_disk_the_last_checkpoint_stays(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk])
@@ -388,7 +381,7 @@ def test_a_full_disk_is_an_error_and_loses_no_checkpoint(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_loss_that_is_not_finite_ends_the_training_with_an_explanation(call):
+def test_a_loss_that_is_not_finite_is_an_error_with_advice(call):
     training = call(train.main, *TINY, "-n", "50", "-r", "1e30", "-x")
     assert training.status == 1
     assert "no longer a finite number: try a lower --learning-rate" in training.err

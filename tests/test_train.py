@@ -1,4 +1,4 @@
-"""train.py as a user meets it: what it prints, what it writes, and what it says when it can't."""
+"""train.py from the command line: output, files and errors."""
 
 import itertools
 import json
@@ -49,7 +49,7 @@ def corpus(folder) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder, corpus) -> Result:
-    """A training of five steps, in a process of its own."""
+    """Result of a training run of five steps in a subprocess."""
     options = [*TINY, "-n", "5", "-s", "7", "-t", corpus.name, "-o", "model"]
     process = subprocess.run(
         [sys.executable, ROOT / "train.py", *options], cwd=folder, capture_output=True, text=True
@@ -62,7 +62,7 @@ def losses(out: str) -> list[tuple[str, str]]:
 
 
 def files(folder: Path) -> set[str]:
-    """All but the ids of texts."""
+    """Relative paths of all files but the cached ids."""
     paths = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     return {str(path) for path in paths if not path.is_relative_to(".data/ids")}
 
@@ -110,7 +110,7 @@ def test_output_is_as_documented(trained):
     assert lines[8].endswith("\n")
 
 
-def test_a_training_outlives_the_reader_of_its_lines(folder, corpus):
+def test_a_training_run_goes_on_after_its_output_is_closed(folder, corpus):
     training = start(folder, *TINY, "-n", "3", "-t", corpus.name, "-o", "without_reader")
     while "step   1/3" not in training.stdout.readline():
         assert training.poll() is None
@@ -119,8 +119,8 @@ def test_a_training_outlives_the_reader_of_its_lines(folder, corpus):
     checkpoint.load(folder / "without_reader")
 
 
-@not_on_windows("Windows closes no streams so")
-def test_a_training_without_standard_streams_keeps_its_model(folder, corpus):
+@not_on_windows("Windows has no sh")
+def test_without_standard_streams_the_model_is_saved(folder, corpus):
     words = [*TINY, "-n", "1", "-t", corpus.name, "-o", "without_streams"]
     shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
     process = subprocess.run([*shell, sys.executable, ROOT / "train.py", *words], cwd=folder)
@@ -130,13 +130,13 @@ def test_a_training_without_standard_streams_keeps_its_model(folder, corpus):
 
 def test_loss_falls(trained):
     train_losses, validation_losses = np.array(losses(trained.out), float).T
-    assert abs(validation_losses[0] - np.log(104)) < 0.1  # all characters alike, to begin with
+    assert abs(validation_losses[0] - np.log(104)) < 0.1  # uniform over the vocabulary
     assert validation_losses[-1] < validation_losses[0] - 1
     assert train_losses[-1] < train_losses[0] - 1
 
 
 @pytest.mark.parametrize("place", ["model", ".data/checkpoints/*_4"])
-def test_what_is_written_loads(trained, folder, place):
+def test_models_and_checkpoints_load(trained, folder, place):
     [path] = folder.glob(place)
     model, tokenizer = checkpoint.load(path)
     config = json.loads((path / "config.json").read_text())
@@ -152,7 +152,7 @@ def test_checkpoints_are_stored_every_ten_steps_from_the_fifth_on_and_at_the_end
     assert [step for step in range(16) if trainer.is_checkpoint(step, config)] == [4, 14, 15]
 
 
-def test_the_same_seed_gives_the_same_losses_and_x_writes_nothing(call, folder, corpus, trained):
+def test_a_seed_repeats_the_losses_and_x_writes_nothing(call, folder, corpus, trained):
     before = files(folder)
     again, other = (
         call(train.main, *TINY, "-n", "2", "-s", seed, "-t", corpus, "-x").out for seed in (7, 8)
@@ -163,7 +163,7 @@ def test_the_same_seed_gives_the_same_losses_and_x_writes_nothing(call, folder, 
     assert "store" not in again
 
 
-def test_without_a_place_the_model_goes_to_the_data_folder(call, folder, corpus):
+def test_without_o_the_model_is_saved_in_the_data_folder(call, folder, corpus):
     out = call(train.main, *TINY, "-n", "1", "-t", corpus).out
     [place] = re.findall(r"store trained model to: (.*)", out)
     assert re.fullmatch(r"\.data[/\\]gpt_2k_8context_\d+", place)
@@ -171,8 +171,8 @@ def test_without_a_place_the_model_goes_to_the_data_folder(call, folder, corpus)
 
 
 @pytest.mark.parametrize("sizes", [["-c", "1"], ["-d", "1", "-h", "1"]])
-def test_the_smallest_models_train_and_speak(call, folder, corpus, sizes):
-    """A model that sees one token is a bigram model; one of width 1 knows how frequent each is."""
+def test_the_smallest_models_train_and_generate(call, folder, corpus, sizes):
+    """With a context of 1 the model is a bigram model, with width 1 a unigram model."""
     name = f"smallest{sizes[0]}"
     options = [*TINY, *sizes, "-n", "2", "-t", corpus, "-o", name]
     result = call(train.main, *options)
@@ -194,14 +194,14 @@ def test_the_smallest_models_train_and_speak(call, folder, corpus, sizes):
         (["--format", "burn"], ["gpt-burn has no GPT-2"]),
     ],
 )
-def test_what_contradicts_the_model_to_start_from_is_refused(call, corpus, options, words):
+def test_flags_that_contradict_the_initial_model_are_refused(call, corpus, options, words):
     pytest.importorskip("tiktoken")
     assert_error(call(train.main, "--init-from", GPT2, "-t", corpus, *options), 1, words)
 
 
-def test_what_agrees_with_the_model_to_start_from_is_taken(call, folder, corpus):
+def test_flags_that_agree_with_the_initial_model_are_accepted(call, folder, corpus):
     pytest.importorskip("tiktoken")
-    (folder / "bpe").mkdir()  # is not taken for one with a vocabulary
+    (folder / "bpe").mkdir()  # not read as a tokenizer's folder
     options = ["-h", "4", "-d", "48", "--tokenizer", GPT2, "-c", "16", "--dropout", "0"]
     words = ["--init-from", GPT2, "-t", corpus, "-b", "2", "--validation-size", "2", "-n", "1"]
     result = call(train.main, *words, *options, "-o", "fine_tuned")
@@ -231,8 +231,8 @@ def test_vowel_tokenizer_trains_is_saved_and_generates(call, folder, corpus):
     assert re.fullmatch(rf" ({known}){{30}}\n", result.out)
 
 
-def test_a_text_in_another_script_trains_by_default_and_is_continued_in_its_own(call, folder):
-    # with the line break, which prompts begin with, of as many characters as gpt-burn's
+def test_a_text_in_another_script_has_a_vocabulary_of_its_characters(call, folder):
+    # 103 characters with the line break, as many as gpt-burn's vocabulary: jits are shared
     text = ("чайник на плите поёт, дождь идёт. " + "".join(map(chr, range(0x410, 0x473)))) * 50
     (folder / "ru.txt").write_text(text, encoding="utf-8")
     result = call(train.main, *TINY, "-n", "1", "-t", "ru.txt", "-o", "ru")
@@ -249,7 +249,7 @@ def test_a_text_in_another_script_trains_by_default_and_is_continued_in_its_own(
     assert_error(refused, 1, ["--format burn", "no other characters than its own"])
 
 
-def test_a_model_for_gpt_burn_has_its_characters_alone(folder, monkeypatch, capsys):
+def test_a_model_in_gpt_burns_format_has_gpt_burns_vocabulary(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     Path("fr.txt").write_text("où été garçon " * 50, encoding="utf-8")
     config = changed(TrainingConfig(), {"text_corpus": (Path("fr.txt"),), "format": "burn"})
@@ -266,12 +266,12 @@ def test_validation_size_and_checkpoint_every(call, folder):
     result = call(train.main, *TINY, *options)
     assert result.status == 0
     assert '"validation_size": 8' in result.out
-    # a name that another training took in the same second gets a number behind it
+    # the folder of a later run in the same second ends with a number
     stored = re.findall(r"checkpoint model to: [^_\n]+_(\d+)(?:_\d+)?\n", result.out)
     assert stored == ["1", "2"]  # after 2 steps, and the last one
 
 
-def test_a_new_training_takes_over_an_older_ones_folder_when_it_has_finished_a_step(call, folder):
+def test_a_new_run_replaces_the_model_in_its_folder_after_a_step(call, folder):
     def kept() -> dict[str, bytes]:
         return {name: (folder / "taken" / name).read_bytes() for name in files(folder / "taken")}
 
@@ -322,18 +322,20 @@ def bad_files(folder, corpus) -> None:
         (["-o", "notes"], ["notes exists and is not a model folder", "name another"]),
     ],
 )
-def test_what_cannot_be_trained_is_one_line_that_says_why(call, bad_files, folder, options, words):
+def test_errors_are_one_line_and_leave_no_file(call, bad_files, folder, options, words):
     before = files(folder)
     text = [] if "-t" in options else ["-t", "corpus.txt"]
     result = call(train.main, *TINY, *text, *options)
-    result.err = result.err.rpartition(" are joined into one text\n")[2]  # which is no error
+    result.err = result.err.rpartition(" are joined into one text\n")[
+        2
+    ]  # a message before the error
     assert_error(result, 1, words)
     assert result.out == ""
     assert files(folder) == before
     assert (folder / "notes" / "diary.txt").read_text() == "dear diary"
 
 
-def test_what_a_container_has_no_memory_for_is_refused(call, corpus, monkeypatch):
+def test_more_memory_than_the_container_has_is_refused(call, corpus, monkeypatch):
     monkeypatch.setattr(checks.machine, "memory", lambda: 3 << 29)
     with Context(ATTENTION_BLOCKS=0):
         result = call(train.main, *TINY, "-c", "1024", "-b", "32", "-t", corpus, "-x")
@@ -341,7 +343,7 @@ def test_what_a_container_has_no_memory_for_is_refused(call, corpus, monkeypatch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
-def test_the_memory_that_a_training_takes_is_foretold(folder, corpus):
+def test_the_estimated_memory_is_the_memory_used(folder, corpus):
     code = """
 import os, sys
 sys.path.insert(0, os.environ["ROOT"])
@@ -350,12 +352,12 @@ from training import checks
 from training.config import TrainingConfig
 train.DEFAULTS = TrainingConfig(batches_per_step=1)
 train.print_example = lambda *_: None
-def note(config, n_tokens):
+def record(config, n_tokens):
     print(*memory_taken(config, n_tokens), file=sys.stderr)
     return 0, 0
-memory_taken, checks.memory_taken = checks.memory_taken, note
+memory_taken, checks.memory_taken = checks.memory_taken, record
 train.main()
-# of this program alone: getrusage has that of the process that started it as well
+# not getrusage: its peak includes the parent process
 peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
 print(int(peak.split()[1]) << 10, file=sys.stderr)
 """
@@ -368,28 +370,28 @@ print(int(peak.split()[1]) << 10, file=sys.stderr)
         capture_output=True,
         text=True,
     )
-    of_scores, foretold, taken = map(int, process.stderr.split())
-    assert 0.8 < foretold / taken < 1.3
-    assert of_scores == 0 and taken < 1 << 29
+    n_score_bytes, estimated, used = map(int, process.stderr.split())
+    assert 0.8 < estimated / used < 1.3
+    assert n_score_bytes == 0 and used < 1 << 29
 
 
-def test_a_long_context_that_takes_gigabytes_is_warned_of(monkeypatch, capsys):
+def test_a_context_whose_scores_take_gigabytes_is_a_warning(monkeypatch, capsys):
     monkeypatch.setattr(checks.machine, "memory", lambda: 64 << 30)
-    few, many = (
+    short, long = (
         TrainingConfig(model=GPTConfig(n, 104, 1, 1, 32, 128), batch_size=4) for n in (1024, 8258)
     )
     corpus = SimpleNamespace(ids=range(100_000), n_training=90_000)
     world = SimpleNamespace(size=1, n_on_machine=1)
     with Context(ATTENTION_BLOCKS=0):
-        checks.check_sizes(few, corpus, world)
+        checks.check_sizes(short, corpus, world)
         assert capsys.readouterr().err == ""
-        checks.check_sizes(many, corpus, world)
+        checks.check_sizes(long, corpus, world)
     warning = capsys.readouterr().err
     assert "--context-length 8258 takes 7.1 of about 7.3 GiB" in warning, warning
     assert warning.count("\n") == 1 and "--accumulate" in warning
 
 
-def test_workers_on_machines_of_their_own_share_a_batchs_memory(monkeypatch):
+def test_workers_on_several_machines_split_the_memory_of_a_batch(monkeypatch):
     monkeypatch.setattr(checks.machine, "memory", lambda: 1 << 29)
     config = TrainingConfig(model=GPTConfig(2048, 104, 1, 2, 256, 1024), batch_size=8)
     corpus = SimpleNamespace(ids=range(100_000), n_training=90_000)
@@ -402,7 +404,7 @@ def test_workers_on_machines_of_their_own_share_a_batchs_memory(monkeypatch):
     "flag", ["-c", "-d", "-l", "-h", "-n", "-b", "-m", "--vocab-size", "--sample-every"]
 )
 @pytest.mark.parametrize("value", ["0", "-3", "1.5", "many", "", "99999999999999999999"])
-def test_a_size_that_is_none_is_refused(call, flag, value):
+def test_an_invalid_size_is_refused(call, flag, value):
     result = call(train.main, flag, value)
     assert_error(result, 2, [flag, repr(value), "--help"])
 
@@ -423,7 +425,7 @@ def test_a_size_that_is_none_is_refused(call, flag, value):
         (["--resume", ""], ["--resume", "the path is empty"]),
     ],
 )
-def test_wrong_usage_is_refused_by_the_name_of_the_option(call, options, words):
+def test_invalid_values_are_refused_by_the_name_of_the_option(call, options, words):
     result = call(train.main, *options)
     assert_error(result, 2, [*words, "--help"])
 
@@ -451,7 +453,7 @@ def test_the_process_ends_with_one_line_and_its_status(folder, options, device, 
 
 
 @pytest.mark.parametrize(("script", "backend"), [("train.py", "CUDA"), ("run.py", "METAL")])
-def test_an_older_way_to_choose_a_backend_is_refused_with_todays(folder, script, backend):
+def test_a_backend_chosen_by_its_former_variable_is_refused(folder, script, backend):
     environment = {name: value for name, value in os.environ.items() if name != "DEV"}
     process = subprocess.run(
         [sys.executable, ROOT / script, *([] if script == "train.py" else [REFERENCE])],
@@ -467,7 +469,7 @@ def test_an_older_way_to_choose_a_backend_is_refused_with_todays(folder, script,
 def test_help_names_every_option_and_the_backends(call):
     result = call(train.main, "--help")
     assert (result.status, result.err) == (0, "")
-    assert "-h, --help" not in result.out  # but the number of heads
+    assert "-h, --help" not in result.out  # -h is the number of heads
     flags = "-o -c -d -l -h -n -b -r -s -t -m -x --help --tokenizer --vocab-size --dropout"
     for flag in flags.split():
         assert re.search(rf"^ +{flag}\b", result.out, re.M), flag
