@@ -31,9 +31,10 @@ def trained(call, folder, *options: str) -> tuple[list[float], dict[str, np.ndar
 def test_accumulation_gives_the_model_of_whole_batches(call, folder):
     options = "--dropout", "0", "--validation-size", "2"
     _, whole = trained(call, folder, *options)
-    _, in_parts = trained(call, folder, *options, "--accumulate", "2")
-    for name, values in whole.items():
-        np.testing.assert_allclose(in_parts[name], values, atol=1e-4, err_msg=name)
+    for n_parts in ("2", "4"):  # of two windows and of one
+        _, in_parts = trained(call, folder, *options, "--accumulate", n_parts)
+        for name, values in whole.items():
+            np.testing.assert_allclose(in_parts[name], values, atol=1e-4, err_msg=name)
 
 
 on_the_cpu = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="gemm.c is the CPU's")

@@ -8,6 +8,7 @@ import platform
 
 import tinygrad.codegen.opt.heuristic as heuristic
 import tinygrad.engine.realize as realize
+import tinygrad.schedule.memory as memory
 from tinygrad import UOp
 from tinygrad.helpers import getenv
 from tinygrad.renderer import cstyle
@@ -57,6 +58,13 @@ def contiguous_view(view: UOp) -> tuple[UOp, int] | None:
     return contiguous_view_by_rules(view)
 
 
+def buffers_of(argument: UOp) -> list[UOp]:
+    """The buffers of a kernel's argument. tinygrad 0.14.0 overlooks the buffer of a view, and plans
+    its memory for other buffers as well while the kernel still reads it."""
+    return buffers_of_whole(argument.base)
+
+
+buffers_of_whole, memory._collect_bufs = memory._collect_bufs, buffers_of
 contiguous_view_by_rules, UOp.contiguous_view = UOp.contiguous_view, contiguous_view
 heuristic.hand_coded_optimizations = plain_loops  # tinygrad's heuristic unrolls loops
 ops_cpu.ClangRenderer, ops_cpu.CPUDevice = ClangRenderer, CPUDevice
